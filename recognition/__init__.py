@@ -1,0 +1,3 @@
+"""Face-recognition training at any number of identities."""
+
+__version__ = "0.1.0"

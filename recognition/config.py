@@ -1,0 +1,477 @@
+"""The description of a run: frozen sections, read from TOML and `section.key=value` overrides.
+
+Every field's docstring stands under it. All mistakes of a file and its overrides are reported in one `ConfigError`.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. Programs print it without a traceback and exit with status 2."""
+
+
+class ConfigError(UserError):
+    """Every mistake of a configuration, one a line, each with its path."""
+
+
+def _must_exist(path: Path, info: ValidationInfo) -> Path:
+    if info.context and info.context.get("check_paths") and not path.exists():
+        raise ValueError(f"no such file or folder: {path}")
+    return path
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+InputPath = Annotated[Path, Field(strict=False), AfterValidator(_must_exist)]
+"""A path that has to exist when a run starts; it is not looked for when an old run's config is only read."""
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict, no unknown keys, no infinities."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Run(Section):
+    """Where a run lives and what its randomness is keyed by."""
+
+    folder: Path = Path("runs/run")
+    """Output folder; a run found there is resumed."""
+    seed: NonNegativeInt = 0
+    """Key of everything random: order, augmentation, initial weights, dropout."""
+
+
+class Augment(Section):
+    """Random changes to a training image; all numbers are a function of (seed, epoch, sample)."""
+
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    shift: Fraction = 0.0
+    """Largest shift, as a fraction of the image's side, in either direction and along both axes."""
+    zoom: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Largest relative change of scale, in either direction."""
+    rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest rotation, in either direction."""
+    brightness: Fraction = 0.0
+    """Largest relative change of brightness, in either direction."""
+    contrast: Fraction = 0.0
+    """Largest relative change of contrast, in either direction."""
+    saturation: Fraction = 0.0
+    """Largest relative change of saturation, in either direction."""
+    gray: Fraction = 0.0
+    """Probability of dropping the colour."""
+    erase: Fraction = 0.0
+    """Probability of painting a rectangle with the mean grey."""
+    erase_area: Fraction = 0.2
+    """Largest area of that rectangle, as a fraction of the image."""
+
+
+class Data(Section):
+    """The training set."""
+
+    path: InputPath
+    """A .rec file with its .idx, a folder that holds `train.rec`, or a folder of identity folders."""
+    cache: Path | None = None
+    """Where the index goes when the data's own folder is read-only. Default: the user's cache folder."""
+    threads: PositiveInt = 2
+    """DALI's worker threads per process."""
+    prefetch: PositiveInt = 2
+    """Batches prepared ahead."""
+    augment: Augment = Augment()
+    """Random changes to the images."""
+
+
+class Backbone(Section):
+    """The network from image to embedding."""
+
+    name: str = "iresnet50"
+    """Any timm model, with our own `iresnet18/34/50/100/200` and `mobilefacenet`."""
+    options: dict[str, bool | int | float | str] = {}
+    """Further keyword arguments of the timm model, for example `{drop_path_rate = 0.05}`."""
+    image_size: PositiveInt = 112
+    """Height and width of the input, in pixels."""
+    embedding_size: PositiveInt = 512
+    """Length of the embedding, D."""
+    neck: Literal["auto", "flatten", "pool", "linear"] = "auto"
+    """From feature map to embedding. `flatten`: BN, dropout, flatten, linear, BN. `pool`: BN, mean, dropout, linear, BN.
+    `linear`: flatten, linear, BN. `auto`: what the model asks for, else `flatten`."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout in the neck."""
+    weights: InputPath | None = None
+    """State dict to start from: ours, or InsightFace's `backbone.pth` for IResNet and MobileFaceNet."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """`bfloat16`: autocast; parameters stay float32 either way."""
+    channels_last: bool = True
+    """Memory format of images and convolutions."""
+    compile: bool = False
+    """Run the backbone through `torch.compile`."""
+
+
+class Softmax(Section):
+    """The textbook softmax: `x . w + b` with nothing normalised."""
+
+    name: Literal["softmax"] = "softmax"
+
+
+class NormFace(Section):
+    """NormFace (Wang et al. 2017): `s cos(theta)`."""
+
+    name: Literal["normface"] = "normface"
+    scale: PositiveFloat = 64.0
+    """s"""
+
+
+class CosFace(Section):
+    """CosFace (Wang et al. 2018): `s (cos(theta) - m)`."""
+
+    name: Literal["cosface"] = "cosface"
+    scale: PositiveFloat = 64.0
+    """s"""
+    margin: NonNegativeFloat = 0.4
+    """m"""
+
+
+class ArcFace(Section):
+    """ArcFace (Deng et al. 2019): `s cos(theta + m)`."""
+
+    name: Literal["arcface"] = "arcface"
+    scale: PositiveFloat = 64.0
+    """s"""
+    margin: Annotated[float, Field(ge=0, lt=3.1415)] = 0.5
+    """m, in radians"""
+    straight_through: bool = False
+    """Gradient of arcface_torch: the factor sin(theta + m) / sin(theta) is dropped and theta + m is not guarded."""
+
+
+class Combined(Section):
+    """Combined margin (Deng et al. 2019): `s (cos(m1 theta + m2) - m3)`."""
+
+    name: Literal["combined"] = "combined"
+    scale: PositiveFloat = 64.0
+    """s"""
+    m1: Annotated[float, Field(ge=1)] = 1.0
+    """Factor on the angle."""
+    m2: Annotated[float, Field(ge=0, lt=3.1415)] = 0.5
+    """Addition to the angle, in radians."""
+    m3: NonNegativeFloat = 0.0
+    """Subtraction from the cosine."""
+
+
+Margin = Annotated[Softmax | NormFace | CosFace | ArcFace | Combined, Field(discriminator="name")]
+
+
+class Head(Section):
+    """The class-sharded head."""
+
+    margin: Margin = ArcFace()
+    """What is done to the target logit."""
+    margin_warmup_epochs: NonNegativeFloat = 0.0
+    """Epochs over which the margin grows linearly from zero."""
+    sample_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Partial FC: the fraction of classes whose rows take part in a step."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products. `auto`: bfloat16 on a GPU, float32 elsewhere."""
+    chunk: PositiveInt = 8192
+    """Classes per chunk; logits exist for one chunk at a time."""
+    lr: PositiveFloat | None = None
+    """Peak learning rate of the class weights, which follow SGD. Default: the optimizer's, if that is SGD."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of the class weights."""
+    weight_decay: NonNegativeFloat = 5e-4
+    """Weight decay of the class weights that took part in a step."""
+
+
+class SGD(Section):
+    """Stochastic gradient descent with momentum."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: PositiveFloat = 0.1
+    """Peak learning rate."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum."""
+    weight_decay: NonNegativeFloat = 5e-4
+    """Weight decay."""
+
+
+class AdamW(Section):
+    """AdamW (Loshchilov and Hutter 2019) for the backbone. The class weights follow SGD: set `head.lr`."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay rates of the moments."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Weight decay."""
+
+
+class Training(Section):
+    """How long, how fast, how large."""
+
+    epochs: PositiveFloat = 20.0
+    """Passes over the data; fractions are allowed."""
+    global_batch: PositiveInt = 1024
+    """Images per update over all ranks."""
+    accumulation: PositiveInt = 1
+    """Forward and backward passes per update; `global_batch` is split over them."""
+    warmup_epochs: NonNegativeFloat = 0.0
+    """Epochs of linear warm-up; the first step already learns."""
+    schedule: Literal["polynomial", "cosine"] = "polynomial"
+    """How the learning rate falls to zero after the warm-up."""
+    power: PositiveFloat = 1.0
+    """Exponent of the polynomial."""
+    clip_norm: NonNegativeFloat = 5.0
+    """Largest global norm of the backbone's gradient; 0: no clipping."""
+    decay_norms_and_biases: bool = False
+    """Whether norms' and biases' parameters decay too, as in arcface_torch."""
+    threads: NonNegativeInt = 0
+    """CPU threads per process for torch; 0 shares the cores out evenly over the local processes."""
+
+
+class Evaluation(Section):
+    """Verification as training goes."""
+
+    pairs: Annotated[tuple[InputPath, ...], Field(strict=False), BeforeValidator(_as_list)] = ()
+    """Verification sets: InsightFace `.bin` files, or LFW `pairs.txt` files beside their image folder."""
+    every_steps: NonNegativeInt = 2000
+    """Steps between verifications; 0: only at the end."""
+    batch: PositiveInt = 64
+    """Images per forward pass, per rank."""
+
+
+class Checkpoint(Section):
+    """Saving and retention."""
+
+    every_steps: NonNegativeInt = 2000
+    """Steps between checkpoints; 0: only at the end and on an interruption."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """How many of the newest checkpoints stay; the best is kept apart."""
+
+
+class Tracking(Section):
+    """What is recorded as training goes."""
+
+    every_steps: PositiveInt = 10
+    """Steps between two records."""
+    images: NonNegativeInt = 32
+    """Images of the first batch that go to TensorBoard."""
+
+
+class Distributed(Section):
+    """Process groups."""
+
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """`auto`: NCCL when every process has a GPU, else gloo."""
+    init_timeout_seconds: PositiveInt = 300
+    """Bound on a collective until the first step is done."""
+    timeout_seconds: PositiveInt = 120
+    """Bound on a collective after that."""
+
+
+class Export(Section):
+    """The deployable."""
+
+    enabled: bool = True
+    """Write `model.onnx` at the end of the run."""
+    opset: Annotated[int, Field(ge=17)] = 18
+    """ONNX operator set."""
+    max_difference: PositiveFloat = 1e-3
+    """Largest allowed |difference| between ONNX Runtime's and the backbone's embedding, relative to its norm."""
+    min_cosine: Fraction = 0.9999
+    """Smallest allowed cosine between the two."""
+
+
+class Config(Section):
+    """A run, whole."""
+
+    run: Run = Run()
+    data: Data
+    backbone: Backbone = Backbone()
+    head: Head = Head()
+    optimizer: Annotated[SGD | AdamW, Field(discriminator="name")] = SGD()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+    distributed: Distributed = Distributed()
+    export: Export = Export()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.training.global_batch % self.training.accumulation:
+            raise ValueError(
+                f"training.global_batch ({self.training.global_batch}) must divide by "
+                f"training.accumulation ({self.training.accumulation})"
+            )
+        if self.training.warmup_epochs >= self.training.epochs:
+            raise ValueError(
+                f"training.warmup_epochs ({self.training.warmup_epochs}) must be below "
+                f"training.epochs ({self.training.epochs})"
+            )
+        if self.optimizer.name == "adamw" and self.head.lr is None:
+            raise ValueError("optimizer.name is adamw, whose rate does not suit the class weights: set head.lr")
+        return self
+
+    @property
+    def head_lr(self) -> float:
+        """Peak learning rate of the class weights."""
+        return self.optimizer.lr if self.head.lr is None else self.head.lr
+
+    def to_toml(self) -> str:
+        """The resolved configuration as TOML; `load` reads it back to an equal one."""
+        lines: list[str] = []
+        for path, table in _tables(json.loads(self.model_dump_json(exclude_none=True))):
+            lines += ["", f"[{path}]"] if lines else [f"[{path}]"]
+            lines += [f"{key} = {_toml_value(value)}" for key, value in table.items()]
+        return "\n".join(lines) + "\n"
+
+
+def load(path: Path | str, overrides: Sequence[str] = (), *, check_paths: bool = True) -> Config:
+    """Read the TOML file at `path`, apply `section.key=value` overrides and validate.
+
+    Values of overrides are TOML values; one that does not parse as TOML is a string. With `check_paths`, input
+    paths must exist. Raises ConfigError, which lists every mistake.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    mistakes: list[str] = []
+    for override in overrides:
+        mistake = _apply(tree, override)
+        if mistake:
+            mistakes.append(mistake)
+    try:
+        config = Config.model_validate_json(json.dumps(tree, default=str), context={"check_paths": check_paths})
+    except ValidationError as error:
+        mistakes += [_explain(item) for item in error.errors()]
+    if mistakes:
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        raise ConfigError(f"{path}: {count}\n" + "\n".join(f"  {mistake}" for mistake in mistakes))
+    return config
+
+
+def _apply(tree: dict[str, Any], override: str) -> str | None:
+    """Set one override in the tree; returns what is wrong with it, if anything."""
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        return f"{override}: an override is written section.key=value"
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for depth, key in enumerate(keys[:-1], start=1):
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            return f"{override}: {'.'.join(keys[:depth])} is a value, not a section"
+    if keys[-1] == "name" and tree.get("name") != value:
+        tree.clear()  # another variant: the fields of the one that it replaces do not apply
+    tree[keys[-1]] = value
+    return None
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    section = _sections_along(location)
+    path = ".".join(part for part, is_tag in section if not is_tag)
+    value = error.get("input")
+    match error["type"]:
+        case "extra_forbidden":
+            known = _fields_at(location[:-1])
+            near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            return f"{path}: unknown key; {hint}"
+        case "missing":
+            return f"{path}: missing"
+        case "value_error":
+            message = str(error["ctx"]["error"])
+            return f"{path}: {message}" if path else message
+        case _:
+            message = error["msg"][0].lower() + error["msg"][1:]
+            return f"{path}: {message}, not {json.dumps(value, default=str)}"
+
+
+def _variants(annotation: Any) -> Iterator[type[Section]]:
+    """The sections that a field's annotation stands for."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _variants(argument)
+
+
+def _sections_along(location: list[str]) -> list[tuple[str, bool]]:
+    """Each part of an error's location, and whether it is a union's tag, which the file does not have."""
+    parts: list[tuple[str, bool]] = []
+    sections: list[type[Section]] = [Config]
+    for part in location:
+        tagged = [section for section in sections if section.model_fields.get("name") and part in _names(section)]
+        if len(sections) > 1 and tagged:
+            sections = tagged
+            parts.append((part, True))
+            continue
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        sections = [variant for field in fields for variant in _variants(field.annotation)]
+        parts.append((part, False))
+    return parts
+
+
+def _names(section: type[Section]) -> tuple[str, ...]:
+    return get_args(section.model_fields["name"].annotation)
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    sections: list[type[Section]] = [Config]
+    for part, is_tag in _sections_along(location):
+        if is_tag:
+            sections = [section for section in sections if part in _names(section)]
+        else:
+            fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+            sections = [variant for field in fields for variant in _variants(field.annotation)]
+    return [name for section in sections for name in section.model_fields]
+
+
+def _tables(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The tables of a tree in TOML's order: a table's own values first, then its sub-tables."""
+    values = {key: value for key, value in tree.items() if not isinstance(value, dict)}
+    if path:
+        yield path, values
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _tables(value, f"{path}.{key}" if path else key)
+
+
+def _toml_value(value: Any) -> str:
+    # JSON's strings, numbers, booleans and arrays of them are TOML too.
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""Samples: byte-range index, order, augmentation numbers and the DALI pipeline."""

@@ -1,0 +1,1 @@
+"""Export to ONNX and the embedder that runs the file."""

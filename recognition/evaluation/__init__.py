@@ -1,0 +1,1 @@
+"""Verification sets and protocols."""
