@@ -3,12 +3,11 @@
 Every field's docstring stands under it. All mistakes of a file and its overrides are reported in one `ConfigError`.
 """
 
-import difflib
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -25,6 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from recognition import toml
+
 
 class UserError(ValueError):
     """A mistake in what the user gave. Programs print it without a traceback and exit with status 2."""
@@ -35,8 +36,10 @@ class ConfigError(UserError):
 
 
 def _must_exist(path: Path, info: ValidationInfo) -> Path:
-    if info.context and info.context.get("check_paths") and not path.exists():
-        raise ValueError(f"no such file or folder: {path}")
+    if info.context and info.context["check_paths"] and not path.exists():
+        rendered = info.context["rendered"]
+        if rendered is None or not path.is_relative_to(rendered):
+            raise ValueError(f"no such file or folder: {path}")
     return path
 
 
@@ -105,6 +108,22 @@ class Data(Section):
     """Batches prepared ahead."""
     augment: Augment = Augment()
     """Random changes to the images."""
+
+
+class Faces(Section):
+    """Procedural faces, rendered into `data.path` before the first step of a run that does not find them there.
+
+    They come as `train.rec` with its index, and `pairs.bin`, a verification set of identities that are not in it.
+    """
+
+    identities: PositiveInt
+    """Identities to train on."""
+    images: PositiveInt
+    """Images of each."""
+    pairs: PositiveInt = 1200
+    """Verification pairs, half of them genuine."""
+    seed: NonNegativeInt = 0
+    """Key of all that is drawn."""
 
 
 class Backbone(Section):
@@ -252,6 +271,8 @@ class Training(Section):
     """Largest global norm of the backbone's gradient; 0: no clipping."""
     decay_norms_and_biases: bool = False
     """Whether norms' and biases' parameters decay too, as in arcface_torch."""
+    max_nonfinite_steps: PositiveInt = 20
+    """A step whose loss is not finite changes nothing; after so many in a row the run stops."""
     threads: NonNegativeInt = 0
     """CPU threads per process for torch; 0 shares the cores out evenly over the local processes."""
 
@@ -314,6 +335,7 @@ class Config(Section):
 
     run: Run = Run()
     data: Data
+    faces: Faces | None = None
     backbone: Backbone = Backbone()
     head: Head = Head()
     optimizer: Annotated[SGD | AdamW, Field(discriminator="name")] = SGD()
@@ -347,11 +369,7 @@ class Config(Section):
 
     def to_toml(self) -> str:
         """The resolved configuration as TOML; `load` reads it back to an equal one."""
-        lines: list[str] = []
-        for path, table in _tables(json.loads(self.model_dump_json(exclude_none=True))):
-            lines += ["", f"[{path}]"] if lines else [f"[{path}]"]
-            lines += [f"{key} = {_toml_value(value)}" for key, value in table.items()]
-        return "\n".join(lines) + "\n"
+        return toml.dump(json.loads(self.model_dump_json(exclude_none=True)))
 
 
 def load(path: Path | str, overrides: Sequence[str] = (), *, check_paths: bool = True) -> Config:
@@ -369,109 +387,21 @@ def load(path: Path | str, overrides: Sequence[str] = (), *, check_paths: bool =
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     mistakes: list[str] = []
     for override in overrides:
-        mistake = _apply(tree, override)
+        mistake = toml.apply_override(tree, override)
         if mistake:
             mistakes.append(mistake)
     try:
-        config = Config.model_validate_json(json.dumps(tree, default=str), context={"check_paths": check_paths})
+        context = {"check_paths": check_paths, "rendered": _rendered_folder(tree)}
+        config = Config.model_validate_json(json.dumps(tree, default=str), context=context)
     except ValidationError as error:
-        mistakes += [_explain(item) for item in error.errors()]
+        mistakes += [toml.explain(item, Config) for item in error.errors()]
     if mistakes:
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         raise ConfigError(f"{path}: {count}\n" + "\n".join(f"  {mistake}" for mistake in mistakes))
     return config
 
 
-def _apply(tree: dict[str, Any], override: str) -> str | None:
-    """Set one override in the tree; returns what is wrong with it, if anything."""
-    name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
-    if not equals or len(keys) < 2 or not all(keys):
-        return f"{override}: an override is written section.key=value"
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    for depth, key in enumerate(keys[:-1], start=1):
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            return f"{override}: {'.'.join(keys[:depth])} is a value, not a section"
-    if keys[-1] == "name" and tree.get("name") != value:
-        tree.clear()  # another variant: the fields of the one that it replaces do not apply
-    tree[keys[-1]] = value
-    return None
-
-
-def _explain(error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
-    section = _sections_along(location)
-    path = ".".join(part for part, is_tag in section if not is_tag)
-    value = error.get("input")
-    match error["type"]:
-        case "extra_forbidden":
-            known = _fields_at(location[:-1])
-            near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            return f"{path}: unknown key; {hint}"
-        case "missing":
-            return f"{path}: missing"
-        case "value_error":
-            message = str(error["ctx"]["error"])
-            return f"{path}: {message}" if path else message
-        case _:
-            message = error["msg"][0].lower() + error["msg"][1:]
-            return f"{path}: {message}, not {json.dumps(value, default=str)}"
-
-
-def _variants(annotation: Any) -> Iterator[type[Section]]:
-    """The sections that a field's annotation stands for."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _variants(argument)
-
-
-def _sections_along(location: list[str]) -> list[tuple[str, bool]]:
-    """Each part of an error's location, and whether it is a union's tag, which the file does not have."""
-    parts: list[tuple[str, bool]] = []
-    sections: list[type[Section]] = [Config]
-    for part in location:
-        tagged = [section for section in sections if section.model_fields.get("name") and part in _names(section)]
-        if len(sections) > 1 and tagged:
-            sections = tagged
-            parts.append((part, True))
-            continue
-        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-        sections = [variant for field in fields for variant in _variants(field.annotation)]
-        parts.append((part, False))
-    return parts
-
-
-def _names(section: type[Section]) -> tuple[str, ...]:
-    return get_args(section.model_fields["name"].annotation)
-
-
-def _fields_at(location: list[str]) -> list[str]:
-    sections: list[type[Section]] = [Config]
-    for part, is_tag in _sections_along(location):
-        if is_tag:
-            sections = [section for section in sections if part in _names(section)]
-        else:
-            fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-            sections = [variant for field in fields for variant in _variants(field.annotation)]
-    return [name for section in sections for name in section.model_fields]
-
-
-def _tables(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """The tables of a tree in TOML's order: a table's own values first, then its sub-tables."""
-    values = {key: value for key, value in tree.items() if not isinstance(value, dict)}
-    if path:
-        yield path, values
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _tables(value, f"{path}.{key}" if path else key)
-
-
-def _toml_value(value: Any) -> str:
-    # JSON's strings, numbers, booleans and arrays of them are TOML too.
-    return json.dumps(value, ensure_ascii=False)
+def _rendered_folder(tree: dict[str, Any]) -> str | None:
+    """The folder that the run itself fills with faces, whose files need not exist yet."""
+    data = tree.get("data")
+    return str(data["path"]) if "faces" in tree and isinstance(data, dict) and "path" in data else None

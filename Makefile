@@ -1,0 +1,44 @@
+# A newcomer needs two of these: `make demo` and `make test`. Each sets itself up, from Python 3.11+, pip and make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+STARTED := $(shell date +%s)
+
+.PHONY: setup demo test lint format pins clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml requirements/dev.txt requirements/uv.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/uv.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python tools/demo.py --started $(STARTED)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy recognition
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Newer versions of everything that is pinned.
+pins: $(READY)
+	for extra in run dev; do \
+	  $(BIN)/uv pip compile pyproject.toml $$([ $$extra = dev ] && echo --extra dev) --upgrade --universal \
+	    --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
+	    --output-file requirements/$$extra.txt || exit 1; \
+	done
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build *.egg-info

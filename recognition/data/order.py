@@ -1,0 +1,90 @@
+"""Which sample stands at which position: one keyed permutation per epoch, computed where it is asked for.
+
+Nothing is stored and nothing is shuffled: the order of 400 million images takes no memory, any position is found
+at once, and a run that resumes needs to know only its step.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Words = NDArray[np.uint64]
+Integers = NDArray[np.int64]
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""Odd integer nearest to 2^64 / golden ratio, the increment of SplitMix64."""
+
+_ROUNDS = 12
+_ORDER = 1  # keeps these keys apart from those of other uses of the same seed
+
+
+def mix(words: Words) -> Words:
+    """The output function of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit words that avalanches.
+
+    `words` is an array of any shape but (), for which NumPy would warn of the intended overflow.
+    """
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def keyed_hash(seed: int, *words: ArrayLike) -> Words:
+    """A 64-bit hash of `seed` (modulo 2^64) and integers or arrays of integers, which broadcast; at least 1-D."""
+    state = mix(np.array([seed % 2**64], np.uint64) + GOLDEN)
+    for word in words:
+        state = mix((state ^ np.atleast_1d(word).astype(np.uint64)) + GOLDEN)
+    return state
+
+
+def permute(seed: int, epoch: ArrayLike, size: int, positions: ArrayLike) -> Integers:
+    """Where `positions` [n], each in 0..size-1, stand in the permutation of 0..size-1 keyed by (seed, epoch).
+
+    `epoch` is one number or one per position [n]. A Feistel network on the smallest near-square grid a x b that
+    holds `size` cells, with cycle walking for the cells beyond (Black and Rogaway 2002, "Ciphers with arbitrary
+    finite domains"); fewer than a of the a b cells are beyond, so nearly all positions need one pass.
+    Raises ValueError for a position outside the range or a size outside 1..2^62.
+    """
+    cells = np.atleast_1d(np.asarray(positions, np.int64)).astype(np.uint64)
+    if not 1 <= size <= 2**62:
+        raise ValueError(f"a permutation has a size in 1..2^62, not {size}")
+    if cells.size and cells.max() >= size:  # a negative position wrapped around to a large one
+        raise ValueError(f"a position is outside 0..{size - 1}")
+    rows = math.isqrt(size - 1) + 1
+    columns = -(-size // rows)
+    keys = np.broadcast_to(keyed_hash(seed, _ORDER, epoch), cells.shape)
+    walking = np.arange(cells.size)
+    while walking.size:
+        cells[walking] = _feistel(cells[walking], keys[walking], np.uint64(rows), np.uint64(columns))
+        walking = walking[cells[walking] >= size]
+    return cells.astype(np.int64)
+
+
+def _feistel(cells: Words, keys: Words, rows: np.uint64, columns: np.uint64) -> Words:
+    """One pass of the network: the row is moved by a hash of the column, the column by one of the row, and so on."""
+    moved, fixed = cells // columns, cells % columns
+    length, other = rows, columns
+    for _ in range(_ROUNDS):
+        keys = keys + GOLDEN
+        # The upper half of a hash, scaled to 0..length-1 by a multiplication instead of a division.
+        moved = moved + ((mix(keys + fixed) >> np.uint64(32)) * length >> np.uint64(32))
+        moved = np.where(moved >= length, moved - length, moved)
+        moved, fixed, length, other = fixed, moved, other, length
+    return moved * columns + fixed
+
+
+def samples_at(seed: int, size: int, positions: ArrayLike) -> tuple[Integers, Integers]:
+    """Epochs and samples, each [n], at `positions` [n], which run on across the epochs of `size` samples each."""
+    positions = np.atleast_1d(np.asarray(positions, np.int64))
+    epochs = positions // size
+    return epochs, permute(seed, epochs, size, positions % size)
+
+
+def batch_positions(step: int, batch: int, rank: int, world: int) -> range:
+    """This rank's part of the positions [step * batch, (step + 1) * batch) of a step's global batch.
+
+    The parts are as even as they can be, the larger ones first, and in rank order they join to the global batch.
+    """
+    share, larger = divmod(batch, world)
+    start = step * batch + rank * share + min(rank, larger)
+    return range(start, start + share + (rank < larger))

@@ -1,0 +1,257 @@
+"""Images in MXNet RecordIO without MXNet: find their byte ranges and labels, and write such files.
+
+The payload of an image is `uint32 flag, float32 label, uint64 id, uint64 id2`, then `flag` float32 labels where flag is
+positive, then the encoded image. InsightFace adds records without an image and with two labels: key 0 holds (end of
+the image keys, end of the identity keys), and each identity key the range of the image keys that belong to it. Files
+made by im2rec have none of these.
+"""
+
+import logging
+import os
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from recognition.config import UserError
+from recognition.data.records import (
+    FIRST,
+    LAST,
+    MAGIC,
+    MAX_LENGTH,
+    MIDDLE,
+    PREFIX,
+    WHOLE,
+    Progress,
+    Records,
+    bad_record,
+    read_records,
+)
+
+EXACT_LABELS = 1 << 24
+"""float32 holds every integer below this."""
+
+_MAGIC_BYTES = struct.pack("<I", MAGIC)
+_HEADER = struct.Struct("<IfQQ")
+_WRONG_FILE = "Is this a file of face images?"
+
+_log = logging.getLogger(__name__)
+
+
+def scan(rec: Path, progress: Progress | None = None) -> tuple[Records, np.ndarray]:
+    """The encoded images of `rec` and their labels, int64 [N]; header and identity records are left out.
+
+    Of a record with several labels, the first is the identity. Raises UserError as `read_records` does, and for a
+    record that is no image's or whose label is not a whole number from 0.
+    """
+    found, heads = read_records(rec, progress)
+    first = found.starts[:-1]
+    flags, labels = heads[:, 0].copy(), heads[:, 1].copy().view("<f4")
+    several = flags > 0
+    labels[several] = heads[several, 2].copy().view("<f4")
+    # Pieces too short to hold all of the header: cut by a magic number, or a tiny image.
+    for row in np.flatnonzero(found.lengths[first] < _HEADER.size + 4).tolist():
+        head = _beginning(rec, found, row, _HEADER.size + 4)
+        if len(head) < _HEADER.size:
+            raise bad_record(rec, found, row, "is too short for an image's header", _WRONG_FILE)
+        flags[row], labels[row] = _HEADER.unpack_from(head)[:2]
+        if flags[row] > 0 and len(head) == _HEADER.size + 4:
+            labels[row] = struct.unpack_from("<f", head, _HEADER.size)[0]
+
+    header = _HEADER.size + 4 * flags.astype(np.int64)
+    total = np.add.reduceat(found.lengths.astype(np.int64), first)
+    for row in np.flatnonzero(header > total).tolist():
+        raise bad_record(rec, found, row, f"announces {flags[row]} labels but is too short", _WRONG_FILE)
+    no_image = (flags == 2) & (header == total)
+    _check_count(rec, found, no_image, labels)
+    is_identity = (labels >= 0) & (labels < np.inf) & (labels == np.floor(labels))
+    for row in np.flatnonzero(~no_image & ~is_identity).tolist():
+        raise bad_record(rec, found, row, f"has label {labels[row]}", "Labels are whole numbers from 0: pack it again.")
+    if no_image.all():
+        raise UserError(f"{rec}: holds no images, only header records: pack it again")
+    highest = labels[~no_image].max()
+    if highest >= EXACT_LABELS:
+        _log.warning(
+            "%s: labels reach %d, but float32, in which RecordIO stores them, is exact only below %d: "
+            "identities may have been merged when the file was written",
+            rec,
+            int(highest),
+            EXACT_LABELS,
+        )
+    found.skip(header)
+    return found.select(~no_image), labels[~no_image].astype(np.int64)
+
+
+def pack(label: float | Sequence[float], id: int, image: bytes, id2: int = 0) -> bytes:
+    """An image record's payload: one label is stored in the header, a sequence of labels behind it."""
+    if isinstance(label, Sequence):
+        return _HEADER.pack(len(label), 0.0, id, id2) + struct.pack(f"<{len(label)}f", *label) + image
+    return _HEADER.pack(0, label, id, id2) + image
+
+
+class Writer:
+    """Writes `rec_path` and the .idx beside it, byte for byte as MXNet does.
+
+    Both appear under their names on `close()`; if the context ends in an exception, neither is left behind.
+    """
+
+    def __init__(self, rec_path: Path) -> None:
+        self._targets = (rec_path, rec_path.with_suffix(".idx"))
+        self._temporaries = tuple(path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in self._targets)
+        self._rec = self._temporaries[0].open("wb")
+        self._idx = self._temporaries[1].open("w", encoding="ascii", newline="\n")
+
+    def write(self, key: int, payload: bytes) -> None:
+        """Append a record. Raises UserError for a payload that RecordIO cannot hold (512 MiB or more)."""
+        if len(payload) > MAX_LENGTH:
+            raise UserError(f"record {key} has {len(payload)} bytes; RecordIO holds at most {MAX_LENGTH}")
+        self._idx.write(f"{key}\t{self._rec.tell()}\n")
+        pieces = list(_split(payload))
+        for number, piece in enumerate(pieces):
+            if len(pieces) == 1:
+                part = WHOLE
+            elif number == 0:
+                part = FIRST
+            else:
+                part = LAST if number == len(pieces) - 1 else MIDDLE
+            self._rec.write(PREFIX.pack(MAGIC, part << 29 | len(piece)) + piece + bytes(-len(piece) % 4))
+
+    def rewrite(self, position: int, payload: bytes) -> None:
+        """Replace the undivided record at `position` by one of the same length."""
+        end = self._rec.tell()
+        self._rec.seek(position + PREFIX.size)
+        self._rec.write(payload)
+        self._rec.seek(end)
+
+    def close(self) -> None:
+        """Finish both files and move them to their names."""
+        if self._rec.closed:
+            return
+        for file in (self._rec, self._idx):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        for temporary, target in zip(self._temporaries, self._targets, strict=True):
+            temporary.replace(target)
+
+    def abort(self) -> None:
+        """Throw away what was written."""
+        self._rec.close()
+        self._idx.close()
+        for temporary in self._temporaries:
+            temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+class InsightFaceWriter:
+    """Writes a training set in InsightFace's layout, streaming: `train.rec`, `train.idx` and `property`.
+
+    Keys: 0 the header, then the images from 1 in the order in which they come, then one key per identity.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._property = folder / "property"
+        self._writer = Writer(folder / "train.rec")
+        self._writer.write(0, pack((0.0, 0.0), 0, b""))
+        self._first_keys = array("q")
+        self._next_key = 1
+        self._label = -1
+        self._size = (0, 0)
+
+    def add(self, label: int, image: bytes) -> None:
+        """Append an encoded image. Labels ascend from 0; raises UserError where one is skipped or comes back."""
+        if label not in (self._label, self._label + 1) or label < 0:
+            raise UserError(f"identity {label} after identity {self._label}: labels must count up from 0, grouped")
+        if label != self._label:
+            self._first_keys.append(self._next_key)
+            self._label = label
+        if self._next_key == 1:
+            self._size = _image_size(image)
+        self._writer.write(self._next_key, pack(label, self._next_key, image))
+        self._next_key += 1
+
+    def close(self) -> None:
+        """Write the identity records and the header, and move the files to their names."""
+        end = self._next_key
+        for number, first in enumerate(self._first_keys):
+            after = self._first_keys[number + 1] if number + 1 < len(self._first_keys) else end
+            self._writer.write(end + number, pack((first, after), end + number, b""))
+        self._writer.rewrite(0, pack((end, end + len(self._first_keys)), 0, b""))
+        self._writer.close()
+        width, height = self._size
+        temporary = self._property.with_name(f".property.{os.getpid()}.tmp")
+        temporary.write_text(f"{len(self._first_keys)},{height},{width}\n", encoding="ascii")
+        temporary.replace(self._property)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._writer.abort()
+
+
+def _image_size(image: bytes) -> tuple[int, int]:
+    try:
+        with Image.open(BytesIO(image)) as opened:
+            return opened.size
+    except (UnidentifiedImageError, OSError):
+        return 0, 0
+
+
+def _split(payload: bytes) -> Iterator[bytes]:
+    """The pieces between the magic numbers that lie at multiples of 4."""
+    begin = 0
+    found = payload.find(_MAGIC_BYTES)
+    while found >= 0:
+        if found % 4 == 0:
+            yield payload[begin:found]
+            begin = found + 4
+            found = payload.find(_MAGIC_BYTES, begin)
+        else:
+            found = payload.find(_MAGIC_BYTES, found + 1)
+    yield payload[begin:]
+
+
+def _beginning(rec: Path, found: Records, row: int, count: int) -> bytes:
+    """The first `count` bytes of a payload, or as many as there are."""
+    beginning = b""
+    with rec.open("rb") as file:
+        for piece in range(found.starts[row], found.starts[row + 1]):
+            file.seek(int(found.offsets[piece]))
+            beginning += file.read(min(int(found.lengths[piece]), count - len(beginning)))
+    return beginning
+
+
+def _check_count(rec: Path, found: Records, no_image: np.ndarray, labels: np.ndarray) -> None:
+    """Hold InsightFace's header record against the .idx, whose last lines are easily lost."""
+    header = np.flatnonzero(no_image & (found.keys == 0))
+    if not rec.with_suffix(".idx").is_file() or len(header) != 1 or labels[header[0]] >= EXACT_LABELS:
+        return
+    announced, listed = int(labels[header[0]]) - 1, int((~no_image).sum())
+    if announced != listed:
+        raise UserError(
+            f"{rec}: its header record announces {announced} images, {rec.with_suffix('.idx').name} lists {listed}. "
+            "Copy the .idx again, or remove it: the .rec file is then read from end to end."
+        )

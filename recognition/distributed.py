@@ -1,0 +1,246 @@
+"""The process group: start and stop it, share work and rows out, let ranks agree, turn signals into a flag.
+
+One process is a group of one, so nothing else needs to ask whether it runs alone; the functions that exchange Python
+objects and flags work even before `start`. Where a `group` may be given, None means all ranks. Every collective here
+has to be called by all ranks of its group.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType, TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from recognition import config as configuration
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among all."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        """The ranks and what they run on, for a person to read."""
+        processes = "1 process" if self.world == 1 else f"{self.world} processes"
+        if self.device.type == "cuda":
+            return f"{processes} on {torch.cuda.get_device_name(self.device)}"
+        return f"{processes} on the CPU, {torch.get_num_threads()} threads each"
+
+
+def start(config: configuration.Distributed, threads: int = 0) -> Ranks:
+    """Make the process group that `torchrun` describes, or a group of one when started without it.
+
+    `threads`: CPU threads of torch; 0 shares the cores out evenly over the local processes.
+    Collectives are bounded by `config.init_timeout_seconds` until `set_timeout` is called. On GPUs, tensors of the
+    CPU go through gloo and those of the GPU through NCCL.
+    Raises UserError when the launcher's variables are incomplete or NCCL is asked for without enough GPUs.
+    """
+    numbers = _launcher_numbers()
+    rank, world, local_rank, local_world = numbers or (0, 1, 0, 1)
+    device = _device(config.backend, local_rank, local_world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=config.init_timeout_seconds),
+        rank=rank,
+        world_size=world,
+        # A group of one needs neither an address nor a port: its store is a table in memory.
+        store=None if numbers else dist.HashStore(),  # type: ignore[attr-defined]
+        device_id=device if device.type == "cuda" else None,
+    )
+    torch.set_num_threads(threads or max(1, _cores() // local_world))
+    return Ranks(rank, world, local_rank, local_world, device)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_timeout(seconds: float, group: dist.ProcessGroup | None = None) -> None:
+    """Bound every later collective by `seconds`, so that a rank that hangs stops the others in that time."""
+    # Older releases of torch have the same function under its second name only.
+    set_group_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    set_group_timeout(timedelta(seconds=seconds), group)
+
+
+def split(total: int, parts: int) -> list[int]:
+    """Sizes that add up to `total`, as even as possible, the larger ones first: how a batch is shared out."""
+    size, larger = divmod(total, parts)
+    return [size + 1] * larger + [size] * (parts - larger)
+
+
+def shard_rows(rows: int, world: int, rank: int) -> range:
+    """The rows of a `DTensor` placed `Shard(0)` that live on `rank`.
+
+    The rule of `torch.chunk`: ceil(rows / world) each; the last ranks may have fewer or none.
+    """
+    size = -(-rows // world)
+    return range(min(rank * size, rows), min((rank + 1) * size, rows))
+
+
+def agree(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether `flag` is true on any rank; the answer is the same on all. One tiny all-reduce on the CPU."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor(int(flag), dtype=torch.int32)
+    dist.all_reduce(votes, dist.ReduceOp.MAX, group=group)
+    return bool(votes.item())
+
+
+def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """What rank 0 of the group calls `value`; the others' is ignored. It travels pickled between the ranks."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group_src=0, group=group, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's `value`, in rank order, on all ranks. They travel pickled between the ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def all_gather_rows(x: Tensor, sizes: Sequence[int] | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Rows of all ranks in rank order: `x` [b, ...] to [B, ...]. Not differentiable.
+
+    `sizes`: b of every rank, B in all; None when they are equal.
+    """
+    world = dist.get_world_size(group)
+    sizes = _checked(sizes or [len(x)] * world, world)
+    largest = max(sizes)
+    gathered = x.new_empty(world * largest, *x.shape[1:])
+    if gathered.numel():
+        dist.all_gather_into_tensor(gathered, _padded(x.detach(), largest), group=group)
+    if min(sizes) == largest:
+        return gathered
+    return torch.cat([block[:size] for block, size in zip(gathered.split(largest), sizes, strict=True)])
+
+
+def reduce_scatter_rows(
+    x: Tensor, sizes: Sequence[int] | None = None, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """This rank's rows of the sum over the ranks: `x` [B, ...] to [b, ...]. Not differentiable.
+
+    `sizes`: b of every rank, which add up to B; None when they are equal.
+    """
+    world = dist.get_world_size(group)
+    sizes = _checked(sizes or split(len(x), world), world)
+    if sum(sizes) != len(x):
+        raise ValueError(f"sizes {sizes} add up to {sum(sizes)}, but there are {len(x)} rows")
+    largest = max(sizes)
+    x = x.detach()
+    if min(sizes) != largest:
+        x = torch.cat([_padded(block, largest) for block in x.split(sizes)])
+    own = x.new_empty(largest, *x.shape[1:])
+    if own.numel():
+        dist.reduce_scatter_tensor(own, x.contiguous(), group=group)
+    return own[: sizes[dist.get_rank(group)]]
+
+
+class Interrupt:
+    """While entered, SIGINT and SIGTERM set `requested` instead of ending the process; a second SIGINT ends it.
+
+    To be entered in the main thread (ValueError elsewhere); the previous handlers come back on exit. The flag is this
+    process's alone: `agree` on it before acting, because a signal may reach one rank only.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _launcher_numbers() -> tuple[int, int, int, int] | None:
+    """Rank, world, local rank and local world as the launcher gave them; None without a launcher."""
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return None
+    missing = [name for name in _LAUNCHER_VARIABLES if not os.environ.get(name)]
+    if missing:
+        raise configuration.UserError(
+            f"RANK or WORLD_SIZE is set, but {', '.join(missing)} is not: start several processes with torchrun, "
+            "or unset the former to run one"
+        )
+    try:
+        rank, world, local_rank, local_world = (int(os.environ[name]) for name in _LAUNCHER_VARIABLES[:4])
+    except ValueError as error:
+        given = ", ".join(f"{name}={os.environ[name]}" for name in _LAUNCHER_VARIABLES[:4])
+        raise configuration.UserError(f"the launcher's variables have to be whole numbers: {given}") from error
+    return rank, world, local_rank, local_world
+
+
+def _device(backend: str, local_rank: int, local_world: int) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if backend == "nccl" and gpus < local_world:
+        raise configuration.UserError(
+            f"distributed.backend is nccl, which needs a GPU per process: {local_world} processes here, {gpus} GPUs; "
+            "start fewer processes, or set distributed.backend to auto"
+        )
+    if backend == "gloo" or gpus < local_world:
+        if backend == "auto" and gpus:
+            logger.warning("%d processes share %d GPUs: running on the CPU", local_world, gpus)
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _checked(sizes: Sequence[int], world: int) -> list[int]:
+    if len(sizes) != world:
+        raise ValueError(f"{len(sizes)} sizes for {world} ranks")
+    return list(sizes)
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    if len(x) == rows:
+        return x.contiguous()
+    padded = x.new_zeros(rows, *x.shape[1:])
+    padded[: len(x)] = x
+    return padded

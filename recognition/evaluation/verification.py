@@ -1,0 +1,128 @@
+"""1:1 verification: LFW's 10-fold protocol as arcface_torch's `eval/verification.py` has it, and TAR@FAR."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from recognition.config import UserError
+from recognition.evaluation.embedder import Embedder
+from recognition.evaluation.pairs import PairSet
+
+FOLDS = 10
+THRESHOLDS = np.arange(0, 4, 0.01)
+"""Squared distances of unit vectors that are tried."""
+FARS = {f"1e-{exponent}": 10**exponent for exponent in range(1, 5)}
+"""Each reported false accept rate, and how many impostor pairs one false accept in them stands for."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Numbers of one verification set."""
+
+    accuracy: float
+    """Mean of the folds' accuracies, in [0, 1]."""
+    accuracy_std: float
+    """Standard deviation of the folds' accuracies (ddof 0)."""
+    threshold: float
+    """Mean of the thresholds that the folds were judged by: squared Euclidean distance of unit vectors, in [0, 4)."""
+    tar_at_far: dict[str, float | None]
+    """True accept rate at each false accept rate; None where the impostor pairs are too few to measure it."""
+    pairs: int
+    """Number of pairs, P."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON's types."""
+        return asdict(self)
+
+
+def embed_pairs(embedder: Embedder, pairs: PairSet, batch: int, part: range | None = None) -> np.ndarray:
+    """f(x) + f(flip(x)), float32 [n, D], not normalised, of the set's images, or of those whose numbers are in `part`.
+
+    `batch` images are decoded and embedded at a time. Raises UserError for an image that cannot be decoded or is not of
+    the embedder's size: resizing one that is not aligned would give numbers without meaning.
+    """
+    part = range(2 * len(pairs)) if part is None else part
+    embeddings = np.empty((len(part), embedder.embedding_size), np.float32)
+    for start in range(0, len(part), batch):
+        images = np.stack([_decode(embedder.image_size, pairs, image) for image in part[start : start + batch]])
+        flipped = np.ascontiguousarray(images[:, :, ::-1])
+        embeddings[start : start + batch] = embedder(images) + embedder(flipped)
+    return embeddings
+
+
+def _decode(size: int, pairs: PairSet, image: int) -> np.ndarray:
+    pixels = pairs.decode(image)
+    if pixels.shape[:2] != (size, size):
+        raise UserError(
+            f"{pairs.describe(image)} is {pixels.shape[1]} x {pixels.shape[0]} pixels, but the model takes "
+            f"{size} x {size}: align the set's faces to that size first, in the way of the training images"
+        )
+    return pixels
+
+
+def verify(embeddings: np.ndarray, same: np.ndarray) -> Verification:
+    """Verification numbers of embeddings [2P, D] (normalised here) and `same`, bool [P].
+
+    Protocol of deepinsight/insightface, recognition/arcface_torch/eval/verification.py: squared Euclidean distance of
+    unit vectors; a pair is accepted below a threshold of `arange(0, 4, 0.01)`; folds are consecutive pairs, the first
+    P mod 10 one larger; each is judged by the threshold that is most accurate on the other nine, the lowest of equals.
+    TAR@FAR is over all pairs, at the highest threshold whose false accept rate is at most the one asked for (no
+    interpolation). An embedding that is zero stays so.
+
+    Raises UserError for fewer than ten pairs, pairs of one kind only, or embeddings that are not finite.
+    """
+    embeddings = np.asarray(embeddings, np.float64)
+    same = np.asarray(same, bool)
+    if len(embeddings) != 2 * len(same):
+        raise ValueError(f"{len(embeddings)} embeddings for {len(same)} pairs")
+    if len(same) < FOLDS:
+        raise UserError(f"{len(same)} pairs, but {FOLDS}-fold verification takes {FOLDS} at least: use a larger set")
+    if same.all() or not same.any():
+        kind, missing = ("genuine", "impostor") if same.all() else ("impostor", "genuine")
+        raise UserError(
+            f"all {len(same)} pairs are {kind}, so accuracy has no meaning: use a set with {missing} pairs too"
+        )
+    finite = np.isfinite(embeddings).all(axis=1)
+    if not finite.all():
+        first = int(np.argmin(finite))
+        raise UserError(
+            f"{np.sum(~finite)} of {len(finite)} embeddings are not finite, the first that of image {first % 2 + 1} of "
+            f"pair {first // 2 + 1}: the model is broken; use an earlier checkpoint"
+        )
+    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    unit = embeddings / np.where(norms == 0, 1, norms)
+    distances = np.square(unit[0::2] - unit[1::2]).sum(axis=1)
+    accuracies, thresholds = _folds(distances, same)
+    return Verification(
+        accuracy=float(accuracies.mean()),
+        accuracy_std=float(accuracies.std()),
+        threshold=float(thresholds.mean()),
+        tar_at_far=_tar_at_far(distances[same], distances[~same]),
+        pairs=len(same),
+    )
+
+
+def _folds(distances: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracy and threshold of each fold."""
+    folds = list(zip(np.array_split(distances, FOLDS), np.array_split(same, FOLDS), strict=True))
+    correct = np.stack([_correct(*fold) for fold in folds])
+    best = np.argmax(correct.sum(axis=0) - correct, axis=1)
+    sizes = np.array([len(fold) for _, fold in folds])
+    return correct[np.arange(FOLDS), best] / sizes, THRESHOLDS[best]
+
+
+def _correct(distances: np.ndarray, same: np.ndarray) -> np.ndarray:
+    """How many pairs each threshold judges rightly."""
+    accepted_genuine = np.searchsorted(np.sort(distances[same]), THRESHOLDS, side="left")
+    accepted_impostors = np.searchsorted(np.sort(distances[~same]), THRESHOLDS, side="left")
+    return accepted_genuine + np.sum(~same) - accepted_impostors
+
+
+def _tar_at_far(genuine: np.ndarray, impostors: np.ndarray) -> dict[str, float | None]:
+    impostors = np.sort(impostors)
+    rates: dict[str, float | None] = {}
+    for name, per_accept in FARS.items():
+        accepts = len(impostors) // per_accept
+        rates[name] = float(np.mean(genuine < impostors[accepts])) if accepts else None
+    return rates

@@ -1,0 +1,102 @@
+"""Partial FC (An et al. 2022, arXiv 2203.15565): which rows take part in a step.
+
+The classes of the batch always do; random others join them up to the rate. They are the first of a keyed permutation
+of all classes, so every rank finds its own rows of the same set by itself, however many ranks there are.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_ROUNDS = 6
+_BLOCK = 1 << 18
+_WORD = (1 << 64) - 1
+_NEVER = 1 << 62
+_MULTIPLIER = 0x2545F4914F6CDD1D
+
+
+def sample_rows(labels: Tensor, classes: int, rate: float, seed: int, step: int, rows: range) -> Tensor:
+    """The classes that take part in `step`, of those in `rows`.
+
+    `labels` [B]: int64, of the whole gathered batch. Returns their positions in `rows`, ascending, int64. Over all
+    ranks they are the batch's classes and as many random others as make `int(rate * classes)` in all.
+    """
+    keys = _round_keys(seed, step)
+    wanted = int(rate * classes)
+    labels = labels.sort().values
+    first = torch.ones_like(labels, dtype=torch.bool)
+    first[1:] = labels[1:] != labels[:-1]
+
+    # A rank's place in the permuted order decides. The order is one of `places >= classes` numbers; the few that are
+    # no class, and the batch's own classes, are passed over: the threshold moves up by one for each that lies below.
+    high, low = _grid(classes)
+    spare = torch.arange(classes, high * low, device=labels.device)
+    passed = torch.cat([_places(labels, classes, keys).masked_fill(~first, _NEVER), _places(spare, classes, keys)])
+    passed = passed.sort().values
+    negatives = (wanted - first.sum()).clamp(min=0)
+    below = (passed - torch.arange(len(passed), device=labels.device) < negatives).sum()
+    threshold = negatives + below
+
+    # One place more than there are rows takes the labels that live elsewhere.
+    taken = torch.empty(len(rows) + 1, dtype=torch.bool, device=labels.device)
+    for start in range(0, len(rows), _BLOCK):
+        block = rows[start : start + _BLOCK]
+        numbers = torch.arange(block.start, block.stop, device=labels.device)
+        taken[start : start + len(block)] = _places(numbers, classes, keys) < threshold
+    own = (labels >= rows.start) & (labels < rows.stop)
+    taken[torch.where(own, labels - rows.start, len(rows))] = True
+    return taken[:-1].nonzero().squeeze(1)
+
+
+def _grid(classes: int) -> tuple[int, int]:
+    """A rectangle of at least `classes` cells, and fewer than one column more."""
+    low = math.isqrt(classes - 1) + 1
+    return -(-classes // low), low
+
+
+def _places(numbers: Tensor, classes: int, keys: list[tuple[int, int]]) -> Tensor:
+    """A keyed permutation of the grid's cells: a generalised Feistel network (Black and Rogaway 2002).
+
+    Each half-round adds a hash of one coordinate to the other, modulo its extent, so it can be undone.
+    """
+    high_size, low_size = _grid(classes)
+    high, low = numbers // low_size, numbers % low_size
+    for round_, key in enumerate(keys):
+        if round_ % 2:
+            low = _add_modulo(low, _hash(high, key, low_size), low_size)
+        else:
+            high = _add_modulo(high, _hash(low, key, high_size), high_size)
+    return high * low_size + low
+
+
+def _hash(numbers: Tensor, key: tuple[int, int], size: int) -> Tensor:
+    """Numbers below 2^31 to numbers in [0, size): multiply and add, fold, multiply, and scale the top bits."""
+    mixed = (numbers * key[0]).add_(key[1])
+    mixed ^= mixed >> 29
+    mixed *= _MULTIPLIER
+    mixed = (mixed >> 32) & 0x7FFFFFFF
+    return mixed.mul_(size) >> 31
+
+
+def _add_modulo(numbers: Tensor, addend: Tensor, size: int) -> Tensor:
+    addend += numbers
+    return addend.sub_((addend >= size) * size)
+
+
+def _round_keys(seed: int, step: int) -> list[tuple[int, int]]:
+    """A multiplier (odd) and an addend for each half-round, 64-bit words read as signed."""
+    state = mix(mix(seed) ^ step)
+    words = []
+    for _ in range(2 * _ROUNDS):
+        state = mix(state)
+        words.append((state ^ 1 << 63) - (1 << 63))
+    return [(multiplier | 1, addend) for multiplier, addend in zip(words[::2], words[1::2], strict=True)]
+
+
+def mix(number: int) -> int:
+    """A well-mixed 64-bit number: one step of SplitMix64 (Steele, Lea and Flood 2014)."""
+    number = (number + 0x9E3779B97F4A7C15) & _WORD
+    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & _WORD
+    return number ^ (number >> 31)

@@ -1,0 +1,301 @@
+"""The network from image to embedding: a trunk (any timm model) and a neck.
+
+The trunk runs in the configured precision, the neck in float32; parameters are float32 either way. Whatever is random
+in a forward pass (dropout, drop path) is drawn from torch's default generator: call `seed_step` before each.
+"""
+
+import difflib
+import hashlib
+import inspect
+import pickle
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from recognition.config import Backbone as BackboneConfig
+from recognition.config import UserError
+from recognition.models import insightface
+from recognition.models import iresnet as iresnet  # registered with timm by their import
+from recognition.models import mobilefacenet as mobilefacenet
+
+_OWN_OPTIONS = {
+    "img_size": "set backbone.image_size",
+    "in_chans": "images have three channels",
+    "num_classes": "the classes are the head's",
+    "global_pool": "set backbone.neck",
+    "pretrained": "set backbone.weights",
+    "checkpoint_path": "set backbone.weights",
+    "features_only": "the last feature map is taken",
+}
+"""Arguments of timm models that are not options, and what to do instead."""
+
+_UNEXPECTED = re.compile(r"(\w+)(?:\.__init__)?\(\) got (?:an )?unexpected keyword argument(?:\(s\): \[| )'(\w+)'")
+"""How Python and timm say that a class does not know an argument."""
+
+
+class Neck(nn.Module):
+    """From feature map to embedding; the last BatchNorm has no scale of its own (its weight stays 1).
+
+    `flatten`: BN, dropout, flatten, linear, BN. `pool`: BN, mean over the positions, dropout, linear, BN. `linear`:
+    dropout, flatten, linear, BN. The linear map has no bias, which the BatchNorm after it would take out.
+    """
+
+    def __init__(self, kind: str, channels: int, positions: int, size: int, dropout: float) -> None:
+        super().__init__()
+        self.pool = kind == "pool"
+        self.norm = nn.Identity() if kind == "linear" else nn.BatchNorm2d(channels)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(channels if self.pool else channels * positions, size, bias=False)
+        self.output_norm = nn.BatchNorm1d(size)
+        self.output_norm.weight.requires_grad_(False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map [b,C,h,w] to [b,D]."""
+        x = self.norm(features)
+        x = x.mean((2, 3)) if self.pool else x.flatten(1)
+        return self.output_norm(self.linear(self.dropout(x)))
+
+
+class Backbone(nn.Module):
+    """Trunk and neck: images [b,3,H,W] float32 in [-1,1] to embeddings [b,D] float32, not normalised."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.image_size = config.image_size
+        self.embedding_size = config.embedding_size
+        self.mixed_precision = config.precision == "bfloat16"
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.trunk, features = _build_trunk(config)
+        width = getattr(self.trunk, "num_features", None)
+        self.channels_at_end = features.shape[-1] == width and (features.ndim == 3 or features.shape[1] != width)
+        self.prefix_tokens = int(getattr(self.trunk, "num_prefix_tokens", 0)) if features.ndim == 3 else 0
+        _, channels, height, breadth = self._as_map(features).shape
+        kind = getattr(self.trunk, "preferred_neck", "flatten") if config.neck == "auto" else config.neck
+        if kind != "pool" and config.options.get("patch_drop_rate"):
+            raise UserError("backbone.options.patch_drop_rate: the number of tokens varies; set backbone.neck = 'pool'")
+        self.neck = Neck(kind, channels, height * breadth, config.embedding_size, config.dropout)
+        self.to(memory_format=self.memory_format)
+
+    def forward(self, images: Tensor, *, float32: bool = False) -> Tensor:
+        """Embed images [b,3,H,W] float32 in [-1,1] as [b,D] float32; with `float32`, without autocast."""
+        device = images.device.type
+        images = images.contiguous(memory_format=self.memory_format)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.mixed_precision and not float32):
+            features = self.trunk(images)
+        with torch.autocast(device, enabled=False):
+            return self.neck(self._as_map(features).float())
+
+    def _as_map(self, features: Tensor) -> Tensor:
+        """Any trunk's output as [b,C,h,w]: tokens stand in one column, a pooled vector at one position."""
+        if features.ndim == 2:
+            return features[:, :, None, None]
+        if features.ndim == 3:
+            features = features[:, self.prefix_tokens :, None]
+        return features.movedim(-1, 1) if self.channels_at_end else features
+
+
+def build_backbone(config: BackboneConfig, seed: int = 0) -> Backbone:
+    """Build the backbone with initial weights that are a function of `seed`, or with those of `config.weights`.
+
+    The caller's generators are left as they were. Raises UserError for a model, an option, an image size or weights
+    that do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_key("backbone", seed))
+        backbone = Backbone(config)
+    if config.weights is not None:
+        load_weights(backbone, config.weights)
+    if config.compile:
+        backbone.trunk.compile()
+    return backbone
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Key torch's default generators (CPU and GPU) by (seed, step, rank).
+
+    Called before every forward pass in training, it makes dropout and drop path a function of the three, so that no
+    generator's state has to be saved. `step` counts forward passes, also those within one update.
+    """
+    torch.manual_seed(_key("step", seed, step, rank))
+
+
+def average_running_statistics(backbone: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Replace every BatchNorm's running mean and variance by the mean over the ranks of `group`, in place.
+
+    Collective: one all-reduce. Without it each rank evaluates, saves and exports the statistics of its own images.
+    """
+    world = dist.get_world_size(group)
+    statistics = [
+        buffer
+        for module in backbone.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
+    if world == 1 or not statistics:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in statistics])
+    dist.all_reduce(flat, group=group)
+    flat /= world
+    for buffer, mean in zip(statistics, flat.split([buffer.numel() for buffer in statistics]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+class BackboneEmbedder:
+    """The backbone as an embedder: uint8 images in, embeddings out, in evaluation mode.
+
+    It computes in the backbone's configured precision, as verification in training should; `float32` turns autocast
+    off, for comparison with an exported model.
+    """
+
+    def __init__(self, backbone: Backbone, device: torch.device | str = "cpu", *, float32: bool = False) -> None:
+        self.backbone = backbone
+        self.device = torch.device(device)
+        self.float32 = float32
+        self.image_size = backbone.image_size
+        self.embedding_size = backbone.embedding_size
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Embed RGB images, uint8 [n,H,W,3], as float32 [n,D], not normalised; the training mode is restored."""
+        if not len(images):
+            return np.zeros((0, self.embedding_size), np.float32)
+        pixels = torch.from_numpy(np.require(images, np.uint8, ["C", "W"])).to(self.device)
+        was_training = self.backbone.training
+        self.backbone.eval()
+        try:
+            with torch.inference_mode():
+                batch = pixels.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
+                return self.backbone(batch, float32=self.float32).cpu().numpy()
+        finally:
+            self.backbone.train(was_training)
+
+
+def load_weights(backbone: Backbone, path: Path) -> None:
+    """Load a state dict in place: ours, or InsightFace's `backbone.pth` of an IResNet or a MobileFaceNet.
+
+    `.pt` and `.pth` are read without unpickling objects; `.safetensors` needs that package. Raises UserError if the
+    file cannot be read or does not fit.
+    """
+    state = insightface.translate(_unwrap(_read(path), path))
+    own = backbone.state_dict()
+    mistakes = [
+        _listing("it lacks", [name for name in own if name not in state and not name.endswith("num_batches_tracked")]),
+        _listing("it has, unexpectedly,", [name for name in state if name not in own]),
+        _listing(
+            "of another shape:",
+            [
+                f"{name} {list(state[name].shape)} for {list(own[name].shape)}"
+                for name in own
+                if name in state and state[name].shape != own[name].shape
+            ],
+        ),
+    ]
+    if any(mistakes):
+        raise UserError(
+            f"backbone.weights: {path} does not fit this backbone\n"
+            + "".join(f"  {mistake}\n" for mistake in mistakes if mistake)
+            + "  set backbone.name, options, image_size, embedding_size and neck as they were when it was trained"
+        )
+    backbone.load_state_dict(state, strict=False)
+
+
+def _key(*parts: str | int) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+def _build_trunk(config: BackboneConfig) -> tuple[nn.Module, Tensor]:
+    """The timm model and what it gives for one image.
+
+    Not every model takes the image size as an argument or can leave its pooling out; what it refuses is left away.
+    """
+    known = timm.list_models()
+    if config.name not in known:
+        near = difflib.get_close_matches(config.name.partition(".")[0], known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
+        raise UserError(f"backbone.name: no timm model {config.name}; {hint}")
+    for option, instead in _OWN_OPTIONS.items():
+        if option in config.options:
+            raise UserError(f"backbone.options.{option}: not an option; {instead}")
+    size = {"img_size": config.image_size}
+    unpooled = {"global_pool": ""}
+    mistakes: list[Exception] = []
+    for arguments in (size | unpooled, unpooled, size, {}):
+        try:
+            trunk = timm.create_model(config.name, num_classes=0, **arguments, **config.options)
+            return trunk, _probe(trunk, config.image_size)
+        except Exception as error:
+            _check_options(config, error)
+            mistakes.append(error)
+    chosen = [error for error in mistakes if not _UNEXPECTED.search(str(error))] or mistakes
+    options = f" with {dict(config.options)}" if config.options else ""
+    raise UserError(
+        f"backbone: {config.name}{options} does not take {config.image_size}x{config.image_size} images: {chosen[0]}"
+    ) from chosen[0]
+
+
+def _check_options(config: BackboneConfig, error: Exception) -> None:
+    """Raise UserError if `error` says that the model has no such option as one of the configured ones."""
+    refused = _UNEXPECTED.search(str(error))
+    if refused is None or refused[2] not in config.options:
+        return
+    module = sys.modules[timm.models.model_entrypoint(config.name).__module__]
+    taker = getattr(module, refused[1], None)
+    names = [name for name in inspect.signature(taker).parameters if name not in _OWN_OPTIONS] if taker else []
+    near = difflib.get_close_matches(refused[2], names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+    raise UserError(f"backbone.options.{refused[2]}: {config.name} has no such option; {hint}") from error
+
+
+def _probe(trunk: nn.Module, image_size: int) -> Tensor:
+    """The trunk's output for one grey image, in evaluation mode: its shape sizes the neck."""
+    trunk.eval()
+    with torch.no_grad():
+        features = trunk(torch.zeros(1, 3, image_size, image_size))
+    trunk.train()
+    if not isinstance(features, Tensor) or not 2 <= features.ndim <= 4 or not features.numel():
+        raise ValueError("its output is not one feature map")
+    return features
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise UserError(f"backbone.weights: {path} needs the package safetensors") from None
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"backbone.weights: {path} holds more than tensors; save it anew with torch.save(model.state_dict(), path)"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"backbone.weights: {path} cannot be read: {error}") from None
+
+
+def _unwrap(state: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict within a checkpoint, without the prefixes that DDP and torch.compile put before names."""
+    if isinstance(state, Mapping):
+        for key in ("state_dict_backbone", "state_dict", "backbone", "model"):
+            if isinstance(state.get(key), Mapping):
+                state = state[key]
+                break
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UserError(f"backbone.weights: {path} is not a state dict")
+    return {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _listing(title: str, names: list[str], limit: int = 5) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{title} {', '.join(names[:limit])}{more}"

@@ -1,0 +1,172 @@
+"""Whole runs: resumed, on other numbers of ranks, interrupted, accumulated, and what they leave behind."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import launch_ranks
+from torch import nn
+
+from recognition import config, trainer
+from recognition.checkpoint import Checkpoints, read_tensors
+from recognition.data.faces import write_faces
+from recognition.deploy.embedder import OnnxEmbedder
+from recognition.evaluation.pairs import read_pairs
+from recognition.evaluation.verification import embed_pairs, verify
+from recognition.models.backbone import BackboneEmbedder
+from recognition.run_folder import load_backbone
+
+TINY = Path(__file__).parent / "tiny.toml"
+STEPS = 6
+SETTINGS = (
+    "run.seed=3",
+    "backbone.name=resnet10t",
+    "backbone.embedding_size=32",
+    "backbone.precision=float32",
+    "backbone.dropout=0.2",
+    "head.margin.name=cosface",
+    "head.margin.margin=0.2",
+    "head.chunk=5",
+    "training.global_batch=24",
+    f"training.epochs={STEPS * 24 / 90}",
+    "training.warmup_epochs=0.5",
+    "data.augment={shift = 0.05, brightness = 0.2}",
+    "data.threads=1",
+    "evaluation.batch=20",
+    "checkpoint.every_steps=4",
+    "tracking.every_steps=1",
+    "export.enabled=false",
+)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faces")
+    write_faces(folder, identities=15, images=6, pairs=20, seed=1)
+    return folder
+
+
+def settings(faces: Path, run: Path, *overrides: str) -> list[str]:
+    return [*SETTINGS, f"data.path={faces}", f"run.folder={run}", *overrides]
+
+
+class Linear(nn.Module):
+    """A backbone without BatchNorm: what it gives for an image does not depend on the rest of the batch."""
+
+    def __init__(self, embedding_size: int) -> None:
+        super().__init__()
+        self.embedding_size, self.image_size = embedding_size, 112
+        self.projection = nn.Linear(3 * 14 * 14, embedding_size)
+        nn.init.normal_(self.projection.weight, std=0.05, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.projection(nn.functional.avg_pool2d(images, 8).flatten(1))
+
+
+def run(overrides: list[str], signal_at: int | None = None, linear: bool = False) -> dict:
+    """Train on this rank; on the last rank, a SIGINT arrives in step `signal_at`."""
+    fired = []
+    if linear:
+        trainer.build_backbone = lambda settings, seed: Linear(settings.embedding_size)
+    train_step = trainer.Trainer._train_step
+
+    def interrupted(self: trainer.Trainer, step: int) -> dict:
+        values = train_step(self, step)
+        if step + 1 == signal_at and self.ranks.rank == self.ranks.world - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            fired.append(step)
+        return values
+
+    trainer.Trainer._train_step = interrupted
+    return {"complete": trainer.train(config.load(TINY, overrides)), "fired": fired}
+
+
+def losses(folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    return [record["loss"] for record in steps]
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    found = Checkpoints(folder / "checkpoints", 2).find()
+    assert found is not None
+    return {name: tensor.numpy() for name, tensor in read_tensors(found, "").items()}
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5])
+def test_a_run_stopped_at_any_step_and_resumed_is_bitwise_the_run_that_was_not(
+    faces: Path, tmp_path: Path, stop: int
+) -> None:
+    launch_ranks(run, 2, settings(faces, tmp_path / "whole"))
+    stopped = launch_ranks(run, 2, settings(faces, tmp_path / "parts"), stop)
+    assert [rank["complete"] for rank in stopped] == [False, False]
+    assert stopped[1]["fired"] == [stop - 1]
+    assert (tmp_path / "parts/checkpoints/latest").read_text().strip() == f"step-{stop:08d}"
+    resumed = launch_ranks(run, 2, settings(faces, tmp_path / "parts"))
+    assert all(rank["complete"] for rank in resumed)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        np.testing.assert_array_equal(parts[name], tensor, err_msg=name)
+
+
+def test_every_number_of_ranks_trains_alike_and_continues_the_others_run(faces: Path, tmp_path: Path) -> None:
+    launch_ranks(run, 1, settings(faces, tmp_path / "one"), None, True)
+    reference = losses(tmp_path / "one")
+    assert reference[-1] < reference[0]
+    for world in (2, 4):
+        launch_ranks(run, world, settings(faces, tmp_path / f"{world}"), None, True)
+        np.testing.assert_allclose(losses(tmp_path / f"{world}"), reference, rtol=2e-5)
+    launch_ranks(run, 4, settings(faces, tmp_path / "mixed"), 2, True)
+    launch_ranks(run, 1, settings(faces, tmp_path / "mixed"), 4, True)
+    launch_ranks(run, 3, settings(faces, tmp_path / "mixed"), None, True)
+    np.testing.assert_allclose(losses(tmp_path / "mixed"), reference, rtol=2e-5)
+
+
+def test_accumulated_passes_equal_the_large_batch(faces: Path, tmp_path: Path) -> None:
+    launch_ranks(run, 2, settings(faces, tmp_path / "whole"), None, True)
+    launch_ranks(run, 2, settings(faces, tmp_path / "passes", "training.accumulation=3"), None, True)
+    np.testing.assert_allclose(losses(tmp_path / "passes"), losses(tmp_path / "whole"), rtol=2e-5)
+    whole, passes = tensors(tmp_path / "whole"), tensors(tmp_path / "passes")
+    for name in ("head.weight", "backbone.projection.weight"):
+        np.testing.assert_allclose(passes[name], whole[name], rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+def test_the_file_that_is_shipped_verifies_as_the_checkpoint_does(faces: Path, tmp_path: Path) -> None:
+    overrides = settings(faces, tmp_path / "run", f"evaluation.pairs={faces / 'pairs.bin'}", "export.enabled=true")
+    launch_ranks(run, 2, overrides)
+    pairs = read_pairs(faces / "pairs.bin")
+    backbone, facts = load_backbone(tmp_path / "run")
+    assert facts["step"] == STEPS and facts["identities"] == 15
+    embedded = embed_pairs(BackboneEmbedder(backbone, float32=True), pairs, 20)
+    shipped = embed_pairs(OnnxEmbedder(tmp_path / "run/model.onnx"), pairs, 20)
+    np.testing.assert_allclose(shipped, embedded, atol=1e-4)
+    card = json.loads((tmp_path / "run/model.json").read_text())
+    result = verify(shipped, pairs.same)
+    assert card["verification"]["pairs"]["accuracy"] == pytest.approx(result.accuracy)
+    best, facts = load_backbone(tmp_path / "run", "best")
+    assert facts["accuracy"] == pytest.approx(result.accuracy)
+    for ours, theirs in zip(best.state_dict().values(), backbone.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_changed_run_is_not_continued_and_every_change_is_named(faces: Path, tmp_path: Path) -> None:
+    launch_ranks(run, 1, settings(faces, tmp_path / "run"), 2)
+    changed = settings(faces, tmp_path / "run", "training.global_batch=12", "head.margin.margin=0.3")
+    with pytest.raises(AssertionError) as error:
+        launch_ranks(run, 1, changed)
+    message = str(error.value)
+    assert "UserError" in message
+    assert "training.global_batch: was 24, is 12" in message
+    assert "head.margin.margin: was 0.2, is 0.3" in message
+
+
+def test_too_few_images_for_the_ranks_is_said(faces: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="leaves a rank 1 images"):
+        launch_ranks(run, 2, settings(faces, tmp_path / "run", "training.global_batch=3"))

@@ -1,0 +1,257 @@
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from recognition import config
+from recognition.config import Config, ConfigError, UserError, load
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+DATA = '[data]\npath = "faces"\n'
+
+Write = Callable[[str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def _write(text: str) -> Path:
+        path = tmp_path / "run.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return _write
+
+
+def mistakes(path: Path, *overrides: str, check_paths: bool = False) -> list[str]:
+    """The mistakes that `load` reports, after a first line that counts them."""
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides, check_paths=check_paths)
+    heading, *lines = str(caught.value).splitlines()
+    assert heading == f"{path}: {len(lines)} mistake{'s' if len(lines) > 1 else ''}"
+    assert all(line.startswith("  ") for line in lines)
+    return [line.strip() for line in lines]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_round_trips(path: Path, write: Write) -> None:
+    recipe = load(path, check_paths=False)
+    assert load(write(recipe.to_toml()), check_paths=False) == recipe
+
+
+def test_the_least_file_gives_the_defaults(write: Write) -> None:
+    settings = load(write(DATA), check_paths=False)
+    assert settings.data.path == Path("faces")
+    assert settings.backbone == config.Backbone() and settings.optimizer == config.SGD()
+    assert settings.head.margin == config.ArcFace(scale=64.0, margin=0.5)
+    assert settings.training.schedule == "polynomial" and settings.evaluation.pairs == ()
+
+
+def test_values_of_file_and_overrides(write: Write) -> None:
+    path = write(DATA + '[training]\nepochs = 3\nglobal_batch = 64\n[backbone]\nname = "mobilefacenet"\n')
+    overrides = [
+        "training.global_batch=128",
+        "training.schedule=cosine",
+        'run.folder="runs/a b"',
+        "data.path=other faces/train.rec",
+        "data.augment.zoom=0.1",
+        "backbone.options={drop_path_rate = 0.05, norm = true}",
+        "backbone.options.act_layer=gelu",
+    ]
+    settings = load(path, overrides, check_paths=False)
+    assert (settings.training.epochs, settings.training.global_batch) == (3.0, 128)
+    assert settings.training.schedule == "cosine"
+    assert (settings.run.folder, settings.data.path) == (Path("runs/a b"), Path("other faces/train.rec"))
+    assert settings.data.augment == config.Augment(zoom=0.1)
+    assert settings.backbone.name == "mobilefacenet"
+    assert settings.backbone.options == {"drop_path_rate": 0.05, "norm": True, "act_layer": "gelu"}
+    assert settings.backbone.options["norm"] is True
+
+
+@pytest.mark.parametrize(
+    ("override", "mistake"),
+    [
+        ("traning.epochs=3", "traning: unknown key; did you mean training?"),
+        ("training.epoch=3", "training.epoch: unknown key; did you mean epochs?"),
+        ("data.augment.rotate=3", "data.augment.rotate: unknown key; did you mean rotate_degrees?"),
+        ("tracking.wandb=true", "tracking.wandb: unknown key; known: every_steps, images"),
+    ],
+)
+def test_an_unknown_key_comes_with_what_was_meant(write: Write, override: str, mistake: str) -> None:
+    assert mistakes(write(DATA), override) == [mistake]
+
+
+@pytest.mark.parametrize(
+    ("override", "mistake"),
+    [
+        ("training.global_batch=1.5", "training.global_batch: input should be a valid integer, not 1.5"),
+        ("training.global_batch=64.0", "training.global_batch: input should be a valid integer, not 64.0"),
+        ("training.global_batch=many", 'training.global_batch: input should be a valid integer, not "many"'),
+        ("training.global_batch=0", "training.global_batch: input should be greater than 0, not 0"),
+        ("run.seed=true", "run.seed: input should be a valid integer, not true"),
+        ('run.seed="3"', 'run.seed: input should be a valid integer, not "3"'),
+        ("run.folder=3", "run.folder: input should be a valid string, not 3"),
+        ("backbone.compile=1", "backbone.compile: input should be a valid boolean, not 1"),
+        ("backbone.precision=float16", "backbone.precision: input should be 'float32' or 'bfloat16', not \"float16\""),
+        ("head.sample_rate=0", "head.sample_rate: input should be greater than 0, not 0"),
+        ("data.augment.flip=1.01", "data.augment.flip: input should be less than or equal to 1, not 1.01"),
+        ("training.epochs=inf", "training.epochs: input should be a finite number, not Infinity"),
+        ("training.epochs=nan", "training.epochs: input should be a finite number, not NaN"),
+        ("training.clip_norm=-inf", "training.clip_norm: input should be a finite number, not -Infinity"),
+        ("evaluation.pairs=3", "evaluation.pairs: input should be a valid array, not 3"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_or_size(write: Write, override: str, mistake: str) -> None:
+    assert mistakes(write(DATA), override) == [mistake]
+
+
+@pytest.mark.parametrize("override", ["nonsense", "training.epochs", "epochs=3", ".epochs=3", "training.=3", "=3", ""])
+def test_an_override_that_is_none(write: Write, override: str) -> None:
+    assert mistakes(write(DATA), override) == [f"{override}: an override is written section.key=value".strip()]
+
+
+def test_an_override_through_a_value(write: Write) -> None:
+    assert mistakes(write(DATA), "data.path.x=3") == ["data.path.x=3: data.path is a value, not a section"]
+
+
+def test_all_mistakes_are_told_at_once(write: Write) -> None:
+    path = write('[run]\nseed = -1\n[head.margin]\nname = "cosface"\nmargn = 0.3\n[training]\npower = "two"\n')
+    assert mistakes(path, "nonsense", "checkpoint.keep=0") == [
+        "nonsense: an override is written section.key=value",
+        "run.seed: input should be greater than or equal to 0, not -1",
+        "data: missing",
+        "head.margin.margn: unknown key; did you mean margin?",
+        'training.power: input should be a valid number, not "two"',
+        "checkpoint.keep: input should be greater than or equal to 1, not 0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "margin"),
+    [
+        (["head.margin.name=softmax"], config.Softmax()),
+        (["head.margin.name=normface", "head.margin.scale=30"], config.NormFace(scale=30.0)),
+        (["head.margin.name=cosface", "head.margin.margin=0.35"], config.CosFace(margin=0.35)),
+        (["head.margin.name=arcface", "head.margin.straight_through=true"], config.ArcFace(straight_through=True)),
+        (["head.margin.name=combined", "head.margin.m3=0.1"], config.Combined(m3=0.1)),
+    ],
+)
+def test_the_variants_of_a_margin(write: Write, overrides: list[str], margin: config.Margin) -> None:
+    assert load(write(DATA), overrides, check_paths=False).head.margin == margin
+
+
+def test_a_variant_is_judged_by_its_own_fields(write: Write) -> None:
+    path = write(DATA + '[head.margin]\nname = "cosface"\n')
+    assert mistakes(path, "head.margin.m1=2.0") == ["head.margin.m1: unknown key; known: name, scale, margin"]
+    assert mistakes(path, "head.margin.margin=-1") == [
+        "head.margin.margin: input should be greater than or equal to 0, not -1"
+    ]
+
+
+def test_a_variant_that_does_not_exist(write: Write) -> None:
+    (mistake,) = mistakes(write(DATA), "head.margin.name=arcfac")
+    assert mistake.startswith("head.margin: ") and "'arcfac'" in mistake
+    assert all(f"'{name}'" in mistake for name in ("softmax", "normface", "cosface", "arcface", "combined"))
+
+
+def test_another_variant_drops_the_fields_of_the_one_before(write: Write) -> None:
+    path = write(DATA + '[optimizer]\nname = "sgd"\nmomentum = 0.8\n[head]\nlr = 0.2\n')
+    settings = load(path, ["optimizer.name=adamw", "optimizer.lr=0.002"], check_paths=False)
+    assert settings.optimizer == config.AdamW(lr=0.002)
+    assert settings.head_lr == 0.2
+    same = load(path, ["optimizer.name=sgd"], check_paths=False)
+    assert same.optimizer == config.SGD(momentum=0.8)
+
+
+def test_adamw_needs_a_rate_for_the_class_weights(write: Write) -> None:
+    (mistake,) = mistakes(write(DATA), "optimizer.name=adamw")
+    assert "set head.lr" in mistake
+    settings = load(write(DATA), ["optimizer.name=adamw", "head.lr=0.1"], check_paths=False)
+    assert (settings.optimizer.lr, settings.head_lr) == (1e-3, 0.1)
+    settings = load(write(DATA + '[optimizer]\nname = "sgd"\nlr = 0.3\n'), check_paths=False)
+    assert settings.head_lr == 0.3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.global_batch=100", "training.accumulation=3"], ["(100)", "training.accumulation (3)"]),
+        (["training.epochs=2", "training.warmup_epochs=2"], ["training.warmup_epochs (2.0)", "training.epochs (2.0)"]),
+    ],
+)
+def test_fields_that_contradict_each_other(write: Write, overrides: list[str], words: list[str]) -> None:
+    (mistake,) = mistakes(write(DATA), *overrides)
+    assert all(word in mistake for word in words)
+
+
+def test_input_paths_are_looked_for_only_when_asked(write: Write, tmp_path: Path) -> None:
+    absent, present = tmp_path / "absent", tmp_path / "lfw.bin"
+    present.write_bytes(b"")
+    text = f'[data]\npath = "{absent}"\n[evaluation]\npairs = ["{present}", "{absent}.bin"]\n'
+    path = write(text + f'[backbone]\nweights = "{absent}.pth"\n')
+    assert mistakes(path, check_paths=True) == [
+        f"data.path: no such file or folder: {absent}",
+        f"backbone.weights: no such file or folder: {absent}.pth",
+        f"evaluation.pairs.1: no such file or folder: {absent}.bin",
+    ]
+    assert load(path, check_paths=False).data.path == absent
+    absent.mkdir()
+    found = load(path, ["backbone.weights=" + str(present), "evaluation.pairs=" + str(present)])
+    assert found.evaluation.pairs == (present,)
+
+
+def test_pairs_are_one_path_or_several(write: Write) -> None:
+    one = load(write(DATA), ["evaluation.pairs=sets/lfw.bin"], check_paths=False)
+    assert one.evaluation.pairs == (Path("sets/lfw.bin"),)
+    two = load(write(DATA), ['evaluation.pairs=["lfw.bin", "cfp.bin"]'], check_paths=False)
+    assert two.evaluation.pairs == (Path("lfw.bin"), Path("cfp.bin"))
+
+
+def test_what_is_written_is_toml_and_is_read_back_equal(write: Write) -> None:
+    overrides = [
+        'run.folder="runs/a \\"b\\" \\\\ é"',
+        'backbone.options={drop_path_rate = 1e-7, patch = 8, flag = false, kind = "x"}',
+        'evaluation.pairs=["a.bin", "b.bin"]',
+        "optimizer.name=adamw",
+        "optimizer.betas=[0.9, 0.98]",
+        "optimizer.eps=1e-16",
+        "head.lr=0.1",
+        "head.margin.name=combined",
+    ]
+    settings = load(write(DATA), overrides, check_paths=False)
+    text = settings.to_toml()
+    assert load(write(text), check_paths=False) == settings
+    tree = tomllib.loads(text)
+    assert tree["run"]["folder"] == 'runs/a "b" \\ é'
+    assert tree["optimizer"]["betas"] == [0.9, 0.98] and tree["optimizer"]["eps"] == 1e-16
+    assert "weights" not in tree["backbone"] and tree["training"]["power"] == 1.0
+
+
+def test_a_file_that_cannot_be_read_or_parsed(tmp_path: Path, write: Write) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.toml: No such file or directory"):
+        load(tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match=r"run\.toml: not valid TOML: .*line 2"):
+        load(write("[data]\npath = = 3\n"))
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"binary\.toml: not valid TOML"):
+        load(tmp_path / "binary.toml")
+    assert issubclass(ConfigError, UserError) and issubclass(UserError, ValueError)
+
+
+def test_a_configuration_cannot_be_changed(write: Write) -> None:
+    settings: Config = load(write(DATA), check_paths=False)
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        settings.training.epochs = 3.0  # type: ignore[misc]
+
+
+def test_every_field_says_what_it_is() -> None:
+    sections = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, config.Section)]
+    settings = [section for section in sections if section not in (config.Section, Config)]
+    silent = [
+        f"{section.__name__}.{name}"
+        for section in settings
+        for name, field in section.model_fields.items()
+        if name != "name" and not field.description
+    ]
+    assert not silent and all(section.__doc__ for section in settings)

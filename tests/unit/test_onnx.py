@@ -1,0 +1,277 @@
+import copy
+import hashlib
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from recognition.config import Export, UserError
+from recognition.deploy.embedder import OnnxEmbedder
+from recognition.deploy.onnx import export
+
+SIZE, D = 16, 8
+
+
+class Small(nn.Module):
+    """A backbone in miniature, with all that an export has to undo: bfloat16, running statistics, dropout."""
+
+    image_size = SIZE
+    embedding_size = D
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.dropout = nn.Dropout(0.5)
+        self.linear = nn.Linear(6 * (SIZE // 2) ** 2, D)
+        self.last = nn.BatchNorm1d(D)
+
+    def forward(self, images, *, float32=False):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=not float32):
+            x = self.linear(self.dropout(self.norm(self.conv(images)).relu()).flatten(1))
+        return self.last(x.float())
+
+
+def small():
+    torch.manual_seed(0)
+    backbone = Small()
+    for _ in range(3):
+        backbone(2 * torch.randn(8, 3, SIZE, SIZE) + 0.3)
+    return backbone.train()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The backbone, its state before the export, the path and the parity."""
+    backbone = small()
+    before = copy.deepcopy(backbone.state_dict())
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    parity = export(backbone, path, {"backbone": "small", "step": 7, "margin": {"m": 0.5}}, Export())
+    return backbone, before, path, parity
+
+
+def reference(backbone, images):
+    """Embeddings in float64 of uint8 images, from the layers' formulas."""
+    state = {name: tensor.double().numpy() for name, tensor in backbone.state_dict().items()}
+    x = (images.astype(np.float64).transpose(0, 3, 1, 2) - 127.5) / 127.5
+    x = torch.nn.functional.conv2d(
+        torch.from_numpy(x), *(torch.from_numpy(state[f"conv.{name}"]) for name in ("weight", "bias")), 2, 1
+    ).numpy()
+
+    def norm(x, name):
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        mean, var, gain, bias = (
+            state[f"{name}.{part}"].reshape(shape) for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / np.sqrt(var + 1e-5) * gain + bias
+
+    x = np.maximum(norm(x, "norm"), 0).reshape(len(x), -1)
+    return norm(x @ state["linear.weight"].T + state["linear.bias"], "last")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(1).integers(0, 256, (7, SIZE, SIZE, 3), np.uint8)
+
+
+def test_the_file_computes_the_backbone_in_eval_mode_and_float32(exported, images):
+    backbone, _, path, parity = exported
+    expected = reference(backbone, images)
+    embedder = OnnxEmbedder(path, threads=1)
+    assert (embedder.image_size, embedder.embedding_size) == (SIZE, D)
+    for batch in (1, 2, 7):
+        found = embedder(images[:batch])
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected[:batch], atol=1e-5)
+    assert embedder(images[:0]).shape == (0, D)
+    assert 0 <= parity.max_difference < 1e-5
+    assert 1 - 1e-6 < parity.min_cosine <= 1 + 1e-9
+
+
+def test_the_backbone_is_left_as_it_is(exported):
+    backbone, before, _, _ = exported
+    assert backbone.training
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+
+
+def test_the_file_is_one_and_meets_insightfaces_loader(exported):
+    _, _, path, _ = exported
+    assert sorted(item.name for item in path.parent.iterdir()) == ["model.json", "model.onnx"]
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [item.version for item in model.opset_import if not item.domain] == [18]
+    (data,), (embedding,) = model.graph.input, model.graph.output
+    assert (data.name, embedding.name) == ("data", "embedding")
+    assert data.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    batch, *rest = data.type.tensor_type.shape.dim
+    assert batch.dim_param
+    assert [dimension.dim_value for dimension in rest] == [3, SIZE, SIZE]
+    batch, length = embedding.type.tensor_type.shape.dim
+    assert batch.dim_param
+    assert length.dim_value == D
+    names = [node.name for node in model.graph.node]
+    assert not any(name.startswith(("Sub", "_minus", "Mul", "_mul")) for name in names)
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    assert all(tensor.data_location != onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
+
+
+def test_metadata_and_card(exported):
+    _, _, path, parity = exported
+    facts = OnnxEmbedder(path).facts
+    assert facts["input_color"] == "RGB"
+    assert (float(facts["input_mean"]), float(facts["input_std"])) == (127.5, 127.5)
+    assert (facts["backbone"], facts["step"], json.loads(facts["margin"])) == ("small", "7", {"m": 0.5})
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert (card["input_size"], card["embedding_size"], card["input_layout"]) == (SIZE, D, "NCHW")
+    assert (card["backbone"], card["step"], card["margin"], card["opset"]) == ("small", 7, {"m": 0.5}, 18)
+    assert card["parity"] == {"max_difference": parity.max_difference, "min_cosine": parity.min_cosine}
+    assert card["bytes"] == path.stat().st_size
+    assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Doubtful(nn.Module):
+    """Computes another thing when it is exported."""
+
+    image_size = SIZE
+    embedding_size = 3
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, images):
+        wrong = self.error if torch.compiler.is_exporting() else 0.0
+        return images.mean(dim=(2, 3)) + wrong * images[:, [0], 0, 0]
+
+
+@pytest.mark.parametrize("error", [0.05, float("nan")])
+def test_beyond_tolerance_leaves_no_file(tmp_path, error):
+    with pytest.raises(UserError, match=r"model\.onnx: not written, .*export\.max_difference"):
+        export(Doubtful(error), tmp_path / "model.onnx", {}, Export())
+    assert not list(tmp_path.iterdir())
+
+
+def test_facts_do_not_overwrite_the_preprocessing(tmp_path):
+    with pytest.raises(ValueError, match="input_mean"):
+        export(Doubtful(0.0), tmp_path / "model.onnx", {"input_mean": "0"}, Export())
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, images: images.reshape(2, -1)[:, :3],
+        lambda self, images: images[:, :, 0, 0] if images.sum() > 0 else images[:, :, 1, 1],
+    ],
+)
+def test_a_network_that_cannot_be_exported_is_refused(tmp_path, monkeypatch, forward):
+    monkeypatch.setattr(Doubtful, "forward", forward)
+    with pytest.raises(UserError, match="the backbone cannot be exported to ONNX: "):
+        export(Doubtful(0.0), tmp_path / "model.onnx", {}, Export())
+
+
+def test_a_network_beyond_protobufs_limit_is_refused(tmp_path):
+    class Large(Doubtful):
+        def __init__(self):
+            super().__init__(0.0)
+            with torch.device("meta"):
+                self.weight = nn.Parameter(torch.empty(2**29))
+
+        def __deepcopy__(self, memo):
+            return self
+
+        def cpu(self):
+            return self
+
+    with pytest.raises(UserError, match="2 GiB"):
+        export(Large(), tmp_path / "model.onnx", {}, Export())
+
+
+def foreign(path, *, shape=("n", 3, SIZE, SIZE), names=("a", "b"), outputs=1, static_batch=None):
+    """A file as others write it: the mean over the pixels of (x - 1) * 2, without metadata."""
+    one, two = (
+        onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [1], [value]) for name, value in (("o", 1), ("t", 2))
+    )
+    nodes = [
+        onnx.helper.make_node("Sub", ["x", "o"], ["s"], names[0]),
+        onnx.helper.make_node("Mul", ["s", "t"], ["m"], names[1]),
+        *(onnx.helper.make_node("ReduceMean", ["m"], [f"y{i}"], axes=[2, 3], keepdims=0) for i in range(outputs)),
+    ]
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)
+    y = [
+        onnx.helper.make_tensor_value_info(f"y{i}", onnx.TensorProto.FLOAT, [static_batch or "n", 3])
+        for i in range(outputs)
+    ]
+    graph = onnx.helper.make_graph(nodes, "foreign", [x], y, [one, two])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "mean", "std"), [(("a", "b"), 127.5, 127.5), (("Sub_1", "Mul_1"), 0, 1), (("Sub_1", "b"), 127.5, 127.5)]
+)
+@pytest.mark.parametrize("batch", ["n", 1, 3])
+def test_files_without_metadata_follow_insightfaces_rule(tmp_path, images, names, mean, std, batch):
+    path = foreign(tmp_path / "foreign.onnx", names=names, shape=(batch, 3, SIZE, SIZE), static_batch=batch)
+    expected = ((images.astype(np.float64) - mean) / std - 1).mean(axis=(1, 2)) * 2
+    np.testing.assert_allclose(OnnxEmbedder(path)(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_metadata_says_how_pixels_are_normalised(tmp_path, images):
+    path = foreign(tmp_path / "foreign.onnx")
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {"input_mean": "10", "input_std": "4.5", "input_color": "BGR"})
+    onnx.save(model, path)
+    expected = (((images - 10.0) / 4.5 - 1).mean(axis=(1, 2)) * 2)[:, ::-1]
+    np.testing.assert_allclose(OnnxEmbedder(path)(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_batch_of_one_that_is_not_true_does_no_harm(tmp_path, images, capfd):
+    embedder = OnnxEmbedder(foreign(tmp_path / "foreign.onnx", static_batch=1))
+    assert embedder(images).shape == (7, 3)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shape": ("n", 3, "h", "w")}, r"not one input float32 \[N, 3, H, H\]"),
+        ({"shape": ("n", 3, 16, 32)}, "not one input"),
+        ({"shape": ("n", 1, 16, 16)}, "not one input"),
+        ({"outputs": 2}, "not one output"),
+    ],
+)
+def test_files_that_are_no_embedder(tmp_path, options, message):
+    with pytest.raises(UserError, match=rf"foreign\.onnx: not a face embedder: .*{message}"):
+        OnnxEmbedder(foreign(tmp_path / "foreign.onnx", **options))
+
+
+def test_missing_and_corrupt_files(tmp_path, exported):
+    with pytest.raises(UserError, match="no such file"):
+        OnnxEmbedder(tmp_path / "none.onnx")
+    content = exported[2].read_bytes()
+    for broken in (b"", b"not a model", content[: len(content) // 2]):
+        (tmp_path / "broken.onnx").write_bytes(broken)
+        with pytest.raises(UserError, match=r"broken\.onnx: ONNX Runtime cannot load it"):
+            OnnxEmbedder(tmp_path / "broken.onnx")
+
+
+def test_images_of_another_kind_are_refused(exported):
+    embedder = OnnxEmbedder(exported[2])
+    for images in (np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, SIZE, SIZE, 3), np.float32)):
+        with pytest.raises(ValueError, match="takes uint8"):
+            embedder(images)
+
+
+def test_another_opset(tmp_path, exported, images):
+    path = tmp_path / "model.onnx"
+    export(exported[0], path, {}, Export(opset=17))
+    assert [item.version for item in onnx.load(path).opset_import if not item.domain] == [17]
+    (found,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(
+        None, {"data": (images.transpose(0, 3, 1, 2).astype(np.float32) - 127.5) / 127.5}
+    )
+    np.testing.assert_allclose(found, reference(exported[0], images), atol=1e-5)

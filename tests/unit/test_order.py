@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+
+from recognition.data.order import GOLDEN, batch_positions, mix, permute, samples_at
+
+EPOCHS = np.arange(100_000)
+
+
+def test_splitmix64_gives_the_published_sequence() -> None:
+    # The first outputs for seed 1234567 of Vigna's reference C code, as listed on Rosetta Code.
+    states = np.uint64(1234567) + np.arange(1, 6, dtype=np.uint64) * GOLDEN
+    assert mix(states).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 15, 16, 17, 1000, 4096, 4518, 99_991])
+def test_every_sample_stands_somewhere_once(size: int) -> None:
+    for seed, epoch in [(0, 0), (0, 1), (7, 1), (2**70 + 1, 10**9)]:
+        assert np.array_equal(np.sort(permute(seed, epoch, size, np.arange(size))), np.arange(size))
+
+
+@pytest.mark.parametrize("size", [400_000_000, 2**40 - 3, 2**40])
+def test_large_sizes(size: int) -> None:
+    positions = np.concatenate([np.arange(20_000), np.arange(size - 20_000, size)])
+    samples = permute(1, 2, size, positions)
+    assert len(np.unique(samples)) == len(samples)
+    assert samples.min() >= 0
+    assert samples.max() < size
+    assert chisquare(np.bincount(samples * 100 // size, minlength=100)).pvalue > 1e-4
+
+
+def test_the_order_never_changes() -> None:
+    """Written down from this code: another order would make runs of other versions unrepeatable."""
+    assert permute(0, 0, 1000, np.arange(6)).tolist() == FIRST_OF_1000
+    assert permute(3, 5, 400_000_000, [0, 399_999_999]).tolist() == ENDS_OF_400_MILLION
+
+
+FIRST_OF_1000 = [468, 34, 918, 210, 936, 538]
+ENDS_OF_400_MILLION = [241648788, 25504504]
+
+
+def test_seeds_and_epochs_give_unrelated_orders() -> None:
+    size = 5000
+    orders = [permute(seed, epoch, size, np.arange(size)) for seed, epoch in [(0, 0), (0, 1), (1, 0), (1, 1)]]
+    for i, first in enumerate(orders):
+        for second in orders[:i]:
+            assert (first == second).sum() < 10  # two random orders agree in one place on average
+            assert abs(np.corrcoef(first, second)[0, 1]) < 5 / np.sqrt(size)
+
+
+def test_an_epoch_per_position() -> None:
+    positions, epochs = np.arange(300), np.repeat([4, 9, 2], 100)
+    expected = np.concatenate([permute(6, epoch, 300, positions[epochs == epoch]) for epoch in (4, 9, 2)])
+    assert np.array_equal(permute(6, epochs, 300, positions), expected)
+
+
+@pytest.mark.parametrize("size", [2, 3, 10, 64, 101, 1000])
+def test_a_position_is_anywhere_equally_often(size: int) -> None:
+    for position in (0, size - 1):
+        samples = permute(11, EPOCHS, size, np.full_like(EPOCHS, position))
+        assert chisquare(np.bincount(samples, minlength=size)).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("size", [3, 10, 64, 101, 1000])
+def test_neighbours_are_anywhere_equally_often(size: int) -> None:
+    first, second = (permute(12, EPOCHS, size, np.full_like(EPOCHS, position)) for position in (0, 1))
+    assert chisquare(np.bincount((second - first) % size, minlength=size)[1:]).pvalue > 1e-4
+
+
+def test_neighbours_within_an_epoch_are_unrelated() -> None:
+    size = 1_000_003
+    samples = permute(0, 0, size, np.arange(size))
+    for distance in (1, 2, 1000, 1001):  # 1001 is a row of the Feistel grid
+        differences = (np.roll(samples, -distance) - samples) % size
+        assert chisquare(np.bincount(differences * 200 // size, minlength=200)).pvalue > 1e-4
+
+
+def test_positions_run_on_across_epochs() -> None:
+    size = 37
+    epochs, samples = samples_at(5, size, np.arange(3 * size))
+    assert np.array_equal(epochs, np.repeat([0, 1, 2], size))
+    for epoch in range(3):
+        assert np.array_equal(np.sort(samples[epochs == epoch]), np.arange(size))
+        assert np.array_equal(samples[epochs == epoch], permute(5, epoch, size, np.arange(size)))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("batch", [7, 8, 64, 65])
+def test_parts_of_the_ranks_join_to_the_global_batch(batch: int, world: int) -> None:
+    for step in (0, 3, 10**9):
+        parts = [batch_positions(step, batch, rank, world) for rank in range(world)]
+        assert [position for part in parts for position in part] == list(range(step * batch, (step + 1) * batch))
+        lengths = [len(part) for part in parts]
+        assert lengths == sorted(lengths, reverse=True)
+        assert lengths[0] - lengths[-1] <= 1
+
+
+def test_a_position_outside_is_refused() -> None:
+    for size, positions in [(10, [10]), (10, [-1]), (0, [0]), (2**62 + 1, [0])]:
+        with pytest.raises(ValueError, match=r"0\.\.9|size"):
+            permute(0, 0, size, positions)
+    assert permute(0, 0, 10, []).tolist() == []

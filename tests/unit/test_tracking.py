@@ -1,0 +1,321 @@
+import io
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from recognition import tracking
+from recognition.config import Tracking, UserError
+from recognition.tracking import Clock, Tracker, peak_memory
+
+RESULT = {
+    "accuracy": 0.9912,
+    "accuracy_std": 0.0031,
+    "threshold": 1.53,
+    "tar_at_far": {"1e-1": 0.998, "1e-3": 0.985, "1e-4": None},
+    "pairs": 6000,
+}
+
+
+def tracker(folder: Path, **changes: Any) -> Tracker:
+    settings = {
+        "total_steps": 25,
+        "start_step": 0,
+        "images_per_step": 64,
+        "steps_per_epoch": 10.0,
+        "is_main": True,
+        "config": Tracking(every_steps=10, images=4),
+    } | changes
+    return Tracker(folder, settings.pop("config"), **settings)
+
+
+def run(folder: Path, first: int, last: int, **changes: Any) -> None:
+    """Record steps `first` to `last`, whose loss is 100 / step."""
+    with tracker(folder, start_step=first - 1, **changes) as track:
+        for step in range(first, last + 1):
+            track.log_step(step, {"loss": torch.tensor(100 / step), "lr": 0.1})
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events(folder).Scalars(tag)]
+
+
+def test_metrics_hold_the_first_the_last_and_every_tenth_step(tmp_path: Path) -> None:
+    before = time.time()
+    run(tmp_path, 1, 25)
+    written = records(tmp_path)
+    assert [record["step"] for record in written] == [1, 10, 20, 25]
+    assert [record["epoch"] for record in written] == [0.1, 1.0, 2.0, 2.5]
+    assert [record["loss"] for record in written] == pytest.approx([100, 10, 5, 4])
+    assert all(before - 1 <= record["time"] <= time.time() for record in written)
+    assert all(record["lr"] == 0.1 and record["memory_gib"] > 0 for record in written)
+    assert "images_per_second" not in written[0] and written[1]["images_per_second"] > 0
+
+
+def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
+    run(tmp_path, 1, 25)
+    assert scalars(tmp_path, "train/loss") == [(1, 100.0), (10, 10.0), (20, 5.0), (25, 4.0)]
+    expected = {"loss", "lr", "images_per_second", "memory_gib"}
+    assert set(events(tmp_path).Tags()["scalars"]) == {f"train/{name}" for name in expected}
+
+
+def test_values_are_read_from_the_device_only_for_a_record(tmp_path: Path) -> None:
+    reads = []
+
+    class Value:
+        def __float__(self) -> float:
+            reads.append(step)
+            return 1.0
+
+    with tracker(tmp_path) as track:
+        for step in range(1, 26):
+            track.log_step(step, {"loss": Value()})
+    assert reads == [1, 10, 20, 25]
+
+
+def test_a_resumed_run_leaves_no_step_twice(tmp_path: Path) -> None:
+    with tracker(tmp_path) as track:
+        for step in range(1, 24):
+            track.log_step(step, {"loss": torch.tensor(-1.0)})
+            if step in (10, 20):
+                track.verification(step, "lfw", RESULT)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "los')  # what a crash leaves
+    run(tmp_path, 11, 25)
+    written = [(record["step"], record.get("verification"), record.get("loss")) for record in records(tmp_path)]
+    assert written == [
+        (1, None, -1.0),
+        (10, None, -1.0),
+        (10, "lfw", None),
+        (11, None, pytest.approx(100 / 11)),
+        (20, None, 5.0),
+        (25, None, 4.0),
+    ]
+    expected = [(1, -1.0), (10, -1.0), (11, pytest.approx(100 / 11)), (20, 5.0), (25, 4.0)]
+    assert scalars(tmp_path, "train/loss") == expected
+    assert [step for step, _ in scalars(tmp_path, "verification/lfw/accuracy")] == [10]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_last_line_without_its_end_does_not_swallow_the_next(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}')
+    run(tmp_path, 4, 4)
+    assert [record["step"] for record in records(tmp_path)] == [3, 4]
+
+
+def test_what_is_not_finite_is_null_in_json_and_itself_in_tensorboard(tmp_path: Path) -> None:
+    with tracker(tmp_path) as track:
+        track.log_step(1, {"loss": torch.tensor(float("nan")), "gradient_norm": float("inf")})
+    assert records(tmp_path)[0]["loss"] is None and records(tmp_path)[0]["gradient_norm"] is None
+    assert np.isnan(scalars(tmp_path, "train/loss")[0][1])
+
+
+def test_a_record_can_be_read_at_once(tmp_path: Path) -> None:
+    with tracker(tmp_path) as track:
+        track.log_step(1, {"loss": 1.0})
+        assert records(tmp_path)[0]["loss"] == 1.0
+
+
+def test_verification_is_recorded_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tracker(tmp_path) as track:
+        track.verification(20, "lfw", RESULT)
+    (record,) = records(tmp_path)
+    assert {key: record[key] for key in RESULT} == RESULT
+    assert (record["step"], record["verification"]) == (20, "lfw")
+    assert scalars(tmp_path, "verification/lfw/accuracy") == [(20, pytest.approx(0.9912))]
+    assert scalars(tmp_path, "verification/lfw/tar_at_far_1e-3") == [(20, pytest.approx(0.985))]
+    assert "verification/lfw/tar_at_far_1e-4" not in events(tmp_path).Tags()["scalars"]
+    told = capsys.readouterr().err
+    assert (
+        "step 20  lfw: accuracy 99.12% +- 0.31% on 6,000 pairs; TAR@FAR 1e-1: 99.80%, 1e-3: 98.50%, 1e-4: n/a" in told
+    )
+
+
+@pytest.mark.parametrize("kind", ["float", "uint8"])
+def test_sample_images_are_shown_once_with_their_colours(tmp_path: Path, kind: str) -> None:
+    colours = [(255, 0, 0), (10, 200, 30), (1, 2, 254), (90, 90, 90), (7, 7, 7)]
+    images = torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].expand(5, 3, 8, 8)
+    if kind == "float":
+        images = (images - 127.5) / 127.5
+    with tracker(tmp_path) as track:
+        track.images("first batch", images, 0)
+        track.images("first batch", images.flip(1), 1)
+    (event,) = events(tmp_path).Images("first batch")
+    pixels = np.asarray(_open_image(event.encoded_image_string)).reshape(-1, 3)
+    assert [int((pixels == colour).all(axis=1).sum()) for colour in colours] == [64, 64, 64, 64, 0]
+
+
+def _open_image(data: bytes) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def test_images_can_be_turned_off_and_a_resumed_run_has_no_first_batch(tmp_path: Path) -> None:
+    with tracker(tmp_path / "off", config=Tracking(images=0)) as track:
+        track.images("first batch", torch.zeros(2, 3, 8, 8), 0)
+    with tracker(tmp_path / "resumed", start_step=5) as track:
+        track.images("first batch", torch.zeros(2, 3, 8, 8), 0)
+    assert events(tmp_path / "off").Tags()["images"] == events(tmp_path / "resumed").Tags()["images"] == []
+
+
+def test_plain_lines_have_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, 1, 25)
+    told = capsys.readouterr().err
+    assert "step 1/25  epoch 0.10  loss 100.0000  lr 0.1" in told
+    assert "step 25/25  epoch 2.50  loss 4.0000  lr 0.1" in told and "img/s  ETA 0:00:00" in told
+    assert all(character.isprintable() or character == "\n" for character in told)
+    assert "step 25/25" in (tmp_path / "log.txt").read_text()
+
+
+def test_plain_lines_are_far_between(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = _fake_time(monkeypatch)
+    with tracker(tmp_path, total_steps=1000, config=Tracking(every_steps=1)) as track:
+        for step in range(1, 101):
+            now[0] += 1.0
+            track.log_step(step, {"loss": 1.0})
+    assert capsys.readouterr().err.count("loss") == 7  # at 1, 16, 31, ... 91 seconds
+    assert len(records(tmp_path)) == 100
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_live_line_and_its_cursor_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with tracker(tmp_path) as track:
+        for step in range(1, 13):
+            track.log_step(step, {"loss": 1.0, "lr": 0.1})
+        track.note("[bold]as it stands[/bold]")
+    text = terminal.getvalue()
+    assert "step 12/25" in text and "loss 1.0000" in text
+    assert "[bold]as it stands[/bold]\n" in text.replace("\r", "")
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+    assert sys.stderr is terminal
+    assert "\x1b" not in (tmp_path / "log.txt").read_text()
+
+
+def test_other_ranks_write_nothing_and_warn_with_their_number(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.INFO, "recognition")
+    monkeypatch.setattr(tracking, "_rank", lambda: 3)
+    folder = tmp_path / "run"
+    with tracker(folder, is_main=False) as track, track.pause():
+        track.log_step(1, {"loss": torch.tensor(1.0)})
+        track.verification(1, "lfw", RESULT)
+        track.images("first batch", torch.zeros(2, 3, 8, 8), 0)
+        track.note("for the reader")
+        logging.getLogger("recognition.data").info("quiet")
+        logging.getLogger("recognition.data").warning("a bad image")
+    assert not folder.exists()
+    assert capsys.readouterr().err == "[rank 3] WARNING recognition.data: a bad image\n"
+
+
+def test_log_keeps_what_the_package_says_with_times_and_close_lets_go(tmp_path: Path) -> None:
+    root, package = logging.getLogger(), logging.getLogger("recognition")
+    handlers, level = list(root.handlers), package.level
+    track = tracker(tmp_path)
+    logging.getLogger("recognition.data").info("index built")
+    track.note("100 % of it")
+    track.close()
+    track.close()
+    track.log_step(1, {"loss": 1.0})
+    package.warning("after the end")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line[20:] for line in lines] == [
+        "INFO recognition.data: index built",
+        "INFO recognition.tracking: 100 % of it",
+    ]
+    assert all(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S") for line in lines)
+    assert (list(root.handlers), package.level) == (handlers, level)
+
+
+def test_the_files_are_finished_when_training_fails(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), tracker(tmp_path) as track:
+        track.log_step(1, {"loss": 1.0})
+        raise RuntimeError("out of memory")
+    assert scalars(tmp_path, "train/loss") == [(1, 1.0)]
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run\.folder: .*file.run cannot be written: .*Not a directory"):
+        tracker(tmp_path / "file" / "run")
+
+
+def _fake_time(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(tracking, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    return now
+
+
+def test_speed_and_remaining_time_leave_out_the_first_step_and_the_pauses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = _fake_time(monkeypatch)
+    with tracker(tmp_path, total_steps=1010) as track:
+        for step in range(1, 11):
+            now[0] += 300.0 if step == 1 else 2.0
+            if step == 5:
+                with track.pause():
+                    now[0] += 1000.0
+            track.log_step(step, {"loss": 1.0})
+    assert records(tmp_path)[-1]["images_per_second"] == pytest.approx(64 / 2)
+    assert "32.0 img/s  ETA 0:33:20" in capsys.readouterr().err
+
+
+def test_speed_is_that_of_the_last_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = _fake_time(monkeypatch)
+    clock = Clock()
+    rates = []
+    for step in range(0, 50 * 10, 10):
+        now[0] += 10.0 if step < 200 else 1.0
+        rates.append(clock.rate(step))
+    assert rates[0] is None
+    assert rates[1] == pytest.approx(1.0) and rates[19] == pytest.approx(1.0) and rates[-1] == pytest.approx(10.0)
+    assert rates[20] == pytest.approx(200 / (19 * 10 + 1))
+
+
+def test_peak_memory_is_that_of_the_process() -> None:
+    status = Path("/proc/self/status")
+    if not status.exists() or torch.cuda.is_initialized():
+        pytest.skip("no /proc, or a GPU in use")
+    kibibytes = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    assert peak_memory() == pytest.approx(kibibytes * 1024, rel=0.05)
+
+
+def test_events_of_another_writer_stay(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("head/rows", 7.0, 3)
+    run(tmp_path, 5, 5)
+    assert scalars(tmp_path, "head/rows") == [(3, 7.0)]

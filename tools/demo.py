@@ -1,0 +1,104 @@
+"""The whole way once: render faces, train on two processes, verify, export, evaluate the ONNX file; print a table."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from recognition import config
+from recognition.config import UserError
+from recognition.data.faces import write_faces
+from recognition.deploy.embedder import OnnxEmbedder
+from recognition.evaluation.embedder import Embedder
+from recognition.evaluation.pairs import read_pairs
+from recognition.evaluation.verification import Verification, embed_pairs, verify
+from recognition.models.backbone import BackboneEmbedder
+from recognition.run_folder import RunFolder, load_backbone, write_text
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--started", type=float, default=time.time(), help="when the clock started, in epoch seconds")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to configs/demo.toml")
+    arguments = parser.parse_args()
+    console = Console()
+    try:
+        settings = config.load(REPOSITORY / "configs" / "demo.toml", arguments.overrides)
+        faces = settings.faces
+        if faces is None:
+            raise UserError("configs/demo.toml has no [faces] section to render from")
+        console.rule("faces")
+        write_faces(settings.data.path, **faces.model_dump())
+        console.rule("training on 2 processes")
+        train_seconds = _train(arguments.overrides)
+        console.rule("verification")
+        run = RunFolder(settings.run.folder)
+        backbone, facts = load_backbone(run.path)
+        results = [
+            _verify("checkpoint", BackboneEmbedder(backbone, float32=True), settings),
+            _verify("ONNX file", OnnxEmbedder(run.model), settings),
+        ]
+    except UserError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 2
+    except subprocess.CalledProcessError as error:
+        console.print(f"error: the training stopped with status {error.returncode}", style="red")
+        return error.returncode
+    summary = {
+        "accuracy": results[0].accuracy,
+        "onnx_accuracy": results[1].accuracy,
+        "pairs": results[0].pairs,
+        "train_seconds": round(train_seconds, 1),
+        "total_seconds": round(time.time() - arguments.started, 1),
+    }
+    write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    console.print(_table(results, facts, summary))
+    console.print(f"{run.model}, {run.path / 'summary.json'}; curves: tensorboard --logdir {run.path}")
+    return 0
+
+
+def _train(overrides: list[str]) -> float:
+    """Run torchrun on two processes; returns its seconds."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    started = time.time()
+    subprocess.run(
+        [*command, str(REPOSITORY / "train.py"), str(REPOSITORY / "configs" / "demo.toml"), *overrides], check=True
+    )
+    return time.time() - started
+
+
+def _verify(name: str, embedder: Embedder, settings: config.Config) -> Verification:
+    pairs = read_pairs(settings.evaluation.pairs[0])
+    with Console().status(f"{name}: embedding {2 * len(pairs)} images and their mirror images"):
+        return verify(embed_pairs(embedder, pairs, settings.evaluation.batch), pairs.same)
+
+
+def _table(results: list[Verification], facts: dict, summary: dict) -> Table:
+    table = Table(title="Faces of identities that were never trained on")
+    for column in ("", "accuracy", "threshold", "TAR@FAR=1e-2", "pairs"):
+        table.add_column(column)
+    for name, result in zip(("checkpoint", "model.onnx"), results, strict=True):
+        tar = result.tar_at_far["1e-2"]
+        table.add_row(
+            name,
+            f"{result.accuracy:.2%} ± {result.accuracy_std:.2%}",
+            f"{result.threshold:.2f}",
+            "n/a" if tar is None else f"{tar:.2%}",
+            str(result.pairs),
+        )
+    table.caption = (
+        f"{facts['identities']} identities, {facts['images']} images, {facts['step']} steps; "
+        f"training {summary['train_seconds']:.0f} s, all {summary['total_seconds']:.0f} s"
+    )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

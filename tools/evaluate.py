@@ -1,0 +1,95 @@
+"""Verify a model on pairs of faces: 10-fold accuracy and TAR@FAR of each set."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from recognition.config import UserError
+from recognition.deploy.embedder import OnnxEmbedder
+from recognition.evaluation.embedder import Embedder
+from recognition.evaluation.pairs import PairSet, read_pairs
+from recognition.evaluation.verification import FARS, embed_pairs, verify
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate as the command line says; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="an ONNX file, or the folder of a run")
+    parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="InsightFace .bin or LFW pairs.txt files")
+    parser.add_argument("--images", type=Path, help="image folder of pairs.txt files (default: looked for beside them)")
+    parser.add_argument("--batch", type=_positive, default=64, help="images per forward pass (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    options = parser.parse_args(arguments)
+    try:
+        sets = [read_pairs(path, options.images) for path in options.pairs]
+        embedder = load_embedder(options.model)
+        results = {str(pairs.path): evaluate(embedder, pairs, options.batch) for pairs in sets}
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    Console().print(_table(options.model, list(results.values())))
+    if options.json:
+        first = next(iter(results.values()))
+        print(json.dumps(first if len(results) == 1 else {**first, "sets": results}))
+    return 0
+
+
+def load_embedder(model: Path) -> Embedder:
+    """The embedder of an ONNX file, or of a run folder: its `model.onnx`, else its newest checkpoint."""
+    if not model.is_dir():
+        return OnnxEmbedder(model)
+    if (model / "model.onnx").is_file():
+        return OnnxEmbedder(model / "model.onnx")
+    import torch
+
+    from recognition.models.backbone import BackboneEmbedder
+    from recognition.run_folder import load_backbone
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone, _ = load_backbone(model)
+    return BackboneEmbedder(backbone.to(device), device, float32=True)
+
+
+def evaluate(embedder: Embedder, pairs: PairSet, batch: int) -> dict[str, Any]:
+    """The verification numbers of one set, its name, and the seconds that they took."""
+    start = time.perf_counter()
+    starts = range(0, 2 * len(pairs), batch)
+    parts = [
+        embed_pairs(embedder, pairs, batch, range(first, min(first + batch, 2 * len(pairs))))
+        for first in track(starts, pairs.name, console=Console(stderr=True), transient=True)
+    ]
+    result = verify(np.concatenate(parts), pairs.same).to_json()
+    return {"name": pairs.name, **result, "seconds": round(time.perf_counter() - start, 3)}
+
+
+def _table(model: Path, results: list[dict[str, Any]]) -> Table:
+    table = Table(title=str(model), title_justify="left")
+    table.add_column("set")
+    for column in ("pairs", "accuracy %", "threshold", *(f"TAR@{far}" for far in FARS), "seconds"):
+        table.add_column(column, justify="right")
+    for result in results:
+        rates = ("n/a" if rate is None else f"{100 * rate:.2f}" for rate in result["tar_at_far"].values())
+        accuracy = f"{100 * result['accuracy']:.2f} ± {100 * result['accuracy_std']:.2f}"
+        threshold, seconds = f"{result['threshold']:.3f}", f"{result['seconds']:.1f}"
+        table.add_row(result["name"], str(result["pairs"]), accuracy, threshold, *rates, seconds)
+    return table
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
