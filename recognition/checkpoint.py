@@ -235,7 +235,7 @@ def _save_shards(folder: Path, tensors: Mapping[str, Tensor], failure: str) -> N
         save_tensors(dict(tensors), storage_writer=writer, planner=DefaultSavePlanner(flatten_state_dict=False))
     except CheckpointException as error:
         reasons = [f"rank {rank}: {_reason(cause)}" for rank, (cause, _) in sorted(error.failures.items())]
-        free = shutil.disk_usage(folder).free / 1e9
+        free = shutil.disk_usage(folder.parent).free / 1e9
         raise CheckpointError(f"{failure} ({free:.1f} GB are free there): {'; '.join(reasons)}") from error
 
 

@@ -43,6 +43,12 @@ def _must_exist(path: Path, info: ValidationInfo) -> Path:
     return path
 
 
+def _scalar(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str):
+        raise ValueError("a number, a string, true or false is expected")
+    return value
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -51,6 +57,7 @@ InputPath = Annotated[Path, Field(strict=False), AfterValidator(_must_exist)]
 """A path that has to exist when a run starts; it is not looked for when an old run's config is only read."""
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -66,7 +73,7 @@ class Run(Section):
 
     folder: Path = Path("runs/run")
     """Output folder; a run found there is resumed."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Key of everything random: order, augmentation, initial weights, dropout."""
 
 
@@ -77,7 +84,7 @@ class Augment(Section):
     """Probability of a horizontal flip."""
     shift: Fraction = 0.0
     """Largest shift, as a fraction of the image's side, in either direction and along both axes."""
-    zoom: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    zoom: BelowOne = 0.0
     """Largest relative change of scale, in either direction."""
     rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
     """Largest rotation, in either direction."""
@@ -111,10 +118,7 @@ class Data(Section):
 
 
 class Faces(Section):
-    """Procedural faces, rendered into `data.path` before the first step of a run that does not find them there.
-
-    They come as `train.rec` with its index, and `pairs.bin`, a verification set of identities that are not in it.
-    """
+    """Procedural faces, rendered into `data.path` by a run that does not find them there: `train.rec` and `pairs.bin`."""
 
     identities: PositiveInt
     """Identities to train on."""
@@ -131,16 +135,16 @@ class Backbone(Section):
 
     name: str = "iresnet50"
     """Any timm model, with our own `iresnet18/34/50/100/200` and `mobilefacenet`."""
-    options: dict[str, bool | int | float | str] = {}
+    options: dict[str, Annotated[Any, AfterValidator(_scalar)]] = {}
     """Further keyword arguments of the timm model, for example `{drop_path_rate = 0.05}`."""
     image_size: PositiveInt = 112
     """Height and width of the input, in pixels."""
     embedding_size: PositiveInt = 512
     """Length of the embedding, D."""
     neck: Literal["auto", "flatten", "pool", "linear"] = "auto"
-    """From feature map to embedding. `flatten`: BN, dropout, flatten, linear, BN. `pool`: BN, mean, dropout, linear, BN.
-    `linear`: flatten, linear, BN. `auto`: what the model asks for, else `flatten`."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """From feature map to embedding, each with a linear layer and BN last. `flatten`: BN, dropout, flatten before it;
+    `pool`: BN, mean, dropout; `linear`: flatten alone. `auto`: what the model asks for, else `flatten`."""
+    dropout: BelowOne = 0.0
     """Dropout in the neck."""
     weights: InputPath | None = None
     """State dict to start from: ours, or InsightFace's `backbone.pth` for IResNet and MobileFaceNet."""
@@ -220,7 +224,7 @@ class Head(Section):
     """Classes per chunk; logits exist for one chunk at a time."""
     lr: PositiveFloat | None = None
     """Peak learning rate of the class weights, which follow SGD. Default: the optimizer's, if that is SGD."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: BelowOne = 0.9
     """Momentum of the class weights."""
     weight_decay: NonNegativeFloat = 5e-4
     """Weight decay of the class weights that took part in a step."""
@@ -232,7 +236,7 @@ class SGD(Section):
     name: Literal["sgd"] = "sgd"
     lr: PositiveFloat = 0.1
     """Peak learning rate."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: BelowOne = 0.9
     """Momentum."""
     weight_decay: NonNegativeFloat = 5e-4
     """Weight decay."""
@@ -244,7 +248,7 @@ class AdamW(Section):
     name: Literal["adamw"] = "adamw"
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay rates of the moments."""
     eps: PositiveFloat = 1e-8
     """Added to the denominator."""
@@ -348,18 +352,17 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
-        if self.training.global_batch % self.training.accumulation:
-            raise ValueError(
-                f"training.global_batch ({self.training.global_batch}) must divide by "
-                f"training.accumulation ({self.training.accumulation})"
-            )
-        if self.training.warmup_epochs >= self.training.epochs:
-            raise ValueError(
-                f"training.warmup_epochs ({self.training.warmup_epochs}) must be below "
-                f"training.epochs ({self.training.epochs})"
-            )
+        training, mistakes = self.training, []
+        if training.global_batch % training.accumulation:
+            batch, passes = training.global_batch, training.accumulation
+            mistakes.append(f"training.global_batch ({batch}) must divide by training.accumulation ({passes})")
+        if training.warmup_epochs >= training.epochs:
+            warmup, epochs = training.warmup_epochs, training.epochs
+            mistakes.append(f"training.warmup_epochs ({warmup}) must be below training.epochs ({epochs})")
         if self.optimizer.name == "adamw" and self.head.lr is None:
-            raise ValueError("optimizer.name is adamw, whose rate does not suit the class weights: set head.lr")
+            mistakes.append("optimizer.name is adamw, whose rate does not suit the class weights: set head.lr")
+        if mistakes:
+            raise ValueError("\n  ".join(mistakes))
         return self
 
     @property
@@ -385,19 +388,15 @@ def load(path: Path | str, overrides: Sequence[str] = (), *, check_paths: bool =
         raise ConfigError(f"{path}: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    mistakes: list[str] = []
-    for override in overrides:
-        mistake = toml.apply_override(tree, override)
-        if mistake:
-            mistakes.append(mistake)
+    mistakes = toml.apply_overrides(tree, overrides, Config)
     try:
         context = {"check_paths": check_paths, "rendered": _rendered_folder(tree)}
         config = Config.model_validate_json(json.dumps(tree, default=str), context=context)
     except ValidationError as error:
         mistakes += [toml.explain(item, Config) for item in error.errors()]
     if mistakes:
-        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        raise ConfigError(f"{path}: {count}\n" + "\n".join(f"  {mistake}" for mistake in mistakes))
+        count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
+        raise ConfigError("\n  ".join([f"{path}: {count}", *mistakes]))
     return config
 
 

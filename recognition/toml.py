@@ -3,14 +3,30 @@
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel
 
 
-def apply_override(tree: dict[str, Any], override: str) -> str | None:
-    """Set one override in the tree; returns what is wrong with it, if anything."""
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], root: type[BaseModel]) -> list[str]:
+    """Set `section.key=value` overrides in the tree of a configuration whose model is `root`; returns what is wrong.
+
+    A value that is not TOML is a string. Another `name` for a section that comes in variants (its field is a union
+    with the discriminator `name`) drops the fields of the variant that it replaces, and a section without a name is of
+    the default variant.
+    """
+    mistakes = []
+    names_first = sorted(overrides, key=lambda override: not override.partition("=")[0].strip().endswith(".name"))
+    for override in names_first:
+        mistake = _apply(tree, override, root)
+        if mistake:
+            mistakes.append(mistake)
+    _name_defaults(tree, root)
+    return mistakes
+
+
+def _apply(tree: dict[str, Any], override: str, root: type[BaseModel]) -> str | None:
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or len(keys) < 2 or not all(keys):
@@ -23,26 +39,39 @@ def apply_override(tree: dict[str, Any], override: str) -> str | None:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
             return f"{override}: {'.'.join(keys[:depth])} is a value, not a section"
-    if keys[-1] == "name" and tree.get("name") != value:
-        tree.clear()  # another variant: the fields of the one that it replaces do not apply
+    if keys[-1] == "name" and len(_models_at(keys[:-1], root)) > 1 and tree.get("name") != value:
+        tree.clear()
     tree[keys[-1]] = value
     return None
+
+
+def _name_defaults(tree: dict[str, Any], model: type[BaseModel]) -> None:
+    for key, field in model.model_fields.items():
+        table = tree.get(key)
+        variants = list(_variants(field.annotation))
+        if not isinstance(table, dict) or not variants:
+            continue
+        if len(variants) > 1:
+            table.setdefault("name", field.default.name)
+        else:
+            _name_defaults(table, variants[0])
 
 
 def explain(error: Any, root: type[BaseModel]) -> str:
     """One line for one of the errors of a ValidationError of `root`: the key's path, what is wrong, and a way out."""
     location = [str(part) for part in error["loc"]]
-    section = _sections_along(location, root)
-    path = ".".join(part for part, is_tag in section if not is_tag)
+    path = ".".join(_along(location, root)[0])
     value = error.get("input")
     match error["type"]:
         case "extra_forbidden":
-            known = _fields_at(location[:-1], root)
+            known = [name for model in _models_at(location[:-1], root) for name in model.model_fields]
             near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             return f"{path}: unknown key; {hint}"
         case "missing":
             return f"{path}: missing"
+        case "union_tag_invalid":
+            return f"{path}.name: {error['ctx']['tag']!r} is none of {error['ctx']['expected_tags']}"
         case "value_error":
             message = str(error["ctx"]["error"])
             return f"{path}: {message}" if path else message
@@ -52,42 +81,32 @@ def explain(error: Any, root: type[BaseModel]) -> str:
 
 
 def _variants(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections that a field's annotation stands for."""
+    """The models that a field's annotation stands for."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):
         yield from _variants(argument)
 
 
-def _sections_along(location: list[str], root: type[BaseModel]) -> list[tuple[str, bool]]:
-    """Each part of an error's location, and whether it is a union's tag, which the file does not have."""
-    parts: list[tuple[str, bool]] = []
-    sections: list[type[BaseModel]] = [root]
+def _along(location: list[str], root: type[BaseModel]) -> tuple[list[str], list[type[BaseModel]]]:
+    """Follow an error's location: the keys as the file has them, without a union's tags, and the models at its end."""
+    keys: list[str] = []
+    models: list[type[BaseModel]] = [root]
     for part in location:
-        tagged = [section for section in sections if section.model_fields.get("name") and part in _names(section)]
-        if len(sections) > 1 and tagged:
-            sections = tagged
-            parts.append((part, True))
+        tagged = [
+            model for model in models if len(models) > 1 and part in get_args(model.model_fields["name"].annotation)
+        ]
+        if tagged:
+            models = tagged
             continue
-        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-        sections = [variant for field in fields for variant in _variants(field.annotation)]
-        parts.append((part, False))
-    return parts
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        models = [variant for field in fields for variant in _variants(field.annotation)]
+        keys.append(part)
+    return keys, models
 
 
-def _names(section: type[BaseModel]) -> tuple[str, ...]:
-    return get_args(section.model_fields["name"].annotation)
-
-
-def _fields_at(location: list[str], root: type[BaseModel]) -> list[str]:
-    sections: list[type[BaseModel]] = [root]
-    for part, is_tag in _sections_along(location, root):
-        if is_tag:
-            sections = [section for section in sections if part in _names(section)]
-        else:
-            fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-            sections = [variant for field in fields for variant in _variants(field.annotation)]
-    return [name for section in sections for name in section.model_fields]
+def _models_at(keys: list[str], root: type[BaseModel]) -> list[type[BaseModel]]:
+    return _along(keys, root)[1]
 
 
 def dump(tree: dict[str, Any]) -> str:

@@ -78,9 +78,9 @@ class Tracker:
         self._attach(log_file, "%(asctime)s %(levelname)s %(name)s: %(message)s")
         if sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
             self._progress = _live_line(total_steps, start_step)
-            self._attach(_LiveHandler(self._progress.console), "%(asctime)s %(message)s")
+            self._attach(_LiveHandler(self._progress.console), "%(asctime)s %(levelname)s %(message)s")
         else:
-            self._attach(logging.StreamHandler(sys.stderr), "%(asctime)s %(message)s")
+            self._attach(logging.StreamHandler(sys.stderr), "%(asctime)s %(levelname)s %(message)s")
         self._package_level = logging.getLogger("recognition").level
         logging.getLogger("recognition").setLevel(logging.INFO)
 

@@ -133,8 +133,8 @@ class Trainer:
             if self.step == first + 1:
                 distributed.set_timeout(config.distributed.timeout_seconds)
             is_record = _is_due(self.step, config.tracking.every_steps, total)
+            self.tracker.log_step(self.step, values)
             if is_record:
-                self.tracker.log_step(self.step, values)
                 self._stop_if_not_finite()
             if _is_due(self.step, config.evaluation.every_steps, total):
                 results = self._verify()

@@ -14,14 +14,17 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor"])
 
 
-def _rank(function: Callable[..., Any], rank: int, world: int, store: str, results: Any, args: tuple) -> None:
+def _rank(
+    function: Callable[..., Any], rank: int, world: int, meeting: tuple[str, str], results: Any, args: tuple
+) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    backend, store = meeting
     try:
         dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
+            backend, store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
         )
         results.put((rank, function(*args), None))
         dist.barrier()
@@ -47,14 +50,16 @@ def launch_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: 
     return _collect(_launched, function, world, port, args, timeout)
 
 
-def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 90) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world: int, *args: Any, timeout: float = 90, backend: str = "gloo"
+) -> list[Any]:
     """Call `function(*args)` on `world` ranks and return what each returned, in rank order.
 
     `function` is a module-level function; what it returns is pickled (NumPy arrays rather than tensors).
     Raises AssertionError with the traceback of the first rank that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        return _collect(_rank, function, world, str(Path(folder) / "store"), args, timeout)
+        return _collect(_rank, function, world, (backend, str(Path(folder) / "store")), args, timeout)
 
 
 def _collect(

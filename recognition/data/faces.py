@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -177,6 +178,10 @@ def _encode_all(seed: int, names: list[tuple[int, int]]) -> list[bytes]:
     return [encode(seed, identity, image) for identity, image in names]
 
 
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @contextmanager
 def _pool(workers: int | None) -> Iterator[ProcessPoolExecutor | None]:
     """Processes to render in, or none where one core is all there is.
@@ -187,7 +192,7 @@ def _pool(workers: int | None) -> Iterator[ProcessPoolExecutor | None]:
     if workers == 1:
         yield None
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_leave_interrupts_to_the_parent) as pool:
         try:
             yield pool
         except BaseException:

@@ -41,9 +41,9 @@ def export(backbone: nn.Module, path: Path | str, facts: Mapping[str, Any], sett
 
     `backbone` has `image_size` and `embedding_size`, and maps float32 [N, 3, H, H] in [-1, 1] to [N, D]; it turns off
     autocast when it is called with `float32=True`, if it has that keyword. It is left as it is: a copy in eval mode on
-    the CPU, in float32, is exported. The file has the input `data` [N, 3, H, H], RGB,
-    already (x - 127.5) / 127.5, and the output `embedding` [N, D], with N free. The conditions of InsightFace's loader
-    (`model_zoo.py`, `arcface_onnx.py`) are met: H fixed, one output, no early node that it takes for normalisation.
+    the CPU, in float32, is exported. The file has the input `data` [N, 3, H, H], RGB, already (x - 127.5) / 127.5, and
+    the output `embedding` [N, D], with N free. The conditions of InsightFace's loader (`model_zoo.py`,
+    `arcface_onnx.py`) are met: H fixed, one output, no early node that it takes for normalisation.
 
     The file's metadata holds the preprocessing, `facts` (JSON values) and the parity, measured at batches of 1 and 5.
     The card, `path` with the suffix .json, holds the same as JSON, and the file's size and SHA-256.
@@ -84,12 +84,12 @@ def export(backbone: nn.Module, path: Path | str, facts: Mapping[str, Any], sett
 class _Frozen(nn.Module):
     """A copy of a backbone as it is deployed: on the CPU, in eval mode, in float32."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: Any) -> None:
         super().__init__()
         self.backbone = copy.deepcopy(backbone).cpu().float().requires_grad_(False)
         self.keywords = {"float32": True} if "float32" in inspect.signature(backbone.forward).parameters else {}
-        self.image_size = backbone.image_size
-        self.embedding_size = backbone.embedding_size
+        self.image_size: int = backbone.image_size
+        self.embedding_size: int = backbone.embedding_size
         self.eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,10 @@ def _to_onnx(backbone: _Frozen, opset: int) -> onnx.ModelProto:
 def _parity(backbone: _Frozen, model: onnx.ModelProto) -> Parity:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        raise UserError(f"the backbone cannot be exported: ONNX Runtime refuses the file ({error})") from error
     generator = np.random.default_rng(0)
     differences, cosines = [], []
     for batch in (1, 5):

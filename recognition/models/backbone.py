@@ -235,10 +235,10 @@ def _build_trunk(config: BackboneConfig) -> tuple[nn.Module, Tensor]:
             _check_options(config, error)
             mistakes.append(error)
     chosen = [error for error in mistakes if not _UNEXPECTED.search(str(error))] or mistakes
-    options = f" with {dict(config.options)}" if config.options else ""
-    raise UserError(
-        f"backbone: {config.name}{options} does not take {config.image_size}x{config.image_size} images: {chosen[0]}"
-    ) from chosen[0]
+    options = f", options {config.options}" if config.options else ""
+    reason = f"{type(chosen[0]).__name__}: {chosen[0]}"
+    size_text = f"{config.image_size}x{config.image_size}"
+    raise UserError(f"backbone: {config.name} does not work with {size_text} images{options}: {reason}") from chosen[0]
 
 
 def _check_options(config: BackboneConfig, error: Exception) -> None:
@@ -248,9 +248,10 @@ def _check_options(config: BackboneConfig, error: Exception) -> None:
         return
     module = sys.modules[timm.models.model_entrypoint(config.name).__module__]
     taker = getattr(module, refused[1], None)
-    names = [name for name in inspect.signature(taker).parameters if name not in _OWN_OPTIONS] if taker else []
+    parameters = inspect.signature(taker).parameters.values() if taker else []
+    names = [each.name for each in parameters if each.default is not each.empty and each.name not in _OWN_OPTIONS]
     near = difflib.get_close_matches(refused[2], names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names) or 'none'}"
     raise UserError(f"backbone.options.{refused[2]}: {config.name} has no such option; {hint}") from error
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class _PReLU(torch.autograd.Function):
@@ -16,7 +17,7 @@ class _PReLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         slope = weight.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2))
         ctx.save_for_backward(x, slope)
-        return torch._prelu_kernel(x, slope)
+        return functional.prelu(x, slope.flatten())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:

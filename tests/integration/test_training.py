@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import launch_ranks
 from torch import nn
 
+from ranks import launch_ranks
 from recognition import config, trainer
 from recognition.checkpoint import Checkpoints, read_tensors
 from recognition.data.faces import write_faces

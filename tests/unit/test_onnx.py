@@ -41,6 +41,7 @@ def small():
     backbone = Small()
     for _ in range(3):
         backbone(2 * torch.randn(8, 3, SIZE, SIZE) + 0.3)
+    backbone.compile()  # takes effect with the next call, which is not made: an export has to pass it by
     return backbone.train()
 
 

@@ -1,0 +1,307 @@
+"""Any timm model and the neck: shapes, precision, keys of randomness, weights, refusals."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+from ranks import run_ranks
+from recognition.config import Backbone as BackboneConfig
+from recognition.config import UserError
+from recognition.models.backbone import (
+    BackboneEmbedder,
+    Neck,
+    average_running_statistics,
+    build_backbone,
+    load_weights,
+    seed_step,
+)
+from recognition.models.layers import GroupedConv2d, PReLU
+
+
+def small(**fields: Any) -> BackboneConfig:
+    return BackboneConfig(**{"name": "resnet10t", "image_size": 32, "embedding_size": 16, "neck": "pool"} | fields)
+
+
+def images(count: int, size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.rand(count, 3, size, size, generator=generator) * 2 - 1
+
+
+FAMILIES = ["resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224", "convnext_atto", "iresnet18", "mobilefacenet"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_family_learns(name: str) -> None:
+    backbone = build_backbone(BackboneConfig(name=name, embedding_size=32))
+    optimizer = torch.optim.SGD((p for p in backbone.parameters() if p.requires_grad), lr=1e-3)
+    x, target = images(4, 112), torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        embeddings = backbone(x)
+        loss = (embeddings - target).square().sum()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert embeddings.shape == (4, 32)
+    assert embeddings.dtype == torch.float32
+    assert losses[1] < losses[0]
+    without = [name for name, p in backbone.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    assert all(p.dtype == torch.float32 for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("kind", ["flatten", "pool", "linear"])
+def test_neck_equals_its_formula(kind: str) -> None:
+    neck = Neck(kind, channels=3, positions=4, size=5, dropout=0.0)
+    rng = np.random.default_rng(0)
+    x = rng.normal(2, 3, (6, 3, 2, 2))
+
+    def standardise(y: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+        return (y - y.mean(axes, keepdims=True)) / np.sqrt(y.var(axes, keepdims=True) + 1e-5)
+
+    y = x if kind == "linear" else standardise(x, (0, 2, 3))
+    y = y.mean((2, 3)) if kind == "pool" else y.reshape(6, -1)
+    expected = standardise(y @ neck.linear.weight.detach().numpy().astype(np.float64).T, (0,))
+    actual = neck(torch.from_numpy(x).float())
+    np.testing.assert_allclose(actual.detach().numpy(), expected, atol=1e-4)
+    assert not neck.output_norm.weight.requires_grad
+
+
+def test_neck_drops_out_only_in_training() -> None:
+    neck = Neck("flatten", 3, 4, 5, dropout=0.5)
+    x = torch.ones(4, 3, 2, 2)
+    assert not torch.equal(neck.dropout(x), x)
+    assert torch.equal(neck.eval().dropout(x), x)
+
+
+def test_auto_neck_is_what_the_model_asks_for() -> None:
+    assert isinstance(build_backbone(BackboneConfig(name="mobilefacenet")).neck.norm, torch.nn.Identity)
+    neck = build_backbone(small(neck="auto")).neck
+    assert isinstance(neck.norm, torch.nn.BatchNorm2d)
+    assert not neck.pool
+
+
+@pytest.mark.parametrize(
+    ("name", "mean"),
+    [
+        ("vit_tiny_patch16_224", lambda features: features[:, 1:].mean(1)),  # without the class token
+        ("mambaout_femto", lambda features: features.mean((1, 2))),  # channels stand last
+        ("resnet10t", lambda features: features.mean((2, 3))),
+    ],
+)
+def test_layout_of_features(name: str, mean: Any) -> None:
+    backbone = build_backbone(small(name=name, image_size=64, precision="float32")).eval()
+    with torch.no_grad():
+        expected = mean(backbone.trunk(images(2, 64))) @ backbone.neck.linear.weight.T / (1 + 1e-5)
+        torch.testing.assert_close(backbone(images(2, 64)), expected)
+
+
+def test_a_model_that_cannot_leave_its_pooling_out() -> None:
+    backbone = build_backbone(small(name="efficientvit_b0", neck="auto"))
+    assert backbone(images(2, 32)).shape == (2, 16)
+
+
+def test_size_of_mobilefacenet_and_iresnet_follows_the_image() -> None:
+    for name in ("mobilefacenet", "iresnet18"):
+        assert build_backbone(small(name=name, image_size=40, neck="auto"))(images(2, 40)).shape == (2, 16)
+
+
+def test_initial_weights_are_a_function_of_the_seed() -> None:
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    first = build_backbone(small(), seed=1).state_dict()
+    assert torch.equal(torch.rand(3), expected), "the caller's generator was touched"
+    again, other = build_backbone(small(), seed=1).state_dict(), build_backbone(small(), seed=2).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["neck.linear.weight"], other["neck.linear.weight"])
+
+
+def test_dropout_is_keyed_by_seed_step_and_rank() -> None:
+    backbone = build_backbone(small(dropout=0.5, options={"drop_path_rate": 0.5}, precision="float32"))
+    x = images(8, 32)
+
+    def embed(*key: int) -> torch.Tensor:
+        torch.rand(3)
+        seed_step(*key)
+        return backbone(x).detach()
+
+    first = embed(1, 2, 3)
+    assert torch.equal(first, embed(1, 2, 3))
+    for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4), (1, 3, 2)):
+        assert not torch.equal(first, embed(*other))
+
+
+def test_precision() -> None:
+    x = images(4, 32)
+    full = build_backbone(small(precision="float32"), seed=1).eval()
+    mixed = build_backbone(small(precision="bfloat16"), seed=1).eval()
+    with torch.no_grad():
+        expected, actual = full(x), mixed(x)
+        assert torch.equal(mixed(x, float32=True), expected)
+    assert actual.dtype == torch.float32
+    assert not torch.equal(actual, expected)
+    assert functional.cosine_similarity(actual, expected).min() > 0.999
+    types: list[torch.dtype] = []
+    mixed.neck.linear.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed(x)
+    assert types == [torch.float32]
+
+
+def test_memory_format_changes_no_value() -> None:
+    x = images(4, 32)
+    last = build_backbone(small(channels_last=True, precision="float32")).eval()
+    first = build_backbone(small(channels_last=False, precision="float32")).eval()
+    assert last.trunk.layer2[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(last(x), first(x), rtol=1e-4, atol=1e-5)
+
+
+def test_compile_leaves_the_state_dict_as_it_is() -> None:
+    compiled, plain = build_backbone(small(compile=True)), build_backbone(small())
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    assert compiled.trunk._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_prelu_has_the_gradient_of_torch(memory_format: torch.memory_format) -> None:
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=memory_format)
+    x[0, 0, 0, 0] = 0
+    gradient = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for module in (PReLU(4), torch.nn.PReLU(4)):
+        module.double().weight.data = torch.tensor([0.25, -0.5, 0.0, 1.5], dtype=torch.float64)
+        argument = x.clone().requires_grad_()
+        output = module(argument)
+        results.append((output, *torch.autograd.grad(output, (argument, module.weight), gradient)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_grouped_convolution_under_autocast() -> None:
+    module = GroupedConv2d(6, 6, 3, stride=2, padding=1, groups=6, bias=False)
+    x = images(2, 9).repeat(1, 2, 1, 1).bfloat16()
+    expected = functional.conv2d(x.float(), module.weight, stride=2, padding=1, groups=6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = module(x)
+    assert torch.equal(output, expected.bfloat16())
+
+
+def test_embedder() -> None:
+    backbone = build_backbone(small(precision="bfloat16"))
+    faces = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    faces.setflags(write=False)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    embedder = BackboneEmbedder(backbone, "cpu", float32=True)
+    embeddings = embedder(faces)
+    assert (embedder.image_size, embedder.embedding_size) == (32, 16)
+    assert backbone.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
+    plain = ((faces.astype(np.float64) - 127.5) / 127.5).transpose(0, 3, 1, 2)
+    backbone.eval()
+    with torch.no_grad():
+        expected = backbone(torch.from_numpy(plain).float(), float32=True).numpy()
+        mixed = backbone(torch.from_numpy(plain).float()).numpy()
+    np.testing.assert_allclose(embeddings, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(BackboneEmbedder(backbone)(faces), mixed)
+    assert not backbone.training
+    assert embedder(faces[:0]).shape == (0, 16)
+
+
+def statistics_after_averaging() -> tuple[np.ndarray, np.ndarray, int]:
+    backbone = build_backbone(small(precision="float32"), seed=0)
+    with torch.no_grad():
+        backbone(images(4, 32) * (1 + dist.get_rank()))
+    norm = backbone.neck.output_norm
+    before = np.stack([norm.running_mean.numpy(), norm.running_var.numpy()])
+    average_running_statistics(backbone)
+    first = backbone.trunk.conv1[1].running_mean.sum().item()
+    return before, np.stack([norm.running_mean.numpy(), norm.running_var.numpy()]), first
+
+
+def test_running_statistics_are_averaged_over_the_ranks() -> None:
+    before, after, first = zip(*run_ranks(statistics_after_averaging, 3), strict=True)
+    assert not np.allclose(before[0], before[1])
+    for rank in range(3):
+        np.testing.assert_allclose(after[rank], np.mean(before, axis=0, dtype=np.float64), rtol=1e-5, atol=1e-7)
+    assert len(set(first)) == 1
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+def test_own_weights_round_trip(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"backbone{suffix}"
+    source = build_backbone(small(), seed=1)
+    state = {f"_orig_mod.{name}": tensor.contiguous() for name, tensor in source.state_dict().items()}
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors.torch").save_file(state, path)
+    else:
+        torch.save(state, path)
+    loaded = build_backbone(small(weights=path), seed=2).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in source.state_dict().items())
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("executed"),))
+
+
+@pytest.mark.parametrize("content", ["code", "noise", "list", "another"])
+def test_weights_that_cannot_be_used(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "weights.pt"
+    match content:
+        case "code":
+            torch.save({"a": Evil()}, path)
+            wanted = "more than tensors"
+        case "noise":
+            path.write_bytes(b"noise")
+            wanted = "weights.pt"
+        case "list":
+            torch.save([1, 2], path)
+            wanted = "not a state dict"
+        case _:
+            torch.save(build_backbone(small(embedding_size=8)).state_dict(), path)
+            wanted = r"neck.linear.weight \[8, 512\] for \[16, 512\]"
+    with pytest.raises(UserError, match=wanted):
+        load_weights(build_backbone(small()), path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_evil_is_evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(pickle.dumps(Evil()))
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"name": "iresnet51"}, "iresnet51; did you mean .*iresnet50"),
+        ({"name": "resnet18.a1_in1k"}, "did you mean resnet18"),
+        ({"options": {"drop_pth_rate": 0.1}}, "drop_pth_rate: .* did you mean drop_path_rate"),
+        (
+            {"name": "poolformer_s12", "options": {"drop_pth_rate": 0.1}},
+            "drop_pth_rate: .* did you mean drop_path_rate",
+        ),
+        ({"name": "iresnet18", "options": {"drop": 0.1}}, "drop: iresnet18 has no such option"),
+        ({"options": {"pretrained": True}}, "pretrained: .*backbone.weights"),
+        ({"options": {"act_layer": "nonsense"}}, "resnet10t .*nonsense"),
+        ({"name": "hiera_tiny_224", "image_size": 112}, "hiera_tiny_224 .*112x112"),
+        (
+            {"name": "vit_tiny_patch16_224", "neck": "flatten", "options": {"patch_drop_rate": 0.3}},
+            "patch_drop_rate: .*neck = 'pool'",
+        ),
+    ],
+)
+def test_mistakes_are_named(fields: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(UserError, match=wanted):
+        build_backbone(small(**fields))
