@@ -118,7 +118,7 @@ class Data(Section):
 
 
 class Faces(Section):
-    """Procedural faces, rendered into `data.path` by a run that does not find them there: `train.rec` and `pairs.bin`."""
+    """Procedural faces, rendered into `data.path` by a run that finds none there: `train.rec` and `pairs.bin`."""
 
     identities: PositiveInt
     """Identities to train on."""
@@ -162,42 +162,41 @@ class Softmax(Section):
     name: Literal["softmax"] = "softmax"
 
 
-class NormFace(Section):
+class Scaled(Section):
+    """A margin on cosines, which a softmax needs to be larger than they are."""
+
+    scale: PositiveFloat = 64.0
+    """s, what the cosines are multiplied by."""
+
+
+class NormFace(Scaled):
     """NormFace (Wang et al. 2017): `s cos(theta)`."""
 
     name: Literal["normface"] = "normface"
-    scale: PositiveFloat = 64.0
-    """s"""
 
 
-class CosFace(Section):
+class CosFace(Scaled):
     """CosFace (Wang et al. 2018): `s (cos(theta) - m)`."""
 
     name: Literal["cosface"] = "cosface"
-    scale: PositiveFloat = 64.0
-    """s"""
     margin: NonNegativeFloat = 0.4
     """m"""
 
 
-class ArcFace(Section):
+class ArcFace(Scaled):
     """ArcFace (Deng et al. 2019): `s cos(theta + m)`."""
 
     name: Literal["arcface"] = "arcface"
-    scale: PositiveFloat = 64.0
-    """s"""
     margin: Annotated[float, Field(ge=0, lt=3.1415)] = 0.5
     """m, in radians"""
     straight_through: bool = False
     """Gradient of arcface_torch: the factor sin(theta + m) / sin(theta) is dropped and theta + m is not guarded."""
 
 
-class Combined(Section):
+class Combined(Scaled):
     """Combined margin (Deng et al. 2019): `s (cos(m1 theta + m2) - m3)`."""
 
     name: Literal["combined"] = "combined"
-    scale: PositiveFloat = 64.0
-    """s"""
     m1: Annotated[float, Field(ge=1)] = 1.0
     """Factor on the angle."""
     m2: Annotated[float, Field(ge=0, lt=3.1415)] = 0.5
@@ -362,7 +361,7 @@ class Config(Section):
         if self.optimizer.name == "adamw" and self.head.lr is None:
             mistakes.append("optimizer.name is adamw, whose rate does not suit the class weights: set head.lr")
         if mistakes:
-            raise ValueError("\n  ".join(mistakes))
+            raise ValueError("\n".join(mistakes))
         return self
 
     @property
@@ -393,7 +392,7 @@ def load(path: Path | str, overrides: Sequence[str] = (), *, check_paths: bool =
         context = {"check_paths": check_paths, "rendered": _rendered_folder(tree)}
         config = Config.model_validate_json(json.dumps(tree, default=str), context=context)
     except ValidationError as error:
-        mistakes += [toml.explain(item, Config) for item in error.errors()]
+        mistakes += [line for item in error.errors() for line in toml.explain(item, Config).splitlines()]
     if mistakes:
         count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
         raise ConfigError("\n  ".join([f"{path}: {count}", *mistakes]))

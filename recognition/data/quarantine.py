@@ -39,42 +39,52 @@ class Quarantine:
         self.index, self.path = index, path
         self.bad: set[int] = set()
         self.limit = max(_BAD_ALWAYS_BORNE, int(index.num_images * _BAD_SHARE_BORNE))
+        self._last = ""
         self._lock = threading.Lock()
 
     def add(self, sample: int, error: str) -> None:
         """Note that `sample` is bad, and why. Raises UserError once too many are."""
         with self._lock:
-            if sample in self.bad:
-                return
-            self.bad.add(sample)
-            where = self.index.describe(sample)
-            level = logging.WARNING if len(self.bad) <= _LOGGED else logging.DEBUG
-            _log.log(level, "%s cannot be used and is replaced: %s", where, error)
-            if self.path:
-                facts = {"sample": sample, "label": int(self.index.labels[sample]), "where": where, "error": error}
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                # One write in append mode, so that the lines of several ranks do not mix.
-                file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                try:
-                    os.write(file, (json.dumps(facts, ensure_ascii=False) + "\n").encode())
-                finally:
-                    os.close(file)
-            if len(self.bad) > self.limit or len(self.bad) == self.index.num_images:
-                listed = f" They are listed in {self.path}." if self.path else ""
-                raise UserError(
-                    f"{len(self.bad)} of {self.index.num_images} images cannot be decoded, the last one being "
-                    f"{where}: {error}.{listed} Repair the data or filter them out of the index"
-                )
+            if sample not in self.bad:
+                self.bad.add(sample)
+                self._list(sample, error)
+            self._check()
 
     def replace(self, samples: Integers) -> Integers:
         """`samples` [n] with each bad one replaced by the next that is not known to be, in the index's cyclic order.
 
         When the replacements too are tried and added where bad, the outcome is the next sample that decodes, whatever
-        else has been found on the way and by whom.
+        else has been found on the way and by whom. Raises UserError once too many are bad.
         """
         with self._lock:
+            self._check()
             replaced = [self._next(sample) if sample in self.bad else sample for sample in samples.tolist()]
         return np.array(replaced, np.int64)
+
+    def _list(self, sample: int, error: str) -> None:
+        where = self.index.describe(sample)
+        level = logging.WARNING if len(self.bad) <= _LOGGED else logging.DEBUG
+        _log.log(level, "%s cannot be used and is replaced: %s", where, error)
+        self._last = f"{where}: {error}"
+        if self.path is None:
+            return
+        facts = {"sample": sample, "label": int(self.index.labels[sample]), "where": where, "error": error}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # One write in append mode, so that the lines of several ranks do not mix.
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(file, (json.dumps(facts, ensure_ascii=False) + "\n").encode())
+        finally:
+            os.close(file)
+
+    def _check(self) -> None:
+        total = self.index.num_images
+        if len(self.bad) > self.limit or len(self.bad) == total:
+            listed = f" They are listed in {self.path}." if self.path else ""
+            raise UserError(
+                f"{len(self.bad)} of {total} images cannot be decoded, the last one being {self._last}.{listed} "
+                "Repair the data or filter them out of the index"
+            )
 
     def _next(self, sample: int) -> int:
         while sample in self.bad:

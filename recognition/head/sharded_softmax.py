@@ -200,7 +200,7 @@ class ShardedSoftmax(nn.Module):
             dist.all_reduce(shift, dist.ReduceOp.MAX, group=self.group)
             sums = sums * chunks.rescaling(own.shift, shift)
         logit, cosine = chunks.targets(self.rows, taking, x.float(), self.logits)
-        columns = [sums, logit] if logit is cosine else [sums, logit, cosine]
+        columns = [sums, logit] if self.logits.scale is not None else [sums, logit, cosine]
         reduced = torch.stack(columns, dim=1)
         dist.all_reduce(reduced, group=self.group)
         sums, logit, cosine = reduced[:, 0], reduced[:, 1], reduced[:, -1]

@@ -259,22 +259,21 @@ def test_every_field_says_what_it_is() -> None:
 
 def test_another_name_of_a_section_without_variants_keeps_its_fields(write: Write) -> None:
     path = write(DATA + "[backbone]\nname = 'resnet18'\nembedding_size = 128\n")
-    loaded = config.load(path, ["backbone.name=resnet34"])
+    loaded = load(path, ["backbone.name=resnet34"], check_paths=False)
     assert (loaded.backbone.name, loaded.backbone.embedding_size) == ("resnet34", 128)
 
 
 def test_the_order_of_overrides_does_not_matter(write: Write) -> None:
-    loaded = config.load(write(DATA), ["head.margin.margin=0.3", "head.margin.name=cosface"])
+    loaded = load(write(DATA), ["head.margin.margin=0.3", "head.margin.name=cosface"], check_paths=False)
     assert loaded.head.margin == config.CosFace(margin=0.3)
 
 
 def test_a_section_without_a_name_is_of_the_default_variant(write: Write) -> None:
-    loaded = config.load(write(DATA), ["optimizer.lr=0.5", "head.margin.margin=0.3"])
+    loaded = load(write(DATA), ["optimizer.lr=0.5", "head.margin.margin=0.3"], check_paths=False)
     assert (loaded.optimizer, loaded.head.margin) == (config.SGD(lr=0.5), config.ArcFace(margin=0.3))
 
 
 def test_contradictions_between_sections_are_reported_together(write: Write) -> None:
-    with pytest.raises(config.ConfigError) as error:
-        config.load(write(DATA), ["training.accumulation=7", "training.warmup_epochs=40", "optimizer.name=adamw"])
-    for part in ("training.accumulation (7)", "training.warmup_epochs (40.0)", "head.lr"):
-        assert part in str(error.value)
+    found = mistakes(write(DATA), "training.accumulation=7", "training.warmup_epochs=40", "optimizer.name=adamw")
+    for mistake, part in zip(found, ("training.accumulation (7)", "warmup_epochs (40.0)", "head.lr"), strict=True):
+        assert part in mistake
