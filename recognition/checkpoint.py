@@ -1,7 +1,7 @@
 """Checkpoints: saved whole or not at all, verified before they are read, read at any number of ranks.
 
     checkpoints/step-00001000/    .metadata and shards (torch.distributed.checkpoint, tensors only), manifest.json
-    checkpoints/latest  best      the name of the newest complete one, and of the one marked best
+    checkpoints/latest            the name of the newest complete one
 
 A folder is written under a name that ends in `.partial`; its manifest, with the SHA-256 of every file, is written last,
 and then the folder gets its name by one rename. So a folder with its final name is complete, and the previous
@@ -70,12 +70,12 @@ class Checkpoints:
         self._verified: set[Path] = set()
         self._damaged: set[Path] = set()
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], best: bool = False) -> Path:
+    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
         """Write a checkpoint of `tensors` and the JSON-able `facts`, and return its folder.
 
         A DTensor is written by the ranks that hold its shards; a plain tensor is taken to be equal on all ranks and
         written once. A valid checkpoint of the same step is left as it is. Of the older ones the `keep` newest stay,
-        this one counted, and the last that was saved with `best`.
+        this one counted.
         Raises CheckpointError on all ranks when any of them fails; the previous checkpoints are untouched then.
         """
         final = self.folder / f"step-{step:08d}"
@@ -84,7 +84,7 @@ class Checkpoints:
             self._write(final, step, tensors, dict(facts), failure)
         self._damaged.discard(final)
         self._verified.add(final)
-        _on_main(lambda: self._publish(final, best), failure)
+        _on_main(lambda: self._publish(final), failure)
         return final
 
     def find(self) -> Path | None:
@@ -101,11 +101,6 @@ class Checkpoints:
             if _place()[0] == 0:
                 logger.warning("checkpoint %s is damaged and passed over: %s", folder, damage)
         return None
-
-    def best(self) -> Path | None:
-        """The checkpoint that is marked best; None if none is."""
-        pointer = self.folder / "best"
-        return self.folder / pointer.read_text().strip() if pointer.is_file() else None
 
     def facts(self, folder: Path) -> dict[str, Any]:
         """What was saved with the tensors. Raises CheckpointError when the manifest cannot be read."""
@@ -172,15 +167,14 @@ class Checkpoints:
         partial.rename(final)
         _sync_folder(self.folder)
 
-    def _publish(self, newest: Path, best: bool) -> None:
-        """Point at a complete checkpoint, then remove those that are neither among the newest nor the best.
+    def _publish(self, newest: Path) -> None:
+        """Point at a complete checkpoint, then remove those that are not among the newest.
 
         Damaged ones do not count, and stay to be looked at.
         """
-        for name in ("latest", "best") if best else ("latest",):
-            _write_text(self.folder / name, newest.name + "\n")
+        _write_text(self.folder / "latest", newest.name + "\n")
         sound = [folder for folder in step_folders(self.folder) if folder not in self._damaged]
-        for folder in set(sound[self.keep :]) - {newest, self.best()}:
+        for folder in set(sound[self.keep :]) - {newest}:
             try:
                 _discard(folder)
             except OSError as error:

@@ -6,8 +6,10 @@ has to be called by all ranks of its group.
 """
 
 import logging
+import math
 import os
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -168,8 +170,14 @@ def reduce_scatter_rows(
     return own[: sizes[dist.get_rank(group)]]
 
 
+ECHO_SECONDS = 3.0
+
+
 class Interrupt:
-    """While entered, SIGINT and SIGTERM set `requested` instead of ending the process; a second SIGINT ends it.
+    """While entered, SIGINT and SIGTERM set `requested` instead of ending the process; a later SIGINT ends it.
+
+    A SIGINT that follows the first within `ECHO_SECONDS` is its echo: a terminal's Ctrl-C reaches a rank directly and
+    once more through the launcher.
 
     To be entered in the main thread (ValueError elsewhere); the previous handlers come back on exit. The flag is this
     process's alone: `agree` on it before acting, because a signal may reach one rank only.
@@ -177,6 +185,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested = False
+        self._first_sigint = math.inf
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -193,7 +202,10 @@ class Interrupt:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            now = time.monotonic()
+            self._first_sigint = min(self._first_sigint, now)
+            if now - self._first_sigint > ECHO_SECONDS:
+                signal.default_int_handler(number, frame)
 
 
 def _launcher_numbers() -> tuple[int, int, int, int] | None:

@@ -74,8 +74,8 @@ class Backbone(nn.Module):
         self.mixed_precision = config.precision == "bfloat16"
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.trunk, features = _build_trunk(config)
-        width = getattr(self.trunk, "num_features", None)
-        self.channels_at_end = features.shape[-1] == width and (features.ndim == 3 or features.shape[1] != width)
+        # Maps of square images are square, which tells [b,h,w,C] from [b,C,h,w]; tokens are [b,n,C].
+        self.channels_at_end = features.ndim == 3 or (features.ndim == 4 and features.shape[2] != features.shape[3])
         self.prefix_tokens = int(getattr(self.trunk, "num_prefix_tokens", 0)) if features.ndim == 3 else 0
         _, channels, height, breadth = self._as_map(features).shape
         kind = getattr(self.trunk, "preferred_neck", "flatten") if config.neck == "auto" else config.neck

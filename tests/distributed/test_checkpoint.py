@@ -222,15 +222,13 @@ def test_nothing_is_unpickled_before_the_hashes_agree(tmp_path, alone, monkeypat
             read()
 
 
-def test_retention_keeps_the_newest_and_the_best(tmp_path, alone, monkeypatch, caplog):
+def test_retention_keeps_the_newest(tmp_path, alone, monkeypatch, caplog):
     checkpoints = Checkpoints(tmp_path, keep=2)
     assert checkpoints.find() is None
-    assert checkpoints.best() is None
     for step in (1, 2, 3, 4):
-        checkpoints.save(step, _tensors(step), {}, best=step == 2)
-    assert _steps(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
-    assert checkpoints.best() == tmp_path / "step-00000002"
-    checkpoints.save(5, _tensors(5), {}, best=True)
+        checkpoints.save(step, _tensors(step), {})
+    assert _steps(tmp_path) == ["step-00000003", "step-00000004"]
+    checkpoints.save(5, _tensors(5), {})
     assert _steps(tmp_path) == ["step-00000004", "step-00000005"]
     assert (tmp_path / "latest").read_text() == "step-00000005\n"
 
@@ -245,7 +243,7 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path, alone, monkeypatch, c
 
     # Before the newest is safe nothing is removed, and what could not be removed goes with the next.
     checkpoints.save(7, _tensors(7), {})
-    assert _steps(tmp_path) == ["step-00000005", "step-00000006", "step-00000007"]
+    assert _steps(tmp_path) == ["step-00000006", "step-00000007"]
 
 
 def test_steps_are_ordered_as_numbers(tmp_path):

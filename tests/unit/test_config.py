@@ -143,7 +143,7 @@ def test_the_variants_of_a_margin(write: Write, overrides: list[str], margin: co
 
 def test_a_variant_is_judged_by_its_own_fields(write: Write) -> None:
     path = write(DATA + '[head.margin]\nname = "cosface"\n')
-    assert mistakes(path, "head.margin.m1=2.0") == ["head.margin.m1: unknown key; known: name, scale, margin"]
+    assert mistakes(path, "head.margin.m1=2.0") == ["head.margin.m1: unknown key; known: scale, name, margin"]
     assert mistakes(path, "head.margin.margin=-1") == [
         "head.margin.margin: input should be greater than or equal to 0, not -1"
     ]

@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import nn
 
-from recognition.config import Export, UserError
+from recognition.config import Backbone, Export, UserError
 from recognition.deploy.embedder import OnnxEmbedder
 from recognition.deploy.onnx import export
+from recognition.models.backbone import BackboneEmbedder, build_backbone
 
 SIZE, D = 16, 8
 
@@ -268,11 +268,15 @@ def test_images_of_another_kind_are_refused(exported):
             embedder(images)
 
 
-def test_another_opset(tmp_path, exported, images):
-    path = tmp_path / "model.onnx"
-    export(exported[0], path, {}, Export(opset=17))
-    assert [item.version for item in onnx.load(path).opset_import if not item.domain] == [17]
-    (found,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(
-        None, {"data": (images.transpose(0, 3, 1, 2).astype(np.float32) - 127.5) / 127.5}
-    )
-    np.testing.assert_allclose(found, reference(exported[0], images), atol=1e-5)
+def test_a_real_backbone_in_bfloat16_at_another_opset(tmp_path, images):
+    settings = Backbone(name="test_resnet", image_size=32, embedding_size=12, precision="bfloat16")
+    backbone = build_backbone(settings, seed=3)
+    images = np.tile(images, (1, 2, 2, 1))
+    backbone(torch.from_numpy(images.transpose(0, 3, 1, 2)).float() / 100)
+    parity = export(backbone, tmp_path / "model.onnx", {}, Export(opset=17))
+    model = onnx.load(tmp_path / "model.onnx")
+    assert [item.version for item in model.opset_import if not item.domain] == [17]
+    assert onnx.TensorProto.BFLOAT16 not in {tensor.data_type for tensor in model.graph.initializer}
+    expected = BackboneEmbedder(backbone, float32=True)(images)
+    np.testing.assert_allclose(OnnxEmbedder(tmp_path / "model.onnx")(images), expected, rtol=1e-4, atol=1e-4)
+    assert parity.max_difference < 1e-5

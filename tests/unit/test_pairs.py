@@ -152,6 +152,7 @@ def test_refuses_dotted_names(tmp_path):
         ((np.array(IMAGES, object), SAME), "does not hold"),
         (([*IMAGES[:2], None, *IMAGES[3:]], SAME), "image 1 of pair 2 is not bytes"),
         (([*IMAGES[:3], np.zeros(4), *IMAGES[4:]], SAME), "image 2 of pair 2 .* dtype f8"),
+        (([*IMAGES[:7], np.zeros(4, np.uint16)], SAME), "image 2 of pair 4 .* dtype u2"),
         (([np.array(IMAGES[:1], object)] * 8, SAME), "image 1 of pair 1 .* dtype O8"),
         (IMAGES, "does not hold"),
         ({"images": IMAGES}, "does not hold"),

@@ -15,7 +15,6 @@ from recognition.data.augment import draw
 from recognition.data.index import open_index
 from recognition.data.order import permute, samples_at
 from recognition.data.pipeline import Batch, Pipeline
-from recognition.data.quarantine import MAX_PIXELS, BadImage, Quarantine, check_header
 
 SIZE = 32
 NO_CHANGE = Augment(flip=0.0)
@@ -350,51 +349,3 @@ def test_errors_of_reading_pass_through(images: Images, opened: Open) -> None:
 def test_a_rank_without_an_image_is_refused(images: Images, opened: Open) -> None:
     with pytest.raises(UserError, match="a batch of 2 leaves some of 3 ranks"):
         opened(images, batch=2, world=3)
-
-
-@pytest.mark.parametrize(
-    ("form", "options"),
-    [
-        ("JPEG", {}),
-        ("JPEG", {"progressive": True, "optimize": True}),
-        ("JPEG", {"restart_marker_blocks": 2}),
-        ("JPEG", {"exif": b"Exif\x00\x00" + bytes(300), "comment": b"\xff\xc0 no frame header"}),
-        ("PNG", {}),
-        ("BMP", {}),
-        ("WEBP", {}),
-        ("PPM", {}),
-    ],
-)
-def test_header_gives_the_size(form: str, options: dict[str, object]) -> None:
-    encoded = encode(picture(0, (37, 53)), form, **options)
-    assert check_header(encoded) == (53, 37)
-
-
-def test_header_refuses(images: Images) -> None:
-    jpeg = images.encoded[0]
-    for encoded, message in [
-        (b"", "no bytes"),
-        (b"\xff\xd8", "frame header"),
-        (jpeg[:20], "frame header"),
-        (jpeg[: len(jpeg) // 2], "truncated"),
-        (png(32, 32)[:-12], "truncated"),
-        (png(MAX_PIXELS, 2), "pixels"),
-        (png(0, 2), "pixels"),
-        (b"GIF89a", "neither"),
-        (b"P6 10000 10000 255 ", "pixels|neither"),
-        (b"P6 100000 100000 255 ", "neither"),
-    ]:
-        with pytest.raises(BadImage, match=message):
-            check_header(encoded)
-    assert check_header(png(MAX_PIXELS, 1)) == (1, MAX_PIXELS)
-
-
-def test_quarantine_is_shared_by_appending(images: Images, tmp_path: Path) -> None:
-    path = tmp_path / "quarantine.jsonl"
-    first, second = Quarantine(images, path), Quarantine(images, path)  # type: ignore[arg-type]
-    first.add(3, "what")
-    second.add(4, "why")
-    first.add(3, "again")
-    assert [json.loads(line)["sample"] for line in path.read_text().splitlines()] == [3, 4]
-    assert first.replace(np.array([2, 3, 4])).tolist() == [2, 4, 4]
-    assert second.replace(np.array([3, 4, 5])).tolist() == [3, 5, 5]
