@@ -1,6 +1,7 @@
 """The loop: index, order, pipeline, backbone, head, loss; then back through the head's rows to the backbone."""
 
 import contextlib
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -35,6 +36,12 @@ from recognition.tracking import Tracker
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+# The argument has had another name since torch 2.15 or so, which warns of the old one.
+_NAMES = inspect.signature(DistributedDataParallel).parameters
+_RANKS_KEEP_THEIR_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False
+}
 
 
 def train(config: Config) -> bool:
@@ -92,12 +99,13 @@ class Trainer:
             self.replica = DistributedDataParallel(
                 self.backbone,
                 device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-                broadcast_buffers=False,
+                **_RANKS_KEEP_THEIR_BUFFERS,
                 gradient_as_bucket_view=True,
             )
         self.nonfinite_in_a_row = torch.zeros((), dtype=torch.int64, device=ranks.device)
 
         self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint.keep)
+        self.step = 0
         self.step = self._resume()
         self.tracker = Tracker(
             self.folder.path,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -62,25 +63,29 @@ def load_embedder(model: Path) -> Embedder:
 def evaluate(embedder: Embedder, pairs: PairSet, batch: int) -> dict[str, Any]:
     """The verification numbers of one set, its name, and the seconds that they took."""
     start = time.perf_counter()
+    console = Console(stderr=True)
     starts = range(0, 2 * len(pairs), batch)
     parts = [
         embed_pairs(embedder, pairs, batch, range(first, min(first + batch, 2 * len(pairs))))
-        for first in track(starts, pairs.name, console=Console(stderr=True), transient=True)
+        for first in track(starts, pairs.name, console=console, transient=True, disable=not console.is_terminal)
     ]
     result = verify(np.concatenate(parts), pairs.same).to_json()
     return {"name": pairs.name, **result, "seconds": round(time.perf_counter() - start, 3)}
 
 
 def _table(model: Path, results: list[dict[str, Any]]) -> Table:
-    table = Table(title=str(model), title_justify="left")
-    table.add_column("set")
-    for column in ("pairs", "accuracy %", "threshold", *(f"TAR@{far}" for far in FARS), "seconds"):
-        table.add_column(column, justify="right")
+    table = Table("", title=str(model), title_justify="left", box=SIMPLE)
     for result in results:
-        rates = ("n/a" if rate is None else f"{100 * rate:.2f}" for rate in result["tar_at_far"].values())
-        accuracy = f"{100 * result['accuracy']:.2f} ± {100 * result['accuracy_std']:.2f}"
-        threshold, seconds = f"{result['threshold']:.3f}", f"{result['seconds']:.1f}"
-        table.add_row(result["name"], str(result["pairs"]), accuracy, threshold, *rates, seconds)
+        table.add_column(result["name"], justify="right")
+    table.add_row("pairs", *(str(result["pairs"]) for result in results))
+    table.add_row(
+        "accuracy %", *(f"{100 * item['accuracy']:.2f} ± {100 * item['accuracy_std']:.2f}" for item in results)
+    )
+    table.add_row("threshold", *(f"{result['threshold']:.3f}" for result in results))
+    for far in FARS:
+        rates = [result["tar_at_far"][far] for result in results]
+        table.add_row(f"TAR@FAR={far} %", *("n/a" if rate is None else f"{100 * rate:.2f}" for rate in rates))
+    table.add_row("seconds", *(f"{result['seconds']:.1f}" for result in results))
     return table
 
 

@@ -171,7 +171,7 @@ def identity_parameters(seed: int, identity: int) -> Identity:
         hair, (hair[0] * 1.5 + 0.08, hair[1] * 0.85, hair[2] * 0.5), between(0.0, 1.0) ** 3 * (1 - 0.6 * pigment)
     )
     grey = between(0.45, 0.75)
-    hair = _mix(hair, (grey, grey, grey * 1.02), max(0.0, between(-1.4, 1.1, 2 * age - 1)) ** 0.5 * age)
+    hair = _mix(hair, (grey, grey, grey * 1.02), max(0.0, between(-2.2, 1.1, 2 * age - 1)) ** 0.5 * age)
     bald = max(0.0, between(-3.2, 0.9, build)) * masculine
 
     def spot() -> Spot:
@@ -259,14 +259,14 @@ def capture_parameters(seed: int, identity: int, image: int) -> Capture:
 
     side, height = between(-1.3, 1.3), between(-0.9, 0.5)
     length = (side**2 + height**2 + 1) ** 0.5
-    warmth = normal(0.07)
+    warmth = normal(0.05)
     smile = between(-0.35, 1.0)
     edge = None
     if between(0, 1) < 0.25:
         # A straight-edged object that reaches in from the border: angle of its normal, distance, roundness.
         edge = (between(0, 2 * np.pi), between(36, 54), between(0.0, 0.02))
     return Capture(
-        yaw=normal(0.19),
+        yaw=normal(0.18),
         pitch=normal(0.10),
         roll=normal(0.055),
         zoom=1 + normal(0.03),
@@ -277,11 +277,11 @@ def capture_parameters(seed: int, identity: int, image: int) -> Capture:
         brow_raise=normal(0.7),
         gaze=(normal(0.8), normal(0.35)),
         lamp=(side / length, height / length, 1 / length),
-        lamp_share=between(0.2, 0.8),
+        lamp_share=between(0.2, 0.75),
         tint=(1 + warmth, 1 + normal(0.02), 1 - warmth),
-        exposure=float(np.exp(normal(0.17))),
-        gamma=float(np.exp(normal(0.12))),
-        saturation=0.0 if between(0, 1) < 0.05 else between(0.75, 1.15),
+        exposure=float(np.exp(normal(0.14))),
+        gamma=float(np.exp(normal(0.10))),
+        saturation=0.0 if between(0, 1) < 0.015 else between(0.75, 1.15),
         background=(colour(), colour(), colour()),
         background_waves=(normal(0.05), normal(0.05), between(0, 6.3), between(0, 6.3)),
         clothes=colour(0.03, 0.8),

@@ -15,7 +15,7 @@ Integers = NDArray[np.int64]
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """Odd integer nearest to 2^64 / golden ratio, the increment of SplitMix64."""
 
-_ROUNDS = 12
+_ROUNDS = 12  # an even number, which leaves rows and columns in their places
 _ORDER = 1  # keeps these keys apart from those of other uses of the same seed
 
 

@@ -111,6 +111,8 @@ class Pipeline:
         self._readers.shutdown(cancel_futures=True)
         self._reading.clear()
         self._decoding.clear()
+        if self._copied:
+            self._copied[1].synchronize()
         self._graph = self._copied = None
 
     def _start(self) -> None:

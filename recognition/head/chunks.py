@@ -148,9 +148,9 @@ def backward(
         if logits.scale is not None:
             inverse_norm = inverse_norms[start : start + len(weight)]
             factor, at_target = logits.scale * inverse_norm, inverse_norm[columns.clamp(0, len(weight) - 1)]
-            a = products * factor
-        else:
-            a = products.clone() if rows.bias is None else products + rows.bias[part]
+        a = products * factor
+        if rows.bias is not None:
+            a += rows.bias[part]
         a.sub_(log_sum[:, None]).exp_().mul_(negatives_gradient[:, None]).mul_(factor)
         _put(a, columns, target_gradient * at_target)
         product_a = a.to(x.dtype)

@@ -45,7 +45,7 @@ def sample_rows(labels: Tensor, classes: int, rate: float, seed: int, step: int,
         numbers = torch.arange(block.start, block.stop, device=labels.device)
         taken[start : start + len(block)] = _places(numbers, classes, keys) < threshold
     own = (labels >= rows.start) & (labels < rows.stop)
-    taken[torch.where(own, labels - rows.start, len(rows))] = True
+    taken.index_fill_(0, torch.where(own, labels - rows.start, len(rows)), True)
     return taken[:-1].nonzero().squeeze(1)
 
 

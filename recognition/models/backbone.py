@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from recognition.config import Backbone as BackboneConfig
@@ -25,6 +24,7 @@ from recognition.config import UserError
 from recognition.models import insightface
 from recognition.models import iresnet as iresnet  # registered with timm by their import
 from recognition.models import mobilefacenet as mobilefacenet
+from recognition.models.layers import average_running_statistics as average_running_statistics
 
 _OWN_OPTIONS = {
     "img_size": "set backbone.image_size",
@@ -125,28 +125,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     generator's state has to be saved. `step` counts forward passes, also those within one update.
     """
     torch.manual_seed(_key("step", seed, step, rank))
-
-
-def average_running_statistics(backbone: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Replace every BatchNorm's running mean and variance by the mean over the ranks of `group`, in place.
-
-    Collective: one all-reduce. Without it each rank evaluates, saves and exports the statistics of its own images.
-    """
-    world = dist.get_world_size(group)
-    statistics = [
-        buffer
-        for module in backbone.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        for buffer in (module.running_mean, module.running_var)
-        if buffer is not None
-    ]
-    if world == 1 or not statistics:
-        return
-    flat = torch.cat([buffer.flatten() for buffer in statistics])
-    dist.all_reduce(flat, group=group)
-    flat /= world
-    for buffer, mean in zip(statistics, flat.split([buffer.numel() for buffer in statistics]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
 
 
 class BackboneEmbedder:

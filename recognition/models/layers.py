@@ -1,11 +1,12 @@
-"""PReLU and grouped convolution that compute what torch's do and train faster on a CPU.
+"""Layers that compute what torch's do and train faster on a CPU, and BatchNorm's statistics over the ranks.
 
-On a GPU, in evaluation and under `torch.compile` they are torch's own.
+On a GPU, in evaluation and, for PReLU, under `torch.compile` the layers are torch's own.
 """
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -52,3 +53,25 @@ class GroupedConv2d(nn.Conv2d):
             with torch.autocast("cpu", enabled=False):
                 return super().forward(x.float()).to(x.dtype)
         return super().forward(x)
+
+
+def average_running_statistics(backbone: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Replace every BatchNorm's running mean and variance by the mean over the ranks of `group`, in place.
+
+    Collective: one all-reduce. Without it each rank evaluates, saves and exports the statistics of its own images.
+    """
+    world = dist.get_world_size(group)
+    statistics = [
+        buffer
+        for module in backbone.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
+    if world == 1 or not statistics:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in statistics])
+    dist.all_reduce(flat, group=group)
+    flat /= world
+    for buffer, mean in zip(statistics, flat.split([buffer.numel() for buffer in statistics]), strict=True):
+        buffer.copy_(mean.view_as(buffer))

@@ -70,13 +70,14 @@ def test_checkpoint_of_a_wrapped_network(shared_data: Path, tmp_path: Path) -> N
 
 
 def test_another_network_is_refused(shared_data: Path, tmp_path: Path) -> None:
-    torch.save(published(shared_data, "r18"), tmp_path / "backbone.pth")
-    backbone = build_backbone(BackboneConfig(name="iresnet34", embedding_size=128))
+    torch.save(published(shared_data, "mbf"), tmp_path / "backbone.pth")
+    backbone = build_backbone(BackboneConfig(name="iresnet18", image_size=32, embedding_size=128))
     before = backbone.trunk.stem[0].weight.clone()
     with pytest.raises(UserError) as caught:
         load_weights(backbone, tmp_path / "backbone.pth")
     message = str(caught.value)
     assert "backbone.pth does not fit" in message
-    assert "lacks trunk.stages.0.2.norm1.weight" in message
-    assert "neck.linear.weight [512, 25088] for [128, 25088]" in message
+    assert "lacks trunk.stem.0.weight" in message
+    assert "trunk.pool.conv.weight" in message or "trunk.stem.0.conv.weight" in message
+    assert "neck.linear.weight [512, 512] for [128, 2048]" in message
     assert torch.equal(backbone.trunk.stem[0].weight, before)

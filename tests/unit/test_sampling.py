@@ -9,14 +9,14 @@ def sampled(labels: list[int], classes: int, rate: float, step: int = 0, seed: i
     found: list[int] = []
     for start in range(0, size * world, size):
         shard = range(min(start, classes), min(start + size, classes))
-        rows = sample_rows(torch.tensor(labels), classes, rate, seed, step, shard)
-        assert rows.tolist() == sorted(set(rows.tolist()))
-        assert all(0 <= row < len(shard) for row in rows.tolist())
-        found += [shard.start + row for row in rows.tolist()]
+        rows = sample_rows(torch.tensor(labels), classes, rate, seed, step, shard).tolist()
+        assert rows == sorted(set(rows))
+        assert not rows or (rows[0] >= 0 and rows[-1] < len(shard))
+        found += [shard.start + row for row in rows]
     return set(found)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 3, 10, 97, 1000, 65537])
+@pytest.mark.parametrize("classes", [1, 2, 3, 10, 97, 1000, 10007])
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.99])
 def test_positives_always_and_as_many_as_the_rate_allows(classes: int, rate: float) -> None:
     labels = [0, classes - 1, classes // 2, classes // 2]
@@ -51,7 +51,7 @@ def test_keyed_by_seed_and_step() -> None:
 
 
 def test_every_class_is_as_likely_and_pairs_are_independent() -> None:
-    classes, rate, draws = 100, 0.2, 4000
+    classes, rate, draws = 100, 0.2, 1500
     taken = torch.zeros(draws, classes, dtype=torch.float64)
     for step in range(draws):
         taken[step, sample_rows(torch.tensor([0]), classes, rate, 11, step, range(classes))] = 1
