@@ -1,10 +1,6 @@
-"""The description of a run: frozen sections, read from TOML and `section.key=value` overrides.
-
-Every field's docstring stands under it. All mistakes of a file and its overrides are reported in one `ConfigError`.
-"""
+"""The description of a run: frozen sections, read from TOML and `section.key=value` overrides; docstrings under fields."""
 
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -53,9 +49,8 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+# A path that has to exist when a run starts; it is not looked for when an old run's settings are only read.
 InputPath = Annotated[Path, Field(strict=False), AfterValidator(_must_exist)]
-"""A path that has to exist when a run starts; it is not looked for when an old run's config is only read."""
-
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
@@ -112,7 +107,7 @@ class Data(Section):
     threads: PositiveInt = 2
     """DALI's worker threads per process."""
     prefetch: PositiveInt = 2
-    """Batches prepared ahead."""
+    """Batches decoded ahead, and threads that read ahead: more of them hide a slow storage."""
     augment: Augment = Augment()
     """Random changes to the images."""
 
@@ -190,7 +185,7 @@ class ArcFace(Scaled):
     margin: Annotated[float, Field(ge=0, lt=3.1415)] = 0.5
     """m, in radians"""
     straight_through: bool = False
-    """Gradient of arcface_torch: the factor sin(theta + m) / sin(theta) is dropped and theta + m is not guarded."""
+    """As in arcface_torch: without the gradient's factor sin(theta + m) / sin(theta), and theta + m not guarded."""
 
 
 class Combined(Scaled):
@@ -382,11 +377,9 @@ def load(path: Path | str, overrides: Sequence[str] = (), *, check_paths: bool =
     """
     path = Path(path)
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        tree = toml.read(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     mistakes = toml.apply_overrides(tree, overrides, Config)
     try:
         context = {"check_paths": check_paths, "rendered": _rendered_folder(tree)}

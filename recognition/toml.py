@@ -4,9 +4,20 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tree of a TOML file. Raises ValueError, which names the file, where there is none or it is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], root: type[BaseModel]) -> list[str]:
