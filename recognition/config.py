@@ -1,4 +1,4 @@
-"""The description of a run: frozen sections, read from TOML and `section.key=value` overrides; docstrings under fields."""
+"""The description of a run: frozen sections, read from TOML and `section.key=value` overrides; docs below fields."""
 
 import json
 from collections.abc import Sequence
