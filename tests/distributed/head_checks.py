@@ -1,0 +1,339 @@
+"""What ranks do with the head to have it checked; each function runs on all ranks and returns what it found."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from dense_head import (
+    MARGINS,
+    TRAINING_BATCH,
+    TRAINING_CLASSES,
+    TRAINING_RATES,
+    D,
+    data,
+    dense_loss,
+    error,
+    errors_of_loss,
+    fill,
+    make,
+    run,
+    whole,
+)
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recognition import config
+from recognition.distributed import split
+from recognition.head import ShardedSoftmax
+from recognition.head.sampling import sample_rows
+
+
+def batches(world: int) -> dict[str, tuple[int, list[int], range | None]]:
+    """Classes, samples of each rank, and where the labels come from (None: all classes)."""
+    uneven = [3, 1, 4, 2][:world]
+    return {
+        "plain": (19, [5] * world, None),
+        "uneven": (18, uneven, None),
+        "batch-of-one": (7, [1] + [0] * (world - 1), None),
+        "targets-on-one-rank": (23, split(13, world), range(2)),
+        "targets-on-the-last-rank": (23, split(13, world), range(22, 23)),
+        "fewer-classes-than-ranks": (2, split(9, world), None),
+        "one-class": (1, split(5, world), None),
+    }
+
+
+def against_reference(precision: str, cases: dict[str, tuple[int, list[int], range | None]]) -> dict[str, list[float]]:
+    errors = {}
+    order, size = (torch.inf, D) if precision == "float32" else (2, 512)
+    for margin_name, margin in MARGINS.items():
+        for number, (batch_name, (classes, sizes, within)) in enumerate(cases.items()):
+            for strength in (1.0, 0.3) if batch_name == "plain" else (1.0,):
+                x, labels, weight, bias = data(classes, sum(sizes), number, within, size)
+                tensors = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+                expected = dense_loss(margin, tensors[0], labels, tensors[1], tensors[2], strength)
+                expected.backward()
+                head = make(margin, classes, size=size, fused=False, precision=precision)
+                fill(head, weight, bias)
+                output, gradient = run(head, x, labels, sizes, strength=strength)
+                assert head.row_gradient is not None
+                found = [errors_of_loss(output.loss, expected), error(gradient, tensors[0].grad, order)]
+                found.append(error(whole(head, head.row_gradient.weight), tensors[1].grad, order))
+                if head.row_gradient.bias is not None:
+                    found.append(error(whole(head, head.row_gradient.bias), tensors[2].grad, order))
+                cosine = F.cosine_similarity(x, weight[labels]).mean()
+                found.append(float((output.target_cosine - cosine).abs()))
+                assert output.finite.item()
+                errors[f"{margin_name} {batch_name} {strength}"] = found
+    return errors
+
+
+def fused_training(margin: config.Margin) -> dict[str, np.ndarray]:
+    """Losses of six steps, and the rows and their momenta after them."""
+    x, labels, weight, bias = data(TRAINING_CLASSES, TRAINING_BATCH * len(TRAINING_RATES))
+    head = make(margin, TRAINING_CLASSES, momentum=0.8, weight_decay=0.05)
+    fill(head, weight, bias)
+    losses = []
+    for step, lr in enumerate(TRAINING_RATES):
+        part = slice(TRAINING_BATCH * step, TRAINING_BATCH * (step + 1))
+        output, _ = run(head, x[part], labels[part], split(TRAINING_BATCH, head.world), lr=lr, step=step)
+        losses.append(output.loss.item())
+    state = {name: whole(head, local).numpy() for name, local in vars(head.rows).items() if local is not None}
+    return {"losses": np.array(losses), **state}
+
+
+def accumulation() -> float:
+    """Two passes over halves of a batch and one update, against one fused step over the whole."""
+    x, labels, weight, _ = data(13, 16)
+    world = dist.get_world_size()
+    heads = [make(config.ArcFace(), 13, fused=fused) for fused in (True, False)]
+    for head in heads:
+        fill(head, weight)
+    for step in range(3):
+        run(heads[0], x, labels, split(16, world), step=step)
+        outputs = [
+            run(heads[1], x[half], labels[half], split(8, world), step=step, loss_weight=0.5)[0]
+            for half in (slice(0, 8), slice(8, 16))
+        ]
+        assert heads[1].row_gradient is not None
+        heads[1].apply_gradient(0.1)
+        assert not heads[1].row_gradient.weight.any()
+    total = sum(output.loss for output in outputs)
+    assert torch.isfinite(total)
+    return max(
+        error(heads[1].rows.weight, heads[0].rows.weight.double()),
+        error(heads[1].rows.momentum, heads[0].rows.momentum.double()),
+    )
+
+
+def broken_batch(fused: bool) -> dict[str, bool]:
+    """One embedding of the last rank is NaN."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    x, labels, weight, _ = data(13, 4 * world)
+    head = make(config.ArcFace(), 13, fused=fused)
+    fill(head, weight)
+    run(head, x, labels, [4] * world)
+    if not fused:
+        head.apply_gradient(0.1)
+    before, momentum = head.rows.weight.clone(), head.rows.momentum.clone()
+    local = x[4 * rank : 4 * rank + 4].float()
+    if rank == world - 1:
+        local[1, 3] = torch.nan
+    local.requires_grad_()
+    output = head(local, labels[4 * rank : 4 * rank + 4], lr=0.1, step=1)
+    output.loss.backward()
+    if not fused:
+        head.apply_gradient(0.1)
+    unchanged = torch.equal(head.rows.weight, before) and torch.equal(head.rows.momentum, momentum)
+    run(head, x, labels, [4] * world)
+    if not fused:
+        head.apply_gradient(0.1)
+    went_on = bool((head.rows.weight != before).any() and head.rows.weight.isfinite().all())
+    return {"finite": bool(output.finite), "unchanged": unchanged, "went_on": went_on or not len(before)}
+
+
+def sampled_step(fused: bool) -> dict[str, Any]:
+    classes, world = 40, dist.get_world_size()
+    x, labels, weight, _ = data(classes, 6)
+    head = make(config.CosFace(), classes, fused=fused, sample_rate=0.4, weight_decay=0.1, seed=5)
+    fill(head, weight)
+    head.rows.momentum.fill_(0.25)
+    output, gradient = run(head, x, labels, split(6, world), step=9, lr=0.5)
+    if not fused:
+        head.apply_gradient(0.5)
+    taken = sample_rows(labels, classes, 0.4, 5, 9, range(classes))
+    small, small_x = weight[taken].clone().requires_grad_(), x.clone().requires_grad_()
+    expected = dense_loss(config.CosFace(), small_x, torch.searchsorted(taken, labels), small, None)
+    expected.backward()
+    assert small.grad is not None
+    momenta = torch.full_like(weight, 0.25)
+    momenta[taken] = 0.9 * momenta[taken] + small.grad + 0.1 * weight[taken]
+    weights = weight.clone()
+    weights[taken] -= 0.5 * momenta[taken]
+    found, found_momenta = whole(head, head.rows.weight), whole(head, head.rows.momentum)
+    others = torch.ones(classes, dtype=torch.bool)
+    others[taken] = False
+    return {
+        "errors": [
+            errors_of_loss(output.loss, expected),
+            error(gradient, small_x.grad),
+            error(found, weights),
+            error(found_momenta, momenta),
+        ],
+        "untouched": bool((found[others] == weight[others].float()).all() and (found_momenta[others] == 0.25).all()),
+        "changed": bool((found[taken] != weight[taken].float()).any(1).all()),
+        "count": len(taken),
+    }
+
+
+def data_parallel() -> tuple[float, float]:
+    """A linear backbone in DDP under the head: errors of its gradient and of the rows after a step."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    _, labels, weight, _ = data(11, 4 * world)
+    images = torch.randn(4 * world, 10, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    backbone = nn.Linear(10, D)
+    single = nn.Linear(10, D).double()
+    single.load_state_dict(backbone.state_dict())
+    rows = weight.clone().requires_grad_()
+    dense_loss(config.ArcFace(), single(images.double()), labels, rows, None).backward()
+    assert rows.grad is not None
+    head = make(config.ArcFace(), 11, weight_decay=0.0)
+    fill(head, weight)
+    own = slice(4 * rank, 4 * rank + 4)
+    replica = DistributedDataParallel(backbone)
+    head(replica(images[own]), labels[own], lr=0.3, step=0).loss.backward()
+    return (
+        max(error(p.grad, q.grad) for p, q in zip(backbone.parameters(), single.parameters(), strict=True)),
+        error(whole(head, head.rows.weight), weight - 0.3 * rows.grad),
+    )
+
+
+class Watch(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes, and how often each collective is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.collectives: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if operation.namespace == "c10d":
+            self.collectives[operation._schema.name.split("::")[1]] += 1
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def watched_step(margin: config.Margin, sample_rate: float) -> dict[str, Any]:
+    """A step of 64 samples a rank and 4,000 classes a rank, in chunks of 100."""
+    world = dist.get_world_size()
+    head = make(margin, 4000 * world, chunk=100, sample_rate=sample_rate)
+    embeddings = torch.randn(64, D, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.arange(64) * 7 * world
+    with Watch() as watch:
+        head(embeddings, labels, lr=0.1, step=0).loss.backward()
+    return {"largest": watch.largest, "logits": 64 * world * 4000, "collectives": dict(watch.collectives)}
+
+
+def rules() -> dict[str, Any]:
+    """Small promises of the interface."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    x, labels, weight, _ = data(9, 4 * world)
+    sizes, found = [4] * world, {}
+    own = slice(4 * rank, 4 * rank + 4)
+
+    head = make(config.CosFace(), 9)
+    wrong = labels.clone()
+    wrong[-2] = 9
+    for number, bad in enumerate((9, -1)):
+        wrong[-2] = bad
+        with pytest.raises(config.UserError) as caught:
+            head(x[own].float(), wrong[own], lr=0.1, step=0)
+        found[f"label {number}"] = str(caught.value)
+
+    fill(head, weight)
+    for unfused in (False, True):
+        head = make(config.CosFace(), 9, fused=not unfused)
+        fill(head, weight)
+        first = head(x[own].float().requires_grad_(), labels[own], lr=0.1, step=0)
+        second = head(x[own].float().requires_grad_(), labels[own], lr=0.1, step=0)
+        first.loss.backward()
+        if unfused:
+            second.loss.backward()
+        else:
+            with pytest.raises(RuntimeError, match="rows changed"):
+                second.loss.backward()
+
+    head = make(config.CosFace(), 9, sample_rate=0.5)
+    fill(head, weight)
+    expected = dense_loss(config.CosFace(), x, labels, weight, None)
+    with torch.no_grad():
+        # Sampled in training, so not equal; without gradients nothing is sampled.
+        outputs = [head(x[own].float(), labels[own], lr=0.1, step=0)]
+    head.eval()
+    outputs.append(head(x[own].float().requires_grad_(), labels[own], lr=0.1, step=0))
+    found["evaluation"] = [errors_of_loss(output.loss, expected) for output in outputs]
+    found["evaluation has no graph"] = not any(output.loss.requires_grad for output in outputs)
+
+    head = make(config.CosFace(), 9)
+    fill(head, weight)
+    before = head.rows.weight.clone()
+    _, frozen = run(head, x, labels, sizes, update=False)
+    found["update=False"] = torch.equal(head.rows.weight, before) and bool(frozen.any())
+    with torch.autocast("cpu", torch.bfloat16):
+        output, gradient = run(head, x, labels, sizes)
+    found["autocast"] = [errors_of_loss(output.loss, expected), error(gradient, frozen.double())]
+    found["frozen backbone"] = head(x[own].float(), labels[own], lr=0.1, step=0).loss.requires_grad
+    found["no parameters"] = not list(head.parameters()) and not head.state_dict()
+    return found
+
+
+def trained_head(margin: config.Margin, classes: int) -> ShardedSoftmax:
+    world = dist.get_world_size()
+    x, labels, _, _ = data(classes, 12)
+    head = make(margin, classes, seed=3)
+    for step in range(2):
+        run(head, x, labels, split(12, world), step=step)
+    return head
+
+
+def saved(folder: str) -> None:
+    for classes in (2, 11):
+        dcp.save(trained_head(config.Softmax(), classes).state(), checkpoint_id=f"{folder}/{classes}")
+
+
+def everything(folder: str) -> dict[str, Any]:
+    world = dist.get_world_size()
+    head = make(config.CosFace(), 2500, seed=8)
+    found = {
+        "initial": whole(head, head.rows.weight).numpy(),
+        "float32": against_reference("float32", batches(world)),
+        "bfloat16": against_reference("bfloat16", {"plain": (50, split(40, world), None)}),
+        "training": {name: fused_training(margin) for name, margin in MARGINS.items()},
+        "accumulation": accumulation(),
+        "broken": [broken_batch(fused) for fused in (True, False)],
+        "sampled": [sampled_step(fused) for fused in (True, False)],
+        "watched": watched_step(config.ArcFace(), 1.0),
+        "watched softmax": watched_step(config.Softmax(), 1.0),
+        "watched sampled": watched_step(config.ArcFace(), 0.5),
+        "rules": rules(),
+    }
+    if world == 2:
+        # Once is enough for what takes seconds to import.
+        found["ddp"] = data_parallel()
+        saved(folder)
+    return found
+
+
+def resharded(folder: str) -> list[float]:
+    """What two ranks saved, loaded here, saved and loaded once more: the largest differences from training here."""
+    worst = []
+    for classes in (2, 11):
+        expected = trained_head(config.Softmax(), classes)
+        for source, target in ((f"{folder}/{classes}", f"{folder}/{classes}-again"), (f"{folder}/{classes}-again", "")):
+            head = make(config.Softmax(), classes, seed=99)
+            state = head.state()
+            assert sorted(state) == ["bias", "bias_momentum", "momentum", "weight"]
+            dcp.load(state, checkpoint_id=source)
+            if target:
+                dcp.save(state, checkpoint_id=target)
+            worst += [error(getattr(head.rows, name), getattr(expected.rows, name).double()) for name in state]
+    return worst
+
+
+def refusals() -> None:
+    head = make(config.ArcFace(), 3)
+    with pytest.raises(ValueError, match="embeddings are"):
+        head(torch.zeros(2, D + 1), torch.zeros(2, dtype=torch.long), lr=0.1, step=0)
+    with pytest.raises(RuntimeError, match="fused=False"):
+        head.apply_gradient(0.1)
+    with pytest.raises(config.UserError, match="0 classes"):
+        make(config.ArcFace(), 0)
