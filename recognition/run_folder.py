@@ -1,9 +1,7 @@
 """A run's output folder: what lies where, whether it may be resumed, and the backbone that it holds."""
 
-import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +68,16 @@ class RunFolder:
         """State dict of the backbone with the best verification so far; `best.json` says where it is from."""
         return self.path / "best.pt"
 
-    def create(self, config: Config) -> None:
-        """Make the folder and write the resolved configuration. Raises UserError where that cannot be done."""
+    def create(self) -> None:
+        """Make the folder. Raises UserError where that cannot be done."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_text(self.config, config.to_toml())
         except OSError as error:
             raise UserError(f"run.folder: cannot write to {self.path}: {error.strerror}") from None
+
+    def keep_config(self, config: Config) -> None:
+        """Write the resolved configuration, once nothing speaks against this run in this folder."""
+        write_text(self.config, config.to_toml())
 
     def refuse_if_changed(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         """Compare the facts of a checkpoint with those of the run that would continue it.
@@ -144,17 +145,11 @@ def load_backbone(run: Path, which: Literal["last", "best"] = "last") -> tuple[B
     return backbone.eval(), facts | {"backbone": settings.backbone.name, "margin": settings.head.margin.name}
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -64,19 +64,10 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks, interrupt: Interrupt) -> None:
         self.config, self.ranks, self.interrupt = config, ranks, interrupt
         self.folder = RunFolder(config.run.folder)
-        _local_main_first(ranks, lambda: self.folder.create(config))
+        _local_main_first(ranks, self.folder.create)
         if config.faces is not None:
-            faces = config.faces
-            _local_main_first(
-                ranks,
-                lambda: write_faces(
-                    config.data.path,
-                    identities=faces.identities,
-                    images=faces.images,
-                    pairs=faces.pairs,
-                    seed=faces.seed,
-                ),
-            )
+            faces = config.faces.model_dump()
+            _local_main_first(ranks, lambda: write_faces(config.data.path, **faces))
         self.index = _local_main_first(ranks, lambda: open_index(config.data.path, config.data.cache))
         self.pair_sets = [read_pairs(path) for path in config.evaluation.pairs]
         self.sizes = _micro_batch_sizes(config, ranks.world)
@@ -107,6 +98,8 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint.keep)
         self.step = 0
         self.step = self._resume()
+        if ranks.is_main:
+            self.folder.keep_config(config)
         self.tracker = Tracker(
             self.folder.path,
             config.tracking,

@@ -15,9 +15,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
+    parser.add_argument("--which", choices=("last", "best"), default="last", help="newest checkpoint, or best verified")
     options = parser.parse_args(arguments)
     try:
-        backbone, facts = load_backbone(options.run)
+        backbone, facts = load_backbone(options.run, options.which)
         settings = config.load(options.run / "config.toml", check_paths=False).export
         parity = export(backbone, options.output, facts, settings)
     except config.UserError as error:

@@ -142,10 +142,15 @@ class BackboneEmbedder:
         self.embedding_size = backbone.embedding_size
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Embed RGB images, uint8 [n,H,W,3], as float32 [n,D], not normalised; the training mode is restored."""
+        """Embed RGB images, uint8 [n,H,W,3], as float32 [n,D], not normalised; the training mode is restored.
+
+        Raises ValueError for images of another type.
+        """
+        if images.dtype != np.uint8:
+            raise ValueError(f"images are uint8, not {images.dtype}")
         if not len(images):
             return np.zeros((0, self.embedding_size), np.float32)
-        pixels = torch.from_numpy(np.require(images, np.uint8, ["C", "W"])).to(self.device)
+        pixels = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(self.device)
         was_training = self.backbone.training
         self.backbone.eval()
         try:

@@ -49,7 +49,7 @@ class IResNet(nn.Module):
         self.stages = nn.Sequential(
             *(
                 nn.Sequential(Block(inputs, outputs, 2), *(Block(outputs, outputs, 1) for _ in range(depth - 1)))
-                for inputs, outputs, depth in zip(widths, widths[1:], depths, strict=False)
+                for inputs, outputs, depth in zip(widths[:-1], widths[1:], depths, strict=True)
             )
         )
         for module in self.modules():

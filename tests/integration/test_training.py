@@ -166,6 +166,7 @@ def test_the_file_that_is_shipped_verifies_as_the_checkpoint_does(faces: Path, t
 
 def test_a_changed_run_is_not_continued_and_every_change_is_named(faces: Path, tmp_path: Path) -> None:
     launch_ranks(run, 1, settings(faces, tmp_path / "run"), 2)
+    before = (tmp_path / "run/config.toml").read_text()
     changed = settings(faces, tmp_path / "run", "training.global_batch=12", "head.margin.margin=0.3")
     with pytest.raises(AssertionError) as error:
         launch_ranks(run, 1, changed)
@@ -173,6 +174,7 @@ def test_a_changed_run_is_not_continued_and_every_change_is_named(faces: Path, t
     assert "UserError" in message
     assert "training.global_batch: was 24, is 12" in message
     assert "head.margin.margin: was 0.2, is 0.3" in message
+    assert (tmp_path / "run/config.toml").read_text() == before
 
 
 def test_too_few_images_for_the_ranks_is_said(faces: Path, tmp_path: Path) -> None:

@@ -196,6 +196,8 @@ def test_embedder() -> None:
     np.testing.assert_array_equal(BackboneEmbedder(backbone)(faces), mixed)
     assert not backbone.training
     assert embedder(faces[:0]).shape == (0, 16)
+    with pytest.raises(ValueError, match="uint8"):
+        embedder(faces / 255)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
