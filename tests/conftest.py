@@ -2,8 +2,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure() -> None:
+    # Small tensors gain nothing from threads, and wait long for them on a busy machine.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Any timm model and the neck: shapes, precision, keys of randomness, weights, refusals."""
 
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,6 @@ from recognition.models.backbone import (
     load_weights,
     seed_step,
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These networks are too small to gain from threads, which stall where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small(**fields: Any) -> BackboneConfig:

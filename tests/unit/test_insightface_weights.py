@@ -1,7 +1,6 @@
 """InsightFace's published state dicts give InsightFace's embeddings."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +12,6 @@ from recognition.config import UserError
 from recognition.models.backbone import build_backbone, load_weights
 
 OURS = {"r18": "iresnet18", "r50": "iresnet50", "mbf": "mobilefacenet"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These networks are too small to gain from threads, which stall where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def published(shared_data: Path, network: str) -> dict[str, torch.Tensor]:
