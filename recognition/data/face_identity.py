@@ -156,7 +156,7 @@ def identity_parameters(seed: int, identity: int) -> Identity:
     def between(low: float, high: float, lean: float = 0.0) -> float:
         # `lean` in -1..1 pulls towards one end, so that the traits of a face agree with each other.
         share = float(generator.random())
-        return low + (high - low) * min(max(share + 0.35 * lean * (1 - abs(2 * share - 1)), 0.0), 1.0)
+        return low + (high - low) * min(max(share + 0.28 * lean * (1 - abs(2 * share - 1)), 0.0), 1.0)
 
     build = between(-1.0, 1.0)
     age = between(0.0, 1.0)
@@ -165,10 +165,10 @@ def identity_parameters(seed: int, identity: int) -> Identity:
     skin = _ramp(_SKIN, pigment)
     skin = _mix(skin, (skin[0], skin[1] * 0.86, skin[2] * 0.84), between(0.0, 1.0))
     skin = _mix(skin, (skin[0] * 0.98, skin[1] * 1.02, skin[2] * 0.86), between(0.0, 1.0))
-    fairness = between(0.0, 1.0) * (1.05 - 0.75 * pigment)
+    fairness = between(0.0, 1.0) * (1.1 - 0.6 * pigment)
     hair = _ramp(_HAIR, fairness)
     hair = _mix(
-        hair, (hair[0] * 1.5 + 0.08, hair[1] * 0.85, hair[2] * 0.5), between(0.0, 1.0) ** 3 * (1 - 0.6 * pigment)
+        hair, (hair[0] * 1.5 + 0.08, hair[1] * 0.85, hair[2] * 0.5), between(0.0, 1.0) ** 2 * (1 - 0.4 * pigment)
     )
     grey = between(0.45, 0.75)
     hair = _mix(hair, (grey, grey, grey * 1.02), max(0.0, between(-2.2, 1.1, 2 * age - 1)) ** 0.5 * age)
@@ -179,9 +179,9 @@ def identity_parameters(seed: int, identity: int) -> Identity:
         return x, y, between(0.9, 1.9), max(0.0, between(-0.9, 0.9))
 
     return Identity(
-        head_width=between(35.5, 43.5, 0.5 * build),
+        head_width=between(34.0, 44.5, 0.5 * build),
         crown=between(45, 53),
-        chin=between(52, 63, 0.5 * build),
+        chin=between(50, 65, 0.5 * build),
         jaw_power=between(1.9, 3.6, build),
         jaw_taper=between(0.0, 0.26, -build),
         brow_taper=between(0.0, 0.16),
@@ -189,10 +189,10 @@ def identity_parameters(seed: int, identity: int) -> Identity:
         cheekbone=between(0.0, 3.2),
         hollow=between(0.0, 2.4),
         asymmetry=between(-0.035, 0.035),
-        eye_distance=between(16.2, 19.6),
+        eye_distance=between(15.6, 20.2),
         eye_width=between(7.6, 10.4, -0.3 * build),
-        eye_height=between(3.4, 6.6, -0.5 * build),
-        eye_tilt=between(-0.16, 0.26, -0.5 * build),
+        eye_height=between(3.2, 7.0, -0.5 * build),
+        eye_tilt=between(-0.20, 0.30, -0.5 * build),
         eye_skew=between(-0.35, 0.35),
         iris=between(3.2, 4.4),
         iris_colour=_ramp(_IRIS, between(0.0, 1.0) * (1.1 - 0.8 * pigment)),
@@ -200,20 +200,20 @@ def identity_parameters(seed: int, identity: int) -> Identity:
         lid_fold=between(0.0, 1.0),
         lashes=between(0.25, 1.0, -build),
         bags=between(0.0, 0.7, 2 * age - 1),
-        brow_height=between(8.0, 13.5, -0.6 * build),
+        brow_height=between(7.8, 14.0, -0.6 * build),
         brow_length=between(8.5, 13.0),
-        brow_thickness=between(0.9, 2.9, build),
+        brow_thickness=between(0.8, 3.2, build),
         brow_arch=between(-0.6, 3.6, -build),
         brow_tilt=between(-0.24, 0.13),
         brow_density=between(0.35, 1.0),
-        nose_length=between(16.5, 25.0, 0.3 * build),
-        nose_width=between(5.6, 10.4),
+        nose_length=between(15.5, 26.0, 0.3 * build),
+        nose_width=between(5.2, 11.0),
         nose_bridge=between(2.4, 4.6),
         nose_height=between(6.0, 13.0, 0.3 * build),
         nose_tip=between(3.0, 5.4),
         nose_hook=between(-2.0, 2.4),
         mouth_height=between(0.40, 0.55),
-        mouth_width=between(11.0, 18.0),
+        mouth_width=between(10.0, 19.0),
         upper_lip=between(1.2, 4.6, -0.6 * build),
         lower_lip=between(2.0, 6.0, -0.6 * build),
         cupid_bow=between(0.0, 0.55),
@@ -225,7 +225,7 @@ def identity_parameters(seed: int, identity: int) -> Identity:
         hair_volume=between(2.0, 11.0, -0.4 * build) * (1 - min(bald, 1.0)),
         hair_side=between(0.0, 9.0, -0.8 * build) * (1 - 0.7 * min(bald, 1.0)),
         hair_length=between(-6.0, 75.0, -2.2 * build),
-        hairline=between(20.0, 35.0, 0.6 * build) + 24.0 * bald,
+        hairline=between(17.0, 36.0, 0.6 * build) + 24.0 * bald,
         hairline_power=between(1.4, 5.0),
         hair_part=between(-0.6, 0.6),
         hair_curl=between(0.0, 1.0),

@@ -230,7 +230,7 @@ def _graph(
     if numbers["resize"]:
         images = fn.resize(images, size=[image_size, image_size])
     if "matrix" in numbers:
-        images = fn.warp_affine(images, matrix=numbers["matrix"], fill_value=MEAN_GRAY)
+        images = fn.warp_affine(images, matrix=numbers["matrix"])  # beyond the border, the border's pixels go on
     if "color" in numbers:
         images = fn.coord_transform(images, MT=numbers["color"], dtype=types.UINT8)
     if "erase_shape" in numbers:
