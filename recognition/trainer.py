@@ -280,8 +280,7 @@ class Trainer:
 
         def on_main() -> None:
             if self.ranks.is_main:
-                parity = export(self.backbone, self.folder.model, facts, self.config.export)
-                self.tracker.note(f"{self.folder.model}: {parity}")
+                export(self.backbone, self.folder.model, facts, self.config.export)
 
         _local_main_first(self.ranks, on_main)
 
