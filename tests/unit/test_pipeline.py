@@ -183,9 +183,7 @@ def test_geometry_is_that_of_grid_sample(images: Images, opened: Open) -> None:
         :, :2
     ]
     grid = torch.nn.functional.affine_grid(torch.from_numpy(theta), [23, 3, SIZE, SIZE], align_corners=False)
-    expected = torch.nn.functional.grid_sample(
-        plain.images.double(), grid, padding_mode="border", align_corners=False
-    )
+    expected = torch.nn.functional.grid_sample(plain.images.double(), grid, padding_mode="border", align_corners=False)
     assert (expected - warped.images).abs().max() < 2 / 127.5
 
 
