@@ -21,6 +21,7 @@ import numpy as np
 from recognition.data.files import Names
 
 FORMAT = 1
+_REPLACED_WITHIN_SECONDS = 1.0
 FACTS = "recognition-index.json"
 RANGE = np.dtype([("file", "<u4"), ("offset", "<u8"), ("length", "<u4")])
 DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError)
@@ -116,17 +117,19 @@ def _swap(new: Path, folder: Path, old: Path) -> None:
 
 def load(folder: Path) -> Content:
     """Open what `save` wrote, memory-mapped. Raises one of DAMAGE where it is not whole."""
-    for attempt in range(5):
+    deadline = time.monotonic() + _REPLACED_WITHIN_SECONDS
+    while True:
         try:
             facts = _facts(folder)
             content = _read(folder, facts)
             if facts == _facts(folder):
                 return content
         except FileNotFoundError:
-            if attempt == 4:
+            if time.monotonic() > deadline:  # before it, another process may just be replacing the folder
                 raise
-        time.sleep(0.02)  # it is being replaced
-    raise FileNotFoundError(errno.ENOENT, "keeps changing", str(folder))
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(errno.ENOENT, "keeps changing", str(folder))
+        time.sleep(0.02)
 
 
 def _facts(folder: Path) -> dict[str, Any]:

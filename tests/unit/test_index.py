@@ -282,9 +282,11 @@ def test_builds_at_once_leave_a_whole_index(people):
 
     with ThreadPoolExecutor(8) as pool:
         reader = pool.submit(read)
-        builders = [pool.submit(lambda: [samples(build(people)) == expected for _ in range(10)]) for _ in range(4)]
-        assert all(all(builder.result()) for builder in builders)
-        stop.set()
+        builders = [pool.submit(lambda: [samples(build(people)) == expected for _ in range(5)]) for _ in range(4)]
+        try:
+            assert all(all(builder.result()) for builder in builders)
+        finally:
+            stop.set()
         assert reader.result()
     assert [path.name for path in (people / BESIDE).iterdir()] == ["images"]
 
