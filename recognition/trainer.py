@@ -20,7 +20,7 @@ from recognition.data.pipeline import Pipeline
 from recognition.deploy.onnx import export
 from recognition.distributed import Interrupt, Ranks
 from recognition.evaluation.pairs import PairSet, read_pairs
-from recognition.evaluation.verification import Verification, embed_pairs, verify
+from recognition.evaluation.verification import Verification, check_pairs, embed_pairs, verify
 from recognition.head import build_head
 from recognition.models.backbone import BackboneEmbedder, average_running_statistics, build_backbone, seed_step
 from recognition.optimizer import (
@@ -70,6 +70,8 @@ class Trainer:
             _local_main_first(ranks, lambda: write_faces(config.data.path, **faces))
         self.index = _local_main_first(ranks, lambda: open_index(config.data.path, config.data.cache))
         self.pair_sets = [read_pairs(path) for path in config.evaluation.pairs]
+        for pairs in self.pair_sets:
+            check_pairs(pairs, config.backbone.image_size)
         self.sizes = _micro_batch_sizes(config, ranks.world)
         self.schedule = Schedule.of(config.training, self.index.num_images / config.training.global_batch)
 

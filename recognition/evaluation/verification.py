@@ -51,6 +51,15 @@ def embed_pairs(embedder: Embedder, pairs: PairSet, batch: int, part: range | No
     return embeddings
 
 
+def check_pairs(pairs: PairSet, image_size: int) -> None:
+    """Raise what `verify` and `embed_pairs` would say of the set later: it tells a user before hours of training."""
+    try:
+        _refuse_without_meaning(pairs.same)
+    except UserError as error:
+        raise UserError(f"{pairs.path}: {error}") from None
+    _decode(image_size, pairs, 0)
+
+
 def _decode(size: int, pairs: PairSet, image: int) -> np.ndarray:
     pixels = pairs.decode(image)
     if pixels.shape[:2] != (size, size):
@@ -76,13 +85,7 @@ def verify(embeddings: np.ndarray, same: np.ndarray) -> Verification:
     same = np.asarray(same, bool)
     if len(embeddings) != 2 * len(same):
         raise ValueError(f"{len(embeddings)} embeddings for {len(same)} pairs")
-    if len(same) < FOLDS:
-        raise UserError(f"{len(same)} pairs, but {FOLDS}-fold verification takes {FOLDS} at least: use a larger set")
-    if same.all() or not same.any():
-        kind, missing = ("genuine", "impostor") if same.all() else ("impostor", "genuine")
-        raise UserError(
-            f"all {len(same)} pairs are {kind}, so accuracy has no meaning: use a set with {missing} pairs too"
-        )
+    _refuse_without_meaning(same)
     finite = np.isfinite(embeddings).all(axis=1)
     if not finite.all():
         first = int(np.argmin(finite))
@@ -101,6 +104,16 @@ def verify(embeddings: np.ndarray, same: np.ndarray) -> Verification:
         tar_at_far=_tar_at_far(distances[same], distances[~same]),
         pairs=len(same),
     )
+
+
+def _refuse_without_meaning(same: np.ndarray) -> None:
+    if len(same) < FOLDS:
+        raise UserError(f"{len(same)} pairs, but {FOLDS}-fold verification takes {FOLDS} at least: use a larger set")
+    if same.all() or not same.any():
+        kind, missing = ("genuine", "impostor") if same.all() else ("impostor", "genuine")
+        raise UserError(
+            f"all {len(same)} pairs are {kind}, so accuracy has no meaning: use a set with {missing} pairs too"
+        )
 
 
 def _folds(distances: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
