@@ -142,7 +142,7 @@ def load_backbone(run: Path, which: Literal["last", "best"] = "last") -> tuple[B
         state = {name.removeprefix("backbone."): tensor for name, tensor in read_tensors(found, "backbone.").items()}
         facts = {name: value for name, value in checkpoints.facts(found).items() if name != "config"}
     backbone.load_state_dict(state)
-    return backbone.eval(), facts | {"backbone": settings.backbone.name, "margin": settings.head.margin.name}
+    return backbone.eval(), facts | {"backbone": settings.backbone.name, "loss": settings.head.loss.name}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -62,10 +62,10 @@ def _name_defaults(tree: dict[str, Any], model: type[BaseModel]) -> None:
         variants = list(_variants(field.annotation))
         if not isinstance(table, dict) or not variants:
             continue
-        if len(variants) > 1:
-            table.setdefault("name", field.default.name)
-        else:
+        if len(variants) == 1:
             _name_defaults(table, variants[0])
+        elif field.default is not None:
+            table.setdefault("name", field.default.name)
 
 
 def explain(error: Any, root: type[BaseModel]) -> str:
@@ -83,6 +83,8 @@ def explain(error: Any, root: type[BaseModel]) -> str:
             return f"{path}: missing"
         case "union_tag_invalid":
             return f"{path}.name: {error['ctx']['tag']!r} is none of {error['ctx']['expected_tags']}"
+        case "union_tag_not_found":
+            return f"{path}.name: missing"
         case "value_error":
             message = str(error["ctx"]["error"])
             return f"{path}: {message}" if path else message

@@ -161,7 +161,7 @@ class Trainer:
         """One update from one global batch; returns what is recorded of it, on the device."""
         config, passes = self.config.training, self.config.training.accumulation
         factor = self.schedule.factor(step)
-        lr, head_lr = self.config.optimizer.lr * factor, self.config.head_lr * factor
+        lr, head_lr = self.config.optimizer.lr * factor, self.config.head_optimizer.lr * factor
         set_lr(self.optimizer, lr)
         strength = self.schedule.margin_strength(step, self.config.head.margin_warmup_epochs)
         self.optimizer.zero_grad(set_to_none=True)
@@ -277,7 +277,7 @@ class Trainer:
         """Write the deployable and its card on the main rank; a failure there stops every rank."""
         distributed.set_timeout(self.config.distributed.init_timeout_seconds)
         facts = {name: value for name, value in self._facts().items() if name != "config"}
-        facts |= {"backbone": self.config.backbone.name, "margin": self.config.head.margin.name}
+        facts |= {"backbone": self.config.backbone.name, "loss": self.config.head.loss.name}
         facts["verification"] = {name: result.to_json() for name, result in results.items()}
 
         def on_main() -> None:

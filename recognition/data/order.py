@@ -4,8 +4,6 @@ Nothing is stored and nothing is shuffled: the order of 400 million images takes
 at once, and a run that resumes needs to know only its step.
 """
 
-import math
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -40,27 +38,43 @@ def keyed_hash(seed: int, *words: ArrayLike) -> Words:
 def permute(seed: int, epoch: ArrayLike, size: int, positions: ArrayLike) -> Integers:
     """Where `positions` [n], each in 0..size-1, stand in the permutation of 0..size-1 keyed by (seed, epoch).
 
-    `epoch` is one number or one per position [n]. A Feistel network on the smallest near-square grid a x b that
-    holds `size` cells, with cycle walking for the cells beyond (Black and Rogaway 2002, "Ciphers with arbitrary
-    finite domains"); fewer than a of the a b cells are beyond, so nearly all positions need one pass.
-    Raises ValueError for a position outside the range or a size outside 1..2^62.
+    `epoch` is one number or one per position [n]. Raises ValueError as `permute_by_keys` does.
+    """
+    return permute_by_keys(keyed_hash(seed, _ORDER, epoch), size, positions)
+
+
+def permute_by_keys(keys: Words, sizes: ArrayLike, positions: ArrayLike) -> Integers:
+    """Where `positions` [n] stand in permutations of 0..size-1 of their own, keyed by `keys`; one of each or n.
+
+    A Feistel network on the smallest near-square grid a x b that holds the size, with cycle walking for the cells
+    beyond (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"); fewer than a of the a b cells are beyond,
+    so nearly all positions need one pass.
+    Raises ValueError for a position outside 0..size-1 or a size outside 1..2^62.
     """
     cells = np.atleast_1d(np.asarray(positions, np.int64)).astype(np.uint64)
-    if not 1 <= size <= 2**62:
-        raise ValueError(f"a permutation has a size in 1..2^62, not {size}")
-    if cells.size and cells.max() >= size:  # a negative position wrapped around to a large one
-        raise ValueError(f"a position is outside 0..{size - 1}")
-    rows = math.isqrt(size - 1) + 1
-    columns = -(-size // rows)
-    keys = np.broadcast_to(keyed_hash(seed, _ORDER, epoch), cells.shape)
+    limits = np.atleast_1d(np.asarray(sizes, np.int64))
+    if limits.size and not 1 <= limits.min() <= limits.max() <= 2**62:
+        raise ValueError(f"a permutation has a size in 1..2^62, not {limits.min()} or {limits.max()}")
+    ends = limits.astype(np.uint64)
+    if np.any(cells >= ends):  # a negative position wrapped around to a large one
+        raise ValueError(f"a position is outside 0..{limits.max() - 1}")
+    rows = _root(ends - np.uint64(1)) + np.uint64(1)
+    columns = (ends + rows - np.uint64(1)) // rows
+    keys, ends, rows, columns = (np.broadcast_to(each, cells.shape) for each in (keys, ends, rows, columns))
     walking = np.arange(cells.size)
     while walking.size:
-        cells[walking] = _feistel(cells[walking], keys[walking], np.uint64(rows), np.uint64(columns))
-        walking = walking[cells[walking] >= size]
+        cells[walking] = _feistel(cells[walking], keys[walking], rows[walking], columns[walking])
+        walking = walking[cells[walking] >= ends[walking]]
     return cells.astype(np.int64)
 
 
-def _feistel(cells: Words, keys: Words, rows: np.uint64, columns: np.uint64) -> Words:
+def _root(squares: Words) -> Words:
+    """The whole square roots of numbers up to 2^62, rounded down."""
+    roots = np.sqrt(squares.astype(np.float64)).astype(np.uint64)
+    return roots - (roots * roots > squares)  # float64 may round up to a whole number, never down from one
+
+
+def _feistel(cells: Words, keys: Words, rows: Words, columns: Words) -> Words:
     """One pass of the network: the row is moved by a hash of the column, the column by one of the row, and so on."""
     moved, fixed = cells // columns, cells % columns
     length, other = rows, columns

@@ -22,8 +22,9 @@ from PIL import Image
 from recognition import config
 from recognition.config import UserError
 from recognition.data.augment import MEAN_GRAY, draw
+from recognition.data.groups import order
 from recognition.data.index import Index
-from recognition.data.order import Integers, batch_positions, samples_at
+from recognition.data.order import Integers, batch_positions
 from recognition.data.quarantine import BadImage, Quarantine, check_header
 
 
@@ -53,8 +54,9 @@ class Pipeline:
 
     `batch` is the global batch (of one forward pass), split over the `world` ranks as evenly as possible. Images of
     another size are resized to `image_size` pixels a side. An image that cannot be decoded is listed in the file
-    `quarantine` and replaced by the next one of the index that can. Threads read ahead, and `config.prefetch` batches
-    are decoded ahead: on the GPU where `device` is one, else by `config.threads` CPU threads.
+    `quarantine` and replaced by the next one of the index that can, with its own label: of `config.images_per_identity`
+    images that stand together it may then be another identity's. Threads read ahead, and `config.prefetch` batches are
+    decoded ahead: on the GPU where `device` is one, else by `config.threads` CPU threads.
 
     Raises UserError when a rank has no image, and from `__next__` when too many images are bad or data cannot be read.
     """
@@ -80,6 +82,7 @@ class Pipeline:
         self._index, self._config, self._seed, self._image_size = index, config, seed, image_size
         self._batch, self._rank, self._world = batch, rank, world
         self._device, self._channels_last = device, channels_last
+        self._order = order(index.labels, config.images_per_identity, seed)
         self._quarantine = Quarantine(index, quarantine)
         self._readers = ThreadPoolExecutor(config.prefetch, thread_name_prefix="read")
         self._reading: deque[Future[_Inputs]] = deque()
@@ -156,7 +159,7 @@ class Pipeline:
     def _prepare(self, step: int) -> _Inputs:
         """Runs in a reader's thread."""
         positions = np.arange(self._positions(step).start, self._positions(step).stop)
-        epochs, ordered = samples_at(self._seed, self._index.num_images, positions)
+        occasions, ordered = self._order(positions)
         samples = self._quarantine.replace(ordered)
         encoded, resize = [b""] * len(samples), np.zeros(len(samples), np.bool_)
         for i in range(len(samples)):
@@ -168,7 +171,7 @@ class Pipeline:
                 except BadImage as error:
                     self._quarantine.add(int(samples[i]), str(error))
                     samples[i] = self._quarantine.replace(samples[i : i + 1])[0]
-        numbers = draw(self._config.augment, self._seed, epochs, samples, self._image_size)
+        numbers = draw(self._config.augment, self._seed, occasions, samples, self._image_size)
         return _Inputs(samples, encoded, {"resize": resize} | numbers.arrays())
 
     def _feed(self) -> list[Any]:

@@ -1,131 +1,158 @@
 """The two functions that go over the class weights, in plain PyTorch, a chunk of classes at a time.
 
 `statistics` serves the forward pass and `backward` the backward pass, which computes the logits anew. Logits exist for
-one chunk only, so memory does not grow with B x C. In the formulas, B is the gathered batch, n the rows that take part
-on this rank, D the embedding size, and
+one chunk only, so memory does not grow with B x C. In the formulas, B is the gathered batch, n the classes that take
+part on this rank, K the rows of a class, D the embedding size, and the product of sample i and class j is
 
-    z_ij = s x_i . w_j / |w_j|     with unit-length x_i, or, for the textbook softmax,
-    z_ij = x_i . w_j + b_j.
+    p_ij = max over k of x_i . w_jk / |w_jk|, or, for the textbook softmax, x_i . w_j + b_j,
+
+from which `negatives` makes the logit z_ij.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from recognition.head.row_optimizer import Part, Rows
+from recognition.head.negatives import Linear, Negatives
+from recognition.head.rows import Part, RowGradient, Rows
 
-_LARGEST_EXPONENT = 60.0
+_LARGEST_EXPONENT = 64.0
+_LARGEST_BOUND = 120.0
+_FEW = 16  # one in so many, up to which single products are cheaper than a matrix product
 
-Sink = Callable[[Part, Tensor, Tensor | None], None]
-"""What takes the gradients of some rows: (part, gradient [n, D], bias gradient [n] or None)"""
+Sink = Callable[[Part, RowGradient], None]
+"""What takes the gradients of some rows."""
 
 
 @dataclass(frozen=True)
-class Logits:
-    """How logits come from embeddings and rows."""
+class Products:
+    """How embeddings and rows are multiplied."""
 
-    scale: float | None
-    """s; None is the textbook softmax, whose logits have no bound."""
+    unit_rows: bool
+    """Whether rows count by their direction alone; else they have a bias."""
     dtype: torch.dtype
     """Type of the matrix products' operands; they are summed in float32."""
     chunk: int
-    """Rows at a time."""
+    """Classes at a time."""
+    centers: int = 1
+    """K"""
+    sharp: float = 0.25
+    """Cosines beyond this are computed anew in float32 where a product comes rounded to bfloat16, as on a CPU. Below,
+    the rounding is not larger than that of the operands."""
+
+
+@dataclass(frozen=True)
+class Summand:
+    """What is summed over the negatives: exp(z), or, of a logistic loss, log(1 + exp(z)) and its derivative."""
+
+    negatives: Negatives
+    anchor: Tensor | None
+    """[B], what the negatives are held against."""
+    logistic: bool
+    bound: float | None
+    """Largest possible z."""
 
     @property
-    def offset(self) -> float:
-        """What is subtracted from bounded logits so that exp of 1e8 of them still sums up in float32."""
-        return max((self.scale or 0) - _LARGEST_EXPONENT, 0.0)
+    def offset(self) -> float | None:
+        """What is subtracted from z so that exp of 1e8 of them still sums up in float32; None: look for the largest."""
+        if self.bound is None or self.bound > _LARGEST_BOUND:
+            return None
+        return max(self.bound - _LARGEST_EXPONENT, 0.0)
 
 
 @dataclass(frozen=True)
 class Taking:
-    """The rows that take part, and where among them each sample's target is.
+    """The classes that take part, and where among them each sample's target is.
 
-    `rows`: their positions [n] on this rank, ascending, or None for all. `columns` [B]: the target's place among
+    `classes`: their positions [n] on this rank, ascending, or None for all. `columns` [B]: the target's place among
     them, -1 where another rank holds it.
     """
 
-    rows: Tensor | None
+    classes: Tensor | None
     columns: Tensor
 
     @staticmethod
-    def of(labels: Tensor, shard: range, rows: Tensor | None = None) -> "Taking":
-        """`labels` [B] against the classes of this rank; `rows` has to contain those that are among them."""
+    def of(labels: Tensor, shard: range, classes: Tensor | None = None) -> "Taking":
+        """`labels` [B] against the classes of this rank; `classes` has to contain those that are among them."""
         own = (labels >= shard.start) & (labels < shard.stop)
         local = labels - shard.start
-        return Taking(rows, torch.where(own, local if rows is None else torch.searchsorted(rows, local), -1))
+        return Taking(classes, torch.where(own, local if classes is None else torch.searchsorted(classes, local), -1))
 
-    def count(self, rows: Rows) -> int:
-        """How many rows take part, n."""
-        return len(rows.weight) if self.rows is None else len(self.rows)
+    def parts(self, rows: Rows, products: Products) -> Iterator[tuple[int, int, Part]]:
+        """A chunk at a time: the place of its first class, how many classes, and which rows."""
+        total = len(rows) // products.centers if self.classes is None else len(self.classes)
+        for start in range(0, total, products.chunk):
+            stop = min(start + products.chunk, total)
+            if self.classes is None:
+                yield start, stop - start, slice(start * products.centers, stop * products.centers)
+            else:
+                yield start, stop - start, rows_of(self.classes[start:stop], products.centers)
 
 
 @dataclass(frozen=True)
 class Statistics:
     """This rank's share of what the loss needs.
 
-    `negatives` [B]: sum over its classes other than the target of exp(z - shift). `shift` [B]: the fixed offset, or
-    this rank's largest negative logit (-inf without any) where logits have no bound. `inverse_norms` [n]: 1 / |w|,
-    where rows are normalised.
+    `sums` [B, 1] or [B, 2]: over its classes other than the target, of exp(z - shift) or of a logistic loss's two
+    summands. `shift` [B]: the fixed offset, or this rank's largest z (-inf without any).
     """
 
-    negatives: Tensor
+    sums: Tensor
     shift: Tensor
-    inverse_norms: Tensor
 
 
-def statistics(rows: Rows, taking: Taking, x: Tensor, logits: Logits) -> Statistics:
-    """Sum exp(z) over this rank's classes, each sample's target left out. `x` [B, D] of type `logits.dtype`."""
-    bounded = logits.scale is not None
-    shift = x.new_full((len(x),), logits.offset if bounded else -torch.inf, dtype=torch.float32)
-    negatives = torch.zeros_like(shift)
-    inverse_norms = x.new_empty(taking.count(rows) if bounded else 0, dtype=torch.float32)
-    for start, part in _parts(rows, taking, logits.chunk):
-        weight = rows.weight[part]
-        z = _product(x, weight.to(x.dtype).T)
-        if logits.scale is not None:
-            inverse_norm = _inverse_norm(weight)
-            inverse_norms[start : start + len(weight)] = inverse_norm
-            z *= logits.scale * inverse_norm
-        if rows.bias is not None:
-            z += rows.bias[part]
-        _put(z, taking.columns - start, torch.full_like(shift, -torch.inf))
-        if not bounded:
+def statistics(rows: Rows, taking: Taking, x: Tensor, products: Products, summand: Summand) -> Statistics:
+    """Sum over this rank's classes, each sample's target left out. `x` [B, D] of type `products.dtype`."""
+    fixed = summand.logistic or summand.offset is not None
+    shift = x.new_full((len(x),), summand.offset or 0.0 if fixed else -torch.inf, dtype=torch.float32)
+    sums = x.new_zeros(len(x), 2 if summand.logistic else 1, dtype=torch.float32)
+    nothing = torch.full_like(shift, -torch.inf)
+    for start, count, part in taking.parts(rows, products):
+        z = _logits(rows, part, x, products, summand)
+        _put(z, taking.columns - start, nothing)
+        if summand.logistic:
+            sums[:, 0] += F.softplus(z).sum(1)
+            sums[:, 1] += torch.sigmoid(z).sum(1)
+            continue
+        if not fixed:
             highest = torch.maximum(shift, z.amax(1))
-            negatives *= rescaling(shift, highest)
+            sums *= rescaling(shift, highest)[:, None]
             shift = highest
-        negatives += z.sub_(finite_shift(shift)[:, None]).exp_().sum(1)
-    return Statistics(negatives, shift, inverse_norms)
+        if not fixed or summand.offset:
+            z.sub_(finite_shift(shift)[:, None])
+        sums[:, 0] += z.exp_().sum(1)
+    return Statistics(sums, shift)
 
 
-def targets(rows: Rows, taking: Taking, x: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
-    """Each sample's target logit before scale and margin [B] and its cosine [B], float32; 0 where it is not here.
+def targets(rows: Rows, taking: Taking, x: Tensor, products: Products) -> tuple[Tensor, Tensor]:
+    """Each sample's product with its own class [B] and their cosine [B], float32; 0 where the class is not here.
 
-    Of bounded logits the two are the same. `x` [B, D] is float32.
+    With unit rows and embeddings the two are the same. `x` [B, D] is float32.
     """
-    if taking.count(rows) == 0:
-        return x.new_zeros(len(x)), x.new_zeros(len(x))
     here = taking.columns >= 0
+    if len(rows) == 0 or (taking.classes is not None and len(taking.classes) == 0):
+        return x.new_zeros(len(x)), x.new_zeros(len(x))
     places = taking.columns.clamp(0)
-    if taking.rows is not None:
-        places = taking.rows[places]
-    weight = rows.weight[places]
-    dots = (x * weight).sum(1)
-    cosine = dots * _inverse_norm(weight)
-    if rows.bias is None:
-        cosine = torch.where(here, cosine, 0)
-        return cosine, cosine
-    return torch.where(here, dots + rows.bias[places], 0), torch.where(here, cosine * _inverse_norm(x), 0)
+    if taking.classes is not None:
+        places = taking.classes[places]
+    part = rows_of(places, products.centers)
+    weight = rows.read(part).view(len(x), products.centers, -1)
+    dots = torch.einsum("bd,bkd->bk", x, weight)
+    cosine = (dots * rows.inverse_norm[part].view_as(dots)).amax(1)
+    product = cosine if rows.bias is None else dots[:, 0] + rows.bias[part]
+    length = torch.linalg.vector_norm(x, dim=1).clamp(min=1e-12)
+    return torch.where(here, product, 0), torch.where(here, cosine / length, 0)
 
 
 def backward(
     rows: Rows,
     taking: Taking,
     x: Tensor,
-    logits: Logits,
-    inverse_norms: Tensor,
+    products: Products,
+    summand: Summand,
     log_sum: Tensor,
     negatives_gradient: Tensor,
     target_gradient: Tensor,
@@ -133,36 +160,46 @@ def backward(
 ) -> Tensor:
     """Gradient of the loss by `x` [B, D], float32, of this rank's classes; those of the rows go to `sink`.
 
-    `log_sum` [B]: log of the sum of exp(z) over all ranks' negatives (any finite number where there are none);
-    `negatives_gradient` [B]: of the loss by it; `target_gradient` [B]: by the target's logit before scale and margin.
-    With a_ij = dL/d(x_i . w_j), the gradient by w_j is the sum of a_ij x_i, less its part along w_j where w_j is
-    normalised.
+    `log_sum` [B]: log of the sum of exp(z) over all ranks' negatives (any finite number where there are none, and for
+    a logistic loss); `negatives_gradient` [B]: of the loss by it, or by the sum of log(1 + exp(z));
+    `target_gradient` [B]: by the target's product.
     """
     gradient = torch.zeros(x.shape, device=x.device)
-    for start, part in _parts(rows, taking, logits.chunk):
-        weight = rows.weight[part]
-        product_weight = weight.to(x.dtype)
-        factor = at_target = inverse_norm = weight.new_ones(())
-        products = _product(x, product_weight.T)
-        columns = taking.columns - start
-        if logits.scale is not None:
-            inverse_norm = inverse_norms[start : start + len(weight)]
-            factor, at_target = logits.scale * inverse_norm, inverse_norm[columns.clamp(0, len(weight) - 1)]
-        a = products * factor
-        if rows.bias is not None:
-            a += rows.bias[part]
-        a.sub_(log_sum[:, None]).exp_().mul_(negatives_gradient[:, None]).mul_(factor)
-        _put(a, columns, target_gradient * at_target)
-        product_a = a.to(x.dtype)
-        gradient += _product(product_a, product_weight)
-        if sink is None:
-            continue
-        weight_gradient = _product(product_a.T, x)
-        if logits.scale is not None:
-            along = products.mul_(a).sum(0) * inverse_norm.square()
-            weight_gradient.addcmul_(weight, along[:, None], value=-1)
-        sink(part, weight_gradient, None if rows.bias is None else a.sum(0))
+    for start, count, part in taking.parts(rows, products):
+        operand = rows.operand(part, products.dtype)
+        product, nearest = _products(rows, part, operand, x, products), None
+        cosine = product
+        if products.centers > 1:
+            cosine, nearest = product.view(len(x), count, -1).max(2)
+        a = summand.negatives.logits(cosine, summand.anchor)
+        if summand.logistic:
+            a.sigmoid_()
+        else:
+            a.sub_(log_sum[:, None]).exp_()
+        a.mul_(negatives_gradient[:, None]).mul_(summand.negatives.slopes(cosine, summand.anchor))
+        _put(a, taking.columns - start, target_gradient)
+        if nearest is not None:
+            a = a.new_zeros(*a.shape, products.centers).scatter_(2, nearest[..., None], a[..., None]).flatten(1)
+        bias = along = None
+        if products.unit_rows:
+            inverse_norm = rows.inverse_norm[part]
+            if sink is not None:
+                along = product.mul_(a).sum(0).mul_(inverse_norm.square())
+            a *= inverse_norm
+        else:
+            bias = a.sum(0)
+        a = a.to(x.dtype)
+        gradient += multiply(a, operand)
+        if sink is not None:
+            sink(part, RowGradient(a, x, along, bias))
     return gradient
+
+
+def rows_of(classes: Tensor, centers: int) -> Tensor:
+    """The positions of the rows of `classes` [n]: [n K]."""
+    if centers == 1:
+        return classes
+    return (classes[:, None] * centers + torch.arange(centers, device=classes.device)).flatten()
 
 
 def finite_shift(shift: Tensor) -> Tensor:
@@ -175,26 +212,43 @@ def rescaling(shift: Tensor, other: Tensor) -> Tensor:
     return torch.exp(shift - finite_shift(other))
 
 
-def _parts(rows: Rows, taking: Taking, chunk: int) -> Iterator[tuple[int, Part]]:
-    """The rows that take part, `chunk` at a time: the place of the first among them, and which they are."""
-    total = taking.count(rows)
-    for start in range(0, total, chunk):
-        stop = min(start + chunk, total)
-        yield start, slice(start, stop) if taking.rows is None else taking.rows[start:stop]
+def _products(rows: Rows, part: Part, operand: Tensor, x: Tensor, products: Products) -> Tensor:
+    """[B, n K] of some rows, whose `operand` is [n K, D]."""
+    if not products.unit_rows:
+        return _unrounded(x, operand.T) + (0 if rows.bias is None else rows.bias[part])
+    inverse_norm = rows.inverse_norm[part]
+    product = multiply(x, operand.T).mul_(inverse_norm)
+    if x.dtype != torch.float32 and not x.is_cuda and product.numel() and product.amax() > products.sharp:
+        sample, row = (product > products.sharp).nonzero(as_tuple=True)
+        if len(sample) > product.numel() // _FEW:
+            return _unrounded(x, operand.T).mul_(inverse_norm)
+        product[sample, row] = (x[sample].float() * operand[row].float()).sum(1).mul_(inverse_norm[row])
+    return product
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Matrix product with float32 sums and result."""
+def _logits(rows: Rows, part: Part, x: Tensor, products: Products, summand: Summand) -> Tensor:
+    """z [B, n] of some rows."""
+    cosine = _products(rows, part, rows.operand(part, products.dtype), x, products)
+    if products.centers > 1:
+        cosine = cosine.view(len(x), -1, products.centers).amax(2)
+    negatives = summand.negatives
+    if isinstance(negatives, Linear):
+        # The most common case, in place.
+        cosine.mul_(negatives.scale)
+        return cosine.add_(negatives.bias) if summand.logistic else cosine
+    return negatives.logits(cosine, summand.anchor)
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product with float32 sums. The result is float32; on a CPU, that of bfloat16 matrices is rounded first."""
     if a.dtype == torch.float32:
         return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    # On a CPU the product of bfloat16 matrices is rounded to bfloat16, which at |z| = 64 is an error of 0.125.
-    return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
 
 
-def _inverse_norm(x: Tensor) -> Tensor:
-    return 1 / torch.linalg.vector_norm(x, dim=1).clamp(min=1e-12)
+def _unrounded(a: Tensor, b: Tensor) -> Tensor:
+    """Likewise, with a result that is float32 on a CPU, too."""
+    return multiply(a, b) if a.is_cuda else a.float() @ b.float()
 
 
 def _put(matrix: Tensor, columns: Tensor, values: Tensor) -> None:

@@ -1,117 +1,271 @@
-"""A rank's rows of the class weights with their optimizer's state, and how a gradient changes them."""
+"""SGD and AdamW on some of a rank's rows; those that are not named are not read either."""
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim.sgd import sgd
 
-from recognition.head.sampling import mix
+from recognition import config
+from recognition.head.lazy import History
+from recognition.head.rows import Part, RowGradient, Rows, State, moment_type, put, store, take
 
-_BLOCK = 1024
-_STANDARD_DEVIATION = 0.01
-
-Part = slice | Tensor
-"""Some of a rank's rows: a run of them, or their positions [n], int64, each once."""
+_UPDATE, _CATCH_UP, _SETTLE = range(3)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows of the class weights [c, D] and of the bias [c], each with its momentum, float32.
+class RowOptimizer(ABC):
+    """Changes some rows by their gradient. One of these belongs to one `Rows`, whose `moments` it made."""
 
-    Only the textbook softmax has a bias.
-    """
+    names: tuple[str, ...]
+    """Of the moments that every number of a row has; those of the bias are called the same after `bias_`."""
+    counter: str | None = None
+    """Name of the whole number that every row has."""
 
-    weight: Tensor
-    momentum: Tensor
-    bias: Tensor | None = None
-    bias_momentum: Tensor | None = None
+    def __init__(self, weight_decay: float, seed: int) -> None:
+        self.weight_decay, self.seed = weight_decay, seed
 
-    @staticmethod
-    def initial(rows: range, embedding_size: int, *, bias: bool, seed: int, device: torch.device) -> "Rows":
-        """The class weights' rows `rows` drawn from N(0, 0.01), whichever rank holds them; the rest is zero.
+    def moments(
+        self, rows: int, embedding_size: int, *, bias: bool, device: torch.device, state: State = "float32"
+    ) -> dict[str, Tensor]:
+        """What is kept of `rows` rows at the start, zeros, by name: for `Rows.moments`."""
+        made = {}
+        for name in self.names:
+            made[name] = torch.zeros(rows, embedding_size, device=device, dtype=moment_type(state))
+            if bias:
+                made[f"bias_{name}"] = torch.zeros(rows, device=device)
+        if self.counter is not None:
+            made[self.counter] = torch.zeros(rows, device=device, dtype=torch.int32)
+        return made
 
-        Blocks of rows have a generator each, so no two classes start alike and the number of ranks does not matter.
-        """
-        weight = torch.empty(len(rows), embedding_size, device=device)
-        generator = torch.Generator(device)
-        for block in range(rows.start // _BLOCK, -(-rows.stop // _BLOCK) if rows else 0):
-            # The CPU's generator reads 32 bits of its seed: consecutive ones never coincide in them.
-            generator.manual_seed((mix(seed) + block) % (1 << 63))
-            drawn = torch.empty(_BLOCK, embedding_size, device=device)
-            drawn.normal_(std=_STANDARD_DEVIATION, generator=generator)
-            first, last = max(rows.start, block * _BLOCK), min(rows.stop, (block + 1) * _BLOCK)
-            weight[first - rows.start : last - rows.start] = drawn[first - block * _BLOCK : last - block * _BLOCK]
-        vectors = (weight.new_zeros(len(rows)), weight.new_zeros(len(rows))) if bias else (None, None)
-        return Rows(weight, torch.zeros_like(weight), *vectors)
+    def begin(self, rows: Rows, step: int, lr: float, skip: Tensor) -> None:  # noqa: B027
+        """Say once for every step, before its first `update`, what it is; all rows have to know, also the others."""
 
+    def catch_up(self, rows: Rows, part: Part, step: int) -> None:  # noqa: B027
+        """Bring rows that sat steps out to where those leave them, before anything reads them in `step`."""
 
-@dataclass(frozen=True)
-class RowSGD:
-    """SGD with momentum on some rows, as `torch.optim.SGD`; rows that are not named are not read either.
-
-    The bias does not decay.
-    """
-
-    momentum: float
-    weight_decay: float
+    def settle(self, rows: Rows) -> None:  # noqa: B027
+        """Catch up with all rows, so that they and their moments are the whole state: before it is read or loaded."""
 
     def update(
-        self, rows: Rows, part: Part, gradient: Tensor, bias_gradient: Tensor | None, lr: float, skip: Tensor
+        self,
+        rows: Rows,
+        part: Part,
+        gradient: RowGradient | Tensor,
+        lr: float,
+        skip: Tensor,
+        step: int,
+        bias_gradient: Tensor | None = None,
     ) -> None:
-        """Update `part` of `rows` in place by `gradient` [n, D] and `bias_gradient` [n].
+        """Update `part` of `rows` in place by `gradient`, or a dense one [n, D] and `bias_gradient` [n], float32.
 
-        `skip`: float32 scalar on the rows' device; where it is 1, nothing changes, and the host need not know.
+        `skip`: float32 scalar on the rows' device; where it is 1, nothing changes, and on a GPU the host need not know.
+        `step` keys what is random in it.
         """
-        self._apply(rows.weight, rows.momentum, part, gradient, self.weight_decay, lr, skip)
-        if rows.bias is not None and rows.bias_momentum is not None and bias_gradient is not None:
-            self._apply(rows.bias, rows.bias_momentum, part, bias_gradient, 0.0, lr, skip)
-
-    def _apply(
-        self, values: Tensor, momenta: Tensor, part: Part, gradient: Tensor, decay: float, lr: float, skip: Tensor
-    ) -> None:
-        some_values, some_momenta = values[part], momenta[part]
-        if not len(some_values):
+        if _skipped(skip):
             return
-        sgd(
-            [some_values],
-            [gradient],
-            [some_momenta],
-            fused=True,
-            found_inf=skip,
-            weight_decay=decay,
-            momentum=self.momentum,
-            lr=lr,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-        )
-        if isinstance(part, Tensor):
-            values.index_copy_(0, part, some_values)
-            momenta.index_copy_(0, part, some_momenta)
+        flag = None if _host_knows(skip) else skip.bool()
+        if isinstance(gradient, RowGradient):
+            bias_gradient = gradient.bias
+        before = None if self.counter is None else take(rows.moments[self.counter], part)
+        count = None if before is None else self._counted(before)
+        noise = rows.noise(part, self.seed, step, _UPDATE)
+
+        stored = [rows.moments[name] for name in self.names]
+        tensors = [rows.read(part), *(take(each, part).float() for each in stored)]
+        values, *moments = self._changed(tensors, gradient, lr, self.weight_decay, count, flag)
+        rows.write(part, values, noise, flag)
+        for stream, (storage, moment) in enumerate(zip(stored, moments, strict=True), start=1):
+            store(storage, part, moment, noise, stream)
+        if rows.bias is not None and bias_gradient is not None:
+            columns = [each[:, None] for each in (rows.bias, *(rows.moments[f"bias_{name}"] for name in self.names))]
+            tensors = [take(each, part) for each in columns]
+            tensors = self._changed(tensors, bias_gradient[:, None], lr, 0.0, count, flag)
+            for storage, tensor in zip(columns, tensors, strict=True):
+                put(storage, part, tensor)
+        if self.counter is not None and before is not None and count is not None:
+            put(rows.moments[self.counter], part, count if flag is None else torch.where(flag, before, count))
+
+    def _changed(
+        self,
+        tensors: list[Tensor],
+        gradient: RowGradient | Tensor,
+        lr: float,
+        decay: float,
+        count: Tensor | None,
+        flag: Tensor | None,
+    ) -> list[Tensor]:
+        """The values and moments `tensors` [n, ...], float32, after the step: the same tensors, or new ones."""
+        if flag is None:
+            self._step(tensors, gradient, lr, decay, count)
+            return tensors
+        changed = [tensor.clone() for tensor in tensors]
+        self._step(changed, gradient, lr, decay, count)
+        return [torch.where(flag, old, new) for old, new in zip(tensors, changed, strict=True)]
+
+    @abstractmethod
+    def _step(
+        self, tensors: list[Tensor], gradient: RowGradient | Tensor, lr: float, decay: float, count: Tensor | None
+    ) -> None:
+        """The optimizer's formula on values and moments, in place."""
+
+    def _counted(self, before: Tensor) -> Tensor:
+        """The counter [n] after an update."""
+        return before + 1
 
 
-class RowGradient:
-    """A gradient of all rows, summed over backward passes and applied once: what gradient accumulation needs.
+class RowSGD(RowOptimizer):
+    """SGD with momentum, as `torch.optim.SGD`. The bias does not decay.
 
-    `weight` [c, D], `bias` [c] or None; `taken` [c]: the rows that took part in any of the passes.
+    With `lazy`, rows that take no part in a step move and decay as they do under `torch.optim.SGD` with a gradient of
+    zero, when they are next caught up with; `last` counts the steps of the history that a row has seen.
     """
 
-    def __init__(self, rows: Rows) -> None:
-        self.weight = torch.zeros_like(rows.weight)
-        self.bias = None if rows.bias is None else torch.zeros_like(rows.bias)
-        self.taken = torch.zeros(len(rows.weight), dtype=torch.bool, device=rows.weight.device)
+    names = ("momentum",)
 
-    def add(self, part: Part, gradient: Tensor, bias_gradient: Tensor | None) -> None:
-        """Add the gradient of `part` of the rows."""
-        self.weight[part] += gradient
-        if self.bias is not None and bias_gradient is not None:
-            self.bias[part] += bias_gradient
-        self.taken[part] = True
+    def __init__(self, momentum: float, weight_decay: float, seed: int, *, lazy: bool = False) -> None:
+        super().__init__(weight_decay, seed)
+        self.momentum = momentum
+        self.counter = "last" if lazy else None
+        self._history: History | None = None
+        self._latest = 0
 
-    def clear(self) -> None:
-        """Start anew."""
-        self.weight.zero_()
-        if self.bias is not None:
-            self.bias.zero_()
-        self.taken.zero_()
+    def begin(self, rows: Rows, step: int, lr: float, skip: Tensor) -> None:
+        """As in `RowOptimizer`; when the history is full, all rows are caught up with, every 1024th step."""
+        if self.counter is None or _skipped(skip):
+            return
+        if self._history is None:
+            self._history = History(self.momentum, self.weight_decay, rows.weight.device)
+        self._latest = step
+        if self._history.count == self._history.window:
+            self.settle(rows)
+        self._history.add(lr, skip.bool())
+
+    def catch_up(self, rows: Rows, part: Part, step: int) -> None:
+        """As in `RowOptimizer`."""
+        for block in _blocks(rows, part):
+            self._catch_up(rows, block, step, _CATCH_UP)
+
+    def settle(self, rows: Rows) -> None:
+        """As in `RowOptimizer`."""
+        if self._history is None or self._history.count == 0:
+            return
+        for block in _blocks(rows, slice(None)):
+            self._catch_up(rows, block, self._latest, _SETTLE)
+        rows.moments["last"].zero_()
+        self._history.clear()
+
+    def _catch_up(self, rows: Rows, part: Part, step: int, purpose: int) -> None:
+        history = self._history
+        if history is None or history.count == 0:
+            return
+        if _host_knows(rows.weight):
+            behind = take(rows.moments["last"], part) < history.count
+            if not behind.all():
+                part = rows.positions(part)[behind]
+            if not behind.any():
+                return
+        last = rows.moments["last"]
+        noise = rows.noise(part, self.seed, step, purpose)
+        of_rows, of_bias = history.since(take(last, part))
+        values, momentum = _moved(of_rows, rows.read(part), take(rows.moments["momentum"], part).float())
+        rows.write(part, values, noise)
+        store(rows.moments["momentum"], part, momentum, noise, 1)
+        if rows.bias is not None:
+            columns = rows.bias[:, None], rows.moments["bias_momentum"][:, None]
+            for storage, tensor in zip(columns, _moved(of_bias, *(take(each, part) for each in columns)), strict=True):
+                put(storage, part, tensor)
+        put(last, part, torch.full_like(take(last, part), history.count))
+
+    def _step(
+        self, tensors: list[Tensor], gradient: RowGradient | Tensor, lr: float, decay: float, count: Tensor | None
+    ) -> None:
+        values, momentum = tensors
+        if not isinstance(gradient, RowGradient):
+            momentum.mul_(self.momentum).add_(gradient)
+        else:
+            gradient.add_product(momentum, self.momentum)
+        if isinstance(gradient, RowGradient) and gradient.along is not None:
+            momentum.addcmul_(values, (decay - gradient.along)[:, None])
+        elif decay:
+            momentum.add_(values, alpha=decay)
+        values.add_(momentum, alpha=-lr)
+
+    def _counted(self, before: Tensor) -> Tensor:
+        known = 0 if self._history is None else self._history.count
+        if _host_knows(before) and (before != known - 1).any():
+            raise RuntimeError("rows are to be updated in a step that did not begin, or were not caught up with before")
+        return torch.full_like(before, known)
+
+
+class RowAdamW(RowOptimizer):
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), as `torch.optim.AdamW`. The bias does not decay.
+
+    `updates` counts the updates of each row by itself; the moments' bias is corrected by it.
+    """
+
+    names = ("exp_avg", "exp_avg_sq")
+    counter = "updates"
+
+    def __init__(self, betas: tuple[float, float], eps: float, weight_decay: float, seed: int) -> None:
+        super().__init__(weight_decay, seed)
+        self.betas, self.eps = betas, eps
+
+    def _step(
+        self, tensors: list[Tensor], gradient: RowGradient | Tensor, lr: float, decay: float, count: Tensor | None
+    ) -> None:
+        values, mean, square = tensors
+        assert count is not None
+        if isinstance(gradient, RowGradient):
+            gradient = gradient.dense(values)
+        mean.lerp_(gradient, 1 - self.betas[0])
+        square.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
+        # In float64: at first 1 - beta ** count is far smaller than what it is the difference of.
+        mean_known, square_known = (1 - beta ** count.double()[:, None] for beta in self.betas)
+        rate = lr * square_known.sqrt() / mean_known
+        direction = square.sqrt().add_((self.eps * square_known.sqrt()).float())
+        torch.div(mean, direction, out=direction)
+        if decay:
+            values.mul_(1 - lr * decay)
+        values.addcmul_(direction, -rate.float())
+
+
+def build_row_optimizer(
+    settings: config.SGD | config.AdamW, untouched: Literal["sparse", "lazy"] = "sparse", *, seed: int
+) -> RowOptimizer:
+    """The row optimizer that `settings` describe; `untouched`: what happens to rows that take no part in a step.
+
+    Raises UserError where AdamW is to be `lazy`.
+    """
+    if isinstance(settings, config.SGD):
+        return RowSGD(settings.momentum, settings.weight_decay, seed, lazy=untouched == "lazy")
+    if untouched == "lazy":
+        raise config.UserError("head.untouched is lazy, which SGD alone can catch up with")
+    return RowAdamW(settings.betas, settings.eps, settings.weight_decay, seed)
+
+
+def _host_knows(tensor: Tensor) -> bool:
+    """Whether the host can look at it without waiting."""
+    return not tensor.is_cuda
+
+
+def _skipped(skip: Tensor) -> bool:
+    """Whether the step changes nothing, as far as the host knows."""
+    return _host_knows(skip) and bool(skip.item())
+
+
+def _blocks(rows: Rows, part: Part) -> Iterator[Part]:
+    """`part` in pieces that are small beside the rows, and large beside the cost of a launch on a GPU."""
+    size = 16384 if rows.weight.is_cuda else 512
+    if isinstance(part, Tensor):
+        yield from part.split(size)
+        return
+    start, stop, _ = part.indices(len(rows))
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
+
+
+def _moved(matrix: Tensor, values: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+    """`matrix` [2, 2, n, 1] times (values, momentum) [n, ...]; the momentum in place."""
+    moved = (values * matrix[0, 0]).addcmul_(momentum, matrix[0, 1])
+    return moved, momentum.mul_(matrix[1, 1]).addcmul_(values, matrix[1, 0])

@@ -38,15 +38,29 @@ def sample_rows(labels: Tensor, classes: int, rate: float, seed: int, step: int,
     below = (passed - torch.arange(len(passed), device=labels.device) < negatives).sum()
     threshold = negatives + below
 
-    # One place more than there are rows takes the labels that live elsewhere.
+    # One place more than there are rows takes the classes that live elsewhere.
     taken = torch.empty(len(rows) + 1, dtype=torch.bool, device=labels.device)
-    for start in range(0, len(rows), _BLOCK):
-        block = rows[start : start + _BLOCK]
-        numbers = torch.arange(block.start, block.stop, device=labels.device)
-        taken[start : start + len(block)] = _places(numbers, classes, keys) < threshold
-    own = (labels >= rows.start) & (labels < rows.stop)
-    taken.index_fill_(0, torch.where(own, labels - rows.start, len(rows)), True)
+    last = wanted + len(passed)
+    if last < len(rows):
+        # The first of the order are fewer than this rank's rows: find which classes they are.
+        taken.zero_()
+        for start in range(0, last, _BLOCK):
+            places = torch.arange(start, min(start + _BLOCK, last), device=labels.device)
+            drawn = _classes(places, classes, keys)
+            taken.index_fill_(0, _own(drawn, rows, places < threshold), True)
+    else:
+        for start in range(0, len(rows), _BLOCK):
+            block = rows[start : start + _BLOCK]
+            numbers = torch.arange(block.start, block.stop, device=labels.device)
+            taken[start : start + len(block)] = _places(numbers, classes, keys) < threshold
+    taken.index_fill_(0, _own(labels, rows), True)
     return taken[:-1].nonzero().squeeze(1)
+
+
+def _own(classes: Tensor, rows: range, where: Tensor | None = None) -> Tensor:
+    """The positions of `classes` in `rows`, or one beyond for those that are not among them, or where `where` says no."""
+    own = (classes >= rows.start) & (classes < rows.stop)
+    return torch.where(own if where is None else own & where, classes - rows.start, len(rows))
 
 
 def _grid(classes: int) -> tuple[int, int]:
@@ -67,6 +81,18 @@ def _places(numbers: Tensor, classes: int, keys: list[tuple[int, int]]) -> Tenso
             low = _add_modulo(low, _hash(high, key, low_size), low_size)
         else:
             high = _add_modulo(high, _hash(low, key, high_size), high_size)
+    return high * low_size + low
+
+
+def _classes(places: Tensor, classes: int, keys: list[tuple[int, int]]) -> Tensor:
+    """What `_places` maps to these places: the half-rounds are undone, the last one first."""
+    high_size, low_size = _grid(classes)
+    high, low = places // low_size, places % low_size
+    for round_, key in reversed(list(enumerate(keys))):
+        if round_ % 2:
+            low = _add_modulo(low, low_size - _hash(high, key, low_size), low_size)
+        else:
+            high = _add_modulo(high, high_size - _hash(low, key, high_size), high_size)
     return high * low_size + low
 
 

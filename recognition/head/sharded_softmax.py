@@ -1,7 +1,8 @@
-"""The head: a softmax over class weights that are spread over the ranks, with a margin on each target.
+"""The head: a loss over class weights that are spread over the ranks.
 
-Per step one gather of the embeddings and one of the labels, one all-reduce of the statistics, one reduce-scatter of
-the embeddings' gradient. What goes over the classes is in `chunks`; what happens to the target's logit, in `margins`.
+Per step one gather of the embeddings and one of labels and norms, one all-reduce of the statistics, one reduce-scatter
+of the embeddings' gradient. What goes over the classes is in `chunks`; what a loss makes of it, in `losses`; how rows
+are kept and moved, in `rows` and `row_optimizer`.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,9 +19,17 @@ from torch.distributed.tensor import DTensor, Shard
 from recognition import config
 from recognition.distributed import all_gather_rows, reduce_scatter_rows, shard_rows
 from recognition.head import chunks
-from recognition.head.margins import target_margin
-from recognition.head.row_optimizer import Part, RowGradient, Rows, RowSGD
+from recognition.head.auxiliary import Auxiliary
+from recognition.head.loss import Targets
+from recognition.head.losses import build_loss
+from recognition.head.negatives import Filtered
+from recognition.head.row_optimizer import build_row_optimizer
+from recognition.head.rows import Part, RowGradient, Rows, RowSum
 from recognition.head.sampling import sample_rows
+from recognition.head.scalars import Scalars
+
+# Classes whose logits exist at a time: those of a few hundred samples stay in a core's cache.
+_CHUNK = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -37,23 +45,35 @@ class HeadOutput:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """The gathered batch, and what the backward pass needs of the forward pass."""
+class _Gathered:
+    """The gathered batch: embeddings [B, D] in the products' type, labels [B], norms [B] in float32."""
 
     x: Tensor
+    labels: Tensor
+    norm: Tensor
+    sizes: list[int]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the backward pass needs of the forward pass, and what the loss is made of, [B] each."""
+
+    batch: _Gathered
     taking: chunks.Taking
-    inverse_norms: Tensor
+    summand: chunks.Summand
+    total: Tensor
     log_sum: Tensor
-    sizes: Sequence[int] | None
+    product: Tensor
+    cosine: Tensor
 
 
 class ShardedSoftmax(nn.Module):
-    """Softmax cross-entropy over C classes, whose rows are sharded over the ranks of a group (Megatron-like).
+    """A loss over C classes, whose rows are sharded over the ranks of a group (Megatron-like).
 
-    `rows` holds this rank's rows and their momentum, float32; `state()` is the same as one sharded tensor each. With
-    `fused`, `loss.backward()` updates the rows; otherwise it adds to `row_gradient`, which `apply_gradient` applies.
-    A process group has to exist, a group of one included. The module has no parameters: no optimizer but its own
-    changes the rows, and DistributedDataParallel is to wrap the backbone alone.
+    `rows` holds this rank's rows and their optimizer's state; `state()` is the same as sharded tensors, with the
+    scalars that the loss keeps. With `fused`, `loss.backward()` updates the rows; otherwise it adds to `row_sum`, which
+    `apply_gradient` applies. A process group has to exist, a group of one included. The module has no parameters: no
+    optimizer but its own changes the rows, and DistributedDataParallel is to wrap the backbone alone.
     """
 
     def __init__(
@@ -64,6 +84,7 @@ class ShardedSoftmax(nn.Module):
         *,
         seed: int,
         device: torch.device,
+        optimizer: config.Optimizer | None = None,
         ranks_group: dist.ProcessGroup | None = None,
         fused: bool = True,
     ) -> None:
@@ -74,39 +95,60 @@ class ShardedSoftmax(nn.Module):
         if group is None:
             raise RuntimeError("the head needs a process group, also in a single process: call distributed.start first")
         self.group = group
-        self.world, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.shard = shard_rows(num_classes, self.world, self.rank)
-        self.seed, self.sample_rate = seed, settings.sample_rate
-        self.margin = target_margin(settings.margin)
-        self.logits = chunks.Logits(
-            scale=None if isinstance(settings.margin, config.Softmax) else settings.margin.scale,
-            dtype=_product_type(settings.precision, device),
-            chunk=settings.chunk,
+        self.seed, self.sample_rate, self.filter = seed, settings.sample_rate, settings.filter
+        self.loss = build_loss(settings.loss, num_classes, seed=seed, device=device)
+        self.products = chunks.Products(
+            unit_rows=self.loss.unit_rows,
+            dtype=product_type(settings.precision, device),
+            chunk=settings.chunk or _CHUNK[device.type],
+            centers=settings.subcenters,
         )
-        self.optimizer = RowSGD(settings.momentum, settings.weight_decay)
-        self.rows = Rows.initial(self.shard, embedding_size, bias=self.logits.scale is None, seed=seed, device=device)
-        self.row_gradient = None if fused else RowGradient(self.rows)
+        moves = settings.optimizer or optimizer or config.SGD()
+        self.optimizer = build_row_optimizer(moves, settings.untouched, seed=seed)
+        centers = self.products.centers
+        self.rows = Rows.initial(
+            range(self.shard.start * centers, self.shard.stop * centers),
+            embedding_size,
+            bias=not self.loss.unit_rows,
+            seed=seed,
+            device=device,
+            state=settings.state,
+        )
+        self.rows.moments.update(
+            self.optimizer.moments(
+                len(self.rows), embedding_size, bias=not self.loss.unit_rows, device=device, state=settings.state
+            )
+        )
+        self.scalars = Scalars({name: self.loss.state[name] for name in self.loss.learned}, moves)
+        self.auxiliary = Auxiliary(settings, self.shard, embedding_size, device, group)
+        self.row_sum = None if fused else RowSum(self.rows)
         self._nonfinite = torch.zeros((), dtype=torch.bool, device=device)
         self._updates = 0
 
-    def state(self) -> dict[str, DTensor]:
-        """The whole state as tensors placed `Shard(0)` over the group. They share storage with `rows`: loading into
-        them loads the head, from any number of ranks.
+    def state(self) -> dict[str, Tensor]:
+        """The whole state: tensors placed `Shard(0)` over the group, by classes, and scalars that all ranks have alike.
+
+        They share storage with the head's own: loading into them loads the head, from any number of ranks.
         """
+        self.optimizer.settle(self.rows)
+        local = self.rows.tensors() | self.auxiliary.tensors()
         mesh = DeviceMesh.from_group(self.group, self.rows.weight.device.type)
-        return {
-            name: DTensor.from_local(
-                local,
+        state: dict[str, Tensor] = {}
+        for name, tensor in local.items():
+            # The rows of a class stay together, whatever the number of ranks.
+            by_class = tensor.view(len(self.shard), -1, *tensor.shape[1:]) if self.products.centers > 1 else tensor
+            state[name] = DTensor.from_local(
+                by_class,
                 mesh,
                 [Shard(0)],
                 run_check=False,
-                shape=torch.Size([self.num_classes, *local.shape[1:]]),
-                stride=local.stride(),
+                shape=torch.Size([self.num_classes, *by_class.shape[1:]]),
+                stride=by_class.stride(),
             )
-            for name, local in vars(self.rows).items()
-            if local is not None
-        }
+        return state | {f"loss.{name}": tensor for name, tensor in self.loss.state.items()} | self.scalars.tensors()
 
     def forward(
         self,
@@ -119,14 +161,17 @@ class ShardedSoftmax(nn.Module):
         sizes: Sequence[int] | None = None,
         update: bool = True,
         loss_weight: float = 1.0,
+        loss_scale: Tensor | float = 1.0,
     ) -> HeadOutput:
         """Loss of `embeddings` [b, D], not normalised, with `labels` [b] (int64, in [0, C)). All ranks call together.
 
         `lr`: learning rate of the rows; `step` keys the sampled classes; `strength` in [0, 1]: share of the margin;
-        `sizes`: b of every rank, None when they are equal; `update`: whether `backward` changes the rows at all.
+        `sizes`: b of every rank, None when they are equal; `update`: whether `backward` changes the head at all;
+        `loss_scale`: what the loss is multiplied by before `backward` (a GradScaler's scale), which the rows' own
+        update is freed of.
         The embeddings get the gradient of the loss times the number of ranks, so that the mean over the ranks that
         DistributedDataParallel takes is the gradient. In eval mode, or without gradients, only the loss is computed,
-        over all classes.
+        over all classes, and nothing changes.
         Raises UserError when a label is out of range; on a GPU, where asking would make the host wait, CUDA's assert.
         """
         if embeddings.shape != (len(labels), self.embedding_size):
@@ -137,128 +182,185 @@ class ShardedSoftmax(nn.Module):
             x = embeddings.float()
             if learns and not x.requires_grad:
                 x = x.detach().requires_grad_()
-            if self.logits.scale is not None:
-                x = F.normalize(x)
+            norm = torch.linalg.vector_norm(x, dim=1)
+            unit = x / norm.clamp(min=1e-12)[:, None]
+            seen_x = unit if self.loss.unit_embeddings else x
+            before = {name: value.clone() for name, value in self.loss.state.items()}
             with torch.no_grad():
-                batch, negatives, logit, cosine = self._statistics(x, labels, sizes, step if learns else None)
-            loss, negatives_gradient, target_gradient = self._vectors(
-                negatives, logit, strength, loss_weight, differentiate=learns
-            )
-        finite = loss.isfinite()
+                batch = self._gather(seen_x, labels, norm, sizes)
+                seen = self._look(batch, strength, step, learns)
+            loss, gradients = self._vectors(seen, strength, step, loss_weight, differentiate=learns)
+            extra = self.auxiliary(x, unit, batch.labels, batch.x, batch.norm, batch.sizes) * loss_weight
+        whole = loss + extra.detach()
+        finite = whole.isfinite()
+        for name, value in before.items():
+            if learns:
+                self.loss.state[name].copy_(torch.where(finite, self.loss.state[name], value))
         if learns:
             updates = self._updates
 
-            def backward(gradient: Tensor) -> Tensor:
+            def backward(gradient: Tensor) -> tuple[Tensor, Tensor]:
                 if updates != self._updates:
                     raise RuntimeError(
                         "the head's rows changed between this forward pass and its backward pass: "
                         "run backward before the next update, or build the head with fused=False"
                     )
                 skip = ~(finite & gradient.isfinite())
-                sink = self._sink(lr, skip) if update else None
-                return self._backward(batch, negatives_gradient * gradient, target_gradient * gradient, sink)
+                by_x, by_norm = self._backward(seen, gradients, gradient / loss_scale, lr, step, skip, update)
+                return by_x * loss_scale, by_norm * loss_scale
 
-            loss = _Backward.apply(x, loss, backward)
-        return HeadOutput(loss, cosine.mean(), finite)
+            whole = _Backward.apply(seen_x, norm, loss, backward) + extra
+        return HeadOutput(whole, seen.cosine.mean(), finite)
 
-    def apply_gradient(self, lr: float, finite: Tensor | None = None, *, scale: float = 1.0) -> None:
+    def apply_gradient(self, lr: float, finite: Tensor | None = None, *, step: int = 0, scale: float = 1.0) -> None:
         """Update the rows by `scale` times what the backward passes added up, and start anew. For `fused=False`.
 
         Nothing changes where any of their losses, or `finite` (scalar bool, on the device), was not finite. Only rows
         that took part in one of the passes change.
         """
-        if self.row_gradient is None:
+        if self.row_sum is None:
             raise RuntimeError("a fused head applies its gradient in backward; build it with fused=False")
-        gradient = self.row_gradient
+        total = self.row_sum
         skip = (self._nonfinite if finite is None else self._nonfinite | ~finite).float()
-        taken = gradient.taken.nonzero().squeeze(1) if self.sample_rate < 1 else None
-        total = len(self.rows.weight) if taken is None else len(taken)
-        for start in range(0, total, self.logits.chunk):
-            span = slice(start, min(start + self.logits.chunk, total))
-            part: Part = span if taken is None else taken[span]
-            bias = None if gradient.bias is None else gradient.bias[part] * scale
-            self.optimizer.update(self.rows, part, gradient.weight[part] * scale, bias, lr, skip)
-        gradient.clear()
+        self.optimizer.begin(self.rows, step, lr, skip)
+        taken = total.taken.nonzero().squeeze(1) if self.sample_rate < 1 else None
+        count = len(self.rows) if taken is None else len(taken)
+        for start in range(0, count, self.products.chunk):
+            span = slice(start, min(start + self.products.chunk, count))
+            part = span if taken is None else taken[span]
+            bias = None if total.bias is None else total.bias[part] * scale
+            self.optimizer.update(self.rows, part, total.weight[part] * scale, lr, skip, step, bias)
+        self.scalars.apply(lr, skip, scale)
+        total.clear()
         self._nonfinite.zero_()
         self._updates += 1
 
-    def _statistics(
-        self, x: Tensor, labels: Tensor, sizes: Sequence[int] | None, step: int | None
-    ) -> tuple[_Batch, Tensor, Tensor, Tensor]:
-        """The gathered batch, and [B] each: log of the negatives' sum, the target's logit, its cosine, of all ranks."""
-        x = all_gather_rows(x.to(self.logits.dtype), sizes, self.group)
-        labels = all_gather_rows(labels.long(), sizes, self.group)
+    def _gather(self, x: Tensor, labels: Tensor, norm: Tensor, sizes: Sequence[int] | None) -> _Gathered:
+        sizes = [len(x)] * self.world if sizes is None else list(sizes)
+        x = all_gather_rows(x.to(self.products.dtype), sizes, self.group)
+        # The bits of the norms travel with the labels, which saves a collective.
+        packed = torch.stack([labels.long(), norm.detach().view(torch.int32).long()], dim=1)
+        packed = all_gather_rows(packed, sizes, self.group)
+        labels, norm = packed[:, 0].contiguous(), packed[:, 1].int().view(torch.float32)
         self._check(labels, sizes)
-        taken = None
-        if step is not None and self.sample_rate < 1:
-            taken = sample_rows(labels, self.num_classes, self.sample_rate, self.seed, step, self.shard)
-        taking = chunks.Taking.of(labels, self.shard, taken)
-        own = chunks.statistics(self.rows, taking, x, self.logits)
-        shift, sums = own.shift, own.negatives
-        if self.logits.scale is None:
-            shift = own.shift.clone()
-            dist.all_reduce(shift, dist.ReduceOp.MAX, group=self.group)
-            sums = sums * chunks.rescaling(own.shift, shift)
-        logit, cosine = chunks.targets(self.rows, taking, x.float(), self.logits)
-        columns = [sums, logit] if self.logits.scale is not None else [sums, logit, cosine]
-        reduced = torch.stack(columns, dim=1)
-        dist.all_reduce(reduced, group=self.group)
-        sums, logit, cosine = reduced[:, 0], reduced[:, 1], reduced[:, -1]
-        shift = chunks.finite_shift(shift)
-        log_sum = sums.log() + shift
-        batch = _Batch(x, taking, own.inverse_norms, torch.where(sums == 0, shift, log_sum), sizes)
-        return batch, log_sum, logit, cosine
+        return _Gathered(x, labels, norm, sizes)
+
+    def _look(self, batch: _Gathered, strength: float, step: int, learns: bool) -> _Seen:
+        """Go over this rank's classes, and learn from the other ranks what is to be known of theirs."""
+        classes = None
+        if learns and self.sample_rate < 1:
+            classes = sample_rows(batch.labels, self.num_classes, self.sample_rate, self.seed, step, self.shard)
+            self.optimizer.catch_up(self.rows, chunks.rows_of(classes, self.products.centers), step)
+        elif not learns:
+            self.optimizer.settle(self.rows)
+        taking = chunks.Taking.of(batch.labels, self.shard, classes)
+        loss, unit = self.loss, self.loss.unit_embeddings and self.loss.unit_rows
+        own = list(chunks.targets(self.rows, taking, batch.x.float(), self.products)[: 1 if unit else 2])
+        known = torch.stack(own, dim=1)
+        if loss.targets_first:
+            dist.all_reduce(known, group=self.group)
+            if learns:
+                loss.observe(known[:, -1], batch.norm)
+        for again in (False, True) if loss.sums_twice and learns else (True,):
+            seen_targets = Targets(known[:, 0], batch.norm, strength, step)
+            summand = self._summand(seen_targets, strength)
+            sums, shift = self._sum(taking, batch.x, summand)
+            columns = [sums] if loss.targets_first else [sums, torch.stack(own, dim=1)]
+            reduced = torch.cat(columns, dim=1)
+            dist.all_reduce(reduced, group=self.group)
+            sums = reduced[:, : sums.shape[1]]
+            if not loss.targets_first:
+                known = reduced[:, sums.shape[1] :]
+            total = sums if loss.logistic else sums[:, 0].log() + shift
+            if not again:
+                loss.observe_sum(total, known[:, -1])
+        if learns and not loss.targets_first:
+            loss.observe(known[:, -1], batch.norm)
+        product, cosine = known[:, 0], known[:, -1]
+        log_sum = torch.zeros_like(product) if loss.logistic else torch.where(sums[:, 0] == 0, shift, total)
+        return _Seen(batch, taking, summand, total, log_sum, product, cosine)
+
+    def _summand(self, targets: Targets, strength: float) -> chunks.Summand:
+        negatives, bound = self.loss.negatives(strength), self.loss.bound
+        if self.filter is not None:
+            negatives = Filtered(negatives, self.filter.threshold, self.filter.zero)
+        anchor = self.loss.anchor(targets) if self.loss.targets_first else None
+        return chunks.Summand(negatives, anchor, self.loss.logistic, bound)
+
+    def _sum(self, taking: chunks.Taking, x: Tensor, summand: chunks.Summand) -> tuple[Tensor, Tensor]:
+        """This rank's sums over its negatives, shifted as all ranks' are, and the shift [B]."""
+        own = chunks.statistics(self.rows, taking, x, self.products, summand)
+        if summand.logistic or summand.offset is not None:
+            return own.sums, own.shift
+        shift = own.shift.clone()
+        dist.all_reduce(shift, dist.ReduceOp.MAX, group=self.group)
+        return own.sums * chunks.rescaling(own.shift, shift)[:, None], chunks.finite_shift(shift)
 
     def _vectors(
-        self, log_sum: Tensor, logit: Tensor, strength: float, loss_weight: float, *, differentiate: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, and its gradients by `log_sum` [B] (-inf where there are no negatives) and by `logit` [B]."""
+        self, seen: _Seen, strength: float, step: int, loss_weight: float, *, differentiate: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss, and its gradients by the sum over the negatives, by the targets' products, by the norms (of [B]
+        each), and by each learned scalar."""
+        inputs = [seen.total.detach(), seen.product.detach(), seen.batch.norm.detach(), *self.scalars.values]
         with torch.set_grad_enabled(differentiate):
             if differentiate:
-                log_sum, logit = log_sum.detach().requires_grad_(), logit.detach().requires_grad_()
-            loss = F.softplus(log_sum - self.margin(logit, strength)).mean() * loss_weight
+                for tensor in inputs:
+                    tensor.requires_grad_()
+            each = self.loss(inputs[0], Targets(inputs[1], inputs[2], strength, step))
+            loss = each.mean() * loss_weight
         if not differentiate:
-            return loss, log_sum, logit
-        by_log_sum, by_logit = torch.autograd.grad(loss, (log_sum, logit))
-        return loss.detach(), by_log_sum, by_logit
+            return loss, []
+        found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+        for scalar in self.scalars.values:
+            scalar.requires_grad_(False)
+        return loss.detach(), list(found)
 
-    def _sink(self, lr: float, skip: Tensor) -> chunks.Sink:
-        """What becomes of the rows' gradients."""
-        if self.row_gradient is not None:
-            self._nonfinite |= skip
-            return self.row_gradient.add
+    def _backward(
+        self, seen: _Seen, gradients: list[Tensor], factor: Tensor, lr: float, step: int, skip: Tensor, update: bool
+    ) -> tuple[Tensor, Tensor]:
+        by_total, by_product, by_norm, *by_scalars = (gradient * factor for gradient in gradients)
+        batch = seen.batch
+        sink = None
+        if update:
+            sink = self._sink(lr, step, skip.float(), by_scalars)
+            self.auxiliary.move(batch.x, batch.labels, batch.norm, skip)
+        by_x = chunks.backward(
+            self.rows,
+            seen.taking,
+            batch.x,
+            self.products,
+            seen.summand,
+            seen.log_sum,
+            by_total[:, 0] if self.loss.logistic else by_total,
+            by_product,
+            sink,
+        )
+        own = slice(sum(batch.sizes[: self.rank]), sum(batch.sizes[: self.rank + 1]))
+        return reduce_scatter_rows(by_x, batch.sizes, self.group) * self.world, by_norm[own] * self.world
+
+    def _sink(self, lr: float, step: int, skip: Tensor, by_scalars: list[Tensor]) -> chunks.Sink:
+        """What becomes of the gradients."""
+        self.scalars.add(by_scalars)
+        if self.row_sum is not None:
+            self._nonfinite |= skip.bool()
+            return self.row_sum.add
         self._updates += 1
-        flag = skip.float()
+        self.scalars.apply(lr, skip)
+        self.optimizer.begin(self.rows, step, lr, skip)
 
-        def apply(part: Part, gradient: Tensor, bias_gradient: Tensor | None) -> None:
-            self.optimizer.update(self.rows, part, gradient, bias_gradient, lr, flag)
+        def apply(part: Part, gradient: RowGradient) -> None:
+            self.optimizer.update(self.rows, part, gradient, lr, skip, step)
 
         return apply
 
-    def _backward(
-        self, batch: _Batch, negatives_gradient: Tensor, target_gradient: Tensor, sink: chunks.Sink | None
-    ) -> Tensor:
-        gradient = chunks.backward(
-            self.rows,
-            batch.taking,
-            batch.x,
-            self.logits,
-            batch.inverse_norms,
-            batch.log_sum,
-            negatives_gradient,
-            target_gradient,
-            sink,
-        )
-        return reduce_scatter_rows(gradient, batch.sizes, self.group) * self.world
-
-    def _check(self, labels: Tensor, sizes: Sequence[int] | None) -> None:
+    def _check(self, labels: Tensor, sizes: Sequence[int]) -> None:
         valid = (labels >= 0) & (labels < self.num_classes)
         if labels.is_cuda:
             torch._assert_async(valid.all(), f"a label is outside 0..{self.num_classes - 1}")
         elif not valid.all():
             position = int((~valid).nonzero()[0])
             label, rank = int(labels[position]), 0
-            for size in sizes or [len(labels) // self.world] * self.world:
+            for size in sizes:
                 if position < size:
                     break
                 position, rank = position - size, rank + 1
@@ -269,18 +371,20 @@ class ShardedSoftmax(nn.Module):
 
 
 class _Backward(torch.autograd.Function):
-    """Ties a loss that was computed outside autograd to `x`, whose gradient `backward` returns."""
+    """Ties a loss that was computed outside autograd to `x` and `norm`, whose gradients `backward` returns."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, backward: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, norm: Tensor, loss: Tensor, backward: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensor:
         ctx.backward = backward
         return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         with torch.autocast(gradient.device.type, enabled=False):
-            return ctx.backward(gradient), None, None
+            return *ctx.backward(gradient), None, None
 
 
 def build_head(
@@ -289,13 +393,15 @@ def build_head(
     embedding_size: int,
     *,
     seed: int,
+    optimizer: config.Optimizer | None = None,
     ranks_group: dist.ProcessGroup | None = None,
     device: torch.device | str,
     fused: bool = True,
 ) -> ShardedSoftmax:
     """The head that `settings` describe, with this rank's share of freshly drawn rows on `device`.
 
-    `ranks_group`: the ranks that share the rows; None means all.
+    `optimizer`: what moves the rows where `settings` do not say. `ranks_group`: the ranks that share the rows; None
+    means all.
     """
     return ShardedSoftmax(
         settings,
@@ -303,12 +409,14 @@ def build_head(
         embedding_size,
         seed=seed,
         device=torch.device(device),
+        optimizer=optimizer,
         ranks_group=ranks_group,
         fused=fused,
     )
 
 
-def _product_type(precision: str, device: torch.device) -> torch.dtype:
+def product_type(precision: str, device: torch.device) -> torch.dtype:
+    """The type of the matrix products' operands."""
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32

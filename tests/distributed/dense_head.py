@@ -1,91 +1,59 @@
-"""The head as one process with the whole weights, all logits and ordinary autograd has it, in float64."""
+"""Heads, batches and float64 trainings that the head's tests hold against each other."""
 
-import math
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from dense_losses import LOSSES, DenseHead
+from torch import Tensor
 
 from recognition import config
 from recognition.distributed import all_gather_rows
 from recognition.head import ShardedSoftmax, build_head
+from recognition.head.losses import build_loss
 
-MARGINS: dict[str, config.Margin] = {
-    "softmax": config.Softmax(),
-    "normface": config.NormFace(scale=30.0),
-    "cosface": config.CosFace(),
-    "arcface": config.ArcFace(),
-    "arcface-wide": config.ArcFace(scale=20.0, margin=2.0),
-    "arcface-straight-through": config.ArcFace(straight_through=True),
-    "arcface-large-scale": config.ArcFace(scale=100.0),
-    "combined": config.Combined(m1=1.0, m2=0.3, m3=0.2),
-    "combined-m1": config.Combined(scale=32.0, m1=1.6, m2=0.1, m3=0.1),
-}
 D = 24
 
 
-def dense_loss(
-    margin: config.Margin, x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, strength: float = 1.0
-) -> Tensor:
-    if isinstance(margin, config.Softmax):
-        return F.cross_entropy(x @ weight.T + bias, labels)
-    cosine = (F.normalize(x) @ F.normalize(weight).T).clamp(-1 + 1e-12, 1 - 1e-12)
-    target = cosine.gather(1, labels[:, None])
-    theta = target.acos()
-    match margin:
-        case config.NormFace():
-            bent = target
-        case config.CosFace(margin=m):
-            bent = target - strength * m
-        case config.ArcFace(margin=m, straight_through=True):
-            # As arcface_torch: the angle is taken and bent in place under no_grad, so that autograd sees a plain scale.
-            bent = target + ((theta + strength * m).cos() - target).detach()
-        case config.ArcFace(margin=m):
-            m *= strength
-            bent = torch.where(theta + m <= math.pi, (theta + m).cos(), target - m * math.sin(m))
-        case config.Combined(m1=m1, m2=m2, m3=m3):
-            angle = (1 + strength * (m1 - 1)) * theta + strength * m2
-            turns = (angle / math.pi).floor().detach()
-            bent = (-1) ** turns * angle.cos() - 2 * turns - strength * m3
-    return F.cross_entropy(margin.scale * cosine.scatter(1, labels[:, None], bent), labels)
-
-
 def data(
-    classes: int, batch: int, seed: int = 0, within: range | None = None, size: int = D
+    classes: int, batch: int, seed: int = 0, within: range | None = None, size: int = D, centers: int = 1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Embeddings of all lengths that lie from near to opposite their class; labels repeat; float64."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(classes, size, generator=generator, dtype=torch.float64) * 0.1
+    weight = torch.randn(classes * centers, size, generator=generator, dtype=torch.float64) * 0.1
     bias = torch.randn(classes, generator=generator, dtype=torch.float64)
     within = within or range(classes)
     labels = torch.randint(within.start, within.stop, (batch,), generator=generator)
     pull = torch.linspace(1.5, -1.0, batch + 2, dtype=torch.float64)[1:-1, None]
     noise = torch.randn(batch, size, generator=generator, dtype=torch.float64)
-    x = (F.normalize(weight[labels]) * pull + F.normalize(noise)) * torch.rand(batch, 1, generator=generator) * 3
+    near = F.normalize(weight[labels * centers])
+    x = (near * pull + F.normalize(noise)) * torch.rand(batch, 1, generator=generator) * 3
     # float32 numbers, so that both sides start from the same.
     return x.float().double(), labels, weight.float().double(), bias.float().double()
 
 
 def make(
-    margin: config.Margin, classes: int, *, size: int = D, seed: int = 0, fused: bool = True, **settings: Any
+    loss: config.Loss | config.Head, classes: int, *, size: int = D, seed: int = 0, fused: bool = True, **settings: Any
 ) -> ShardedSoftmax:
-    section = config.Head(margin=margin, chunk=settings.pop("chunk", 4), **settings)
-    return build_head(section, classes, size, seed=seed, device="cpu", fused=fused)
+    head = loss if isinstance(loss, config.Head) else config.Head(loss=loss)
+    given = {"chunk": 4, "precision": "float32"} | settings
+    # SGD's settings are given as the head's own, for short.
+    moves = {name: given.pop(name) for name in ("momentum", "weight_decay") if name in given}
+    head = config.Head.model_validate(head.model_dump() | {"optimizer": config.SGD(**moves).model_dump()} | given)
+    return build_head(head, classes, size, seed=seed, device="cpu", fused=fused)
 
 
 def fill(head: ShardedSoftmax, weight: Tensor, bias: Tensor | None = None) -> None:
-    own = slice(head.shard.start, head.shard.stop)
-    head.rows.weight.copy_(weight[own])
-    if head.rows.bias is not None and bias is not None:
-        head.rows.bias.copy_(bias[own])
+    centers = head.products.centers
+    own = slice(head.shard.start * centers, head.shard.stop * centers)
+    head.rows.load(weight[own].float(), None if bias is None or head.rows.bias is None else bias[own].float())
 
 
 def whole(head: ShardedSoftmax, local: Tensor) -> Tensor:
-    size = -(-head.num_classes // head.world)
-    sizes = [max(0, min(size, head.num_classes - rank * size)) for rank in range(head.world)]
+    size, centers = -(-head.num_classes // head.world), head.products.centers
+    sizes = [centers * max(0, min(size, head.num_classes - rank * size)) for rank in range(head.world)]
     return all_gather_rows(local, sizes)
 
 
@@ -111,29 +79,49 @@ def errors_of_loss(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs() / expected.abs().clamp(min=1e-3))
 
 
+def drawn_margins(loss: config.Loss, step: int, batch: int, seed: int = 0) -> Tensor | None:
+    """What ElasticFace draws; that it is random in the right way is not for the references to say."""
+    if not isinstance(loss, config.ElasticFace):
+        return None
+    return build_loss(loss, 1, seed=seed, device=torch.device("cpu")).draw(step, batch, torch.device("cpu")).double()
+
+
 TRAINING_CLASSES, TRAINING_BATCH, TRAINING_RATES = 21, 12, [0.2, 0.2, 0.1, 0.1, 0.05, 0.02]
+TRAINING_SCALE = {"sphereface2": 0.02, "uce": 0.02, "circle": 0.1, "magface": 0.02}
+"""Losses with large gradients are trained at smaller rates: what diverges cannot be compared."""
+
+
+def training_rates(name: str) -> list[float]:
+    return [rate * TRAINING_SCALE.get(name.split("-")[0], 1.0) for rate in TRAINING_RATES]
 
 
 @cache
 def dense_training(name: str) -> dict[str, np.ndarray]:
-    """The same in float64 with the whole weights and torch's SGD."""
-    x, labels, weight, bias = data(TRAINING_CLASSES, TRAINING_BATCH * len(TRAINING_RATES))
-    weight, bias = nn.Parameter(weight), nn.Parameter(bias)
-    groups = [{"params": [weight], "weight_decay": 0.05}, {"params": [bias], "weight_decay": 0.0}]
+    """Losses of six steps, and what they leave, in float64 with the whole weights and torch's SGD."""
+    settings = LOSSES[name]
+    x, labels, weight, bias = data(TRAINING_CLASSES, TRAINING_BATCH * len(TRAINING_RATES), centers=settings.subcenters)
+    head = DenseHead.initial(settings, weight, bias)
+    others = [tensor for tensor in (head.bias, *head.scalars.values()) if tensor is not None]
+    groups = [{"params": [head.weight], "weight_decay": 0.05}]
+    if others:
+        groups.append({"params": others, "weight_decay": 0.0})
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.8)
     losses = []
-    for step, lr in enumerate(TRAINING_RATES):
+    for step, lr in enumerate(training_rates(name)):
         part = slice(TRAINING_BATCH * step, TRAINING_BATCH * (step + 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        loss = dense_loss(MARGINS[name], x[part], labels[part], weight, bias)
+        margins = drawn_margins(settings.loss, step, TRAINING_BATCH)
+        loss = head.loss(x[part], labels[part], step=step, margins=margins)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    found = {"losses": np.array(losses), "weight": weight.detach().numpy()}
-    found["momentum"] = optimizer.state[weight]["momentum_buffer"].numpy()
-    if name == "softmax":
-        found["bias"] = bias.detach().numpy()
-        found["bias_momentum"] = optimizer.state[bias]["momentum_buffer"].numpy()
+    found = {"losses": np.array(losses), "weight": head.weight.detach().numpy()}
+    found["momentum"] = optimizer.state[head.weight]["momentum_buffer"].numpy()
+    if head.bias is not None:
+        found["bias"] = head.bias.detach().numpy()
+        found["bias_momentum"] = optimizer.state[head.bias]["momentum_buffer"].numpy()
+    for key, value in (head.state | head.scalars).items():
+        found[f"loss.{key}"] = value.detach().numpy()
     return found

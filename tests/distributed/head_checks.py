@@ -10,20 +10,21 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from dense_head import (
-    MARGINS,
     TRAINING_BATCH,
     TRAINING_CLASSES,
     TRAINING_RATES,
     D,
     data,
-    dense_loss,
+    drawn_margins,
     error,
     errors_of_loss,
     fill,
     make,
     run,
+    training_rates,
     whole,
 )
+from dense_losses import LOSSES, DenseHead
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,43 +49,63 @@ def batches(world: int) -> dict[str, tuple[int, list[int], range | None]]:
     }
 
 
+def dense_loss(
+    loss: config.Loss, x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None = None, strength: float = 1.0
+) -> Tensor:
+    """Of a head before its first step, with gradients by `weight` and `bias`."""
+    settings = config.Head(loss=loss)
+    head = DenseHead.initial(settings, weight)
+    head.weight, head.bias = weight, bias
+    return head.loss(x, labels, strength=strength)
+
+
 def against_reference(precision: str, cases: dict[str, tuple[int, list[int], range | None]]) -> dict[str, list[float]]:
     errors = {}
     order, size = (torch.inf, D) if precision == "float32" else (2, 512)
-    for margin_name, margin in MARGINS.items():
+    for name, settings in LOSSES.items():
         for number, (batch_name, (classes, sizes, within)) in enumerate(cases.items()):
             for strength in (1.0, 0.3) if batch_name == "plain" else (1.0,):
-                x, labels, weight, bias = data(classes, sum(sizes), number, within, size)
-                tensors = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
-                expected = dense_loss(margin, tensors[0], labels, tensors[1], tensors[2], strength)
+                x, labels, weight, bias = data(classes, sum(sizes), number, within, size, settings.subcenters)
+                x.requires_grad_()
+                dense = DenseHead.initial(settings, weight, bias)
+                margins = drawn_margins(settings.loss, 2, sum(sizes))
+                expected = dense.loss(x, labels, step=2, strength=strength, margins=margins)
                 expected.backward()
-                head = make(margin, classes, size=size, fused=False, precision=precision)
+                head = make(settings, classes, size=size, fused=False, precision=precision)
                 fill(head, weight, bias)
-                output, gradient = run(head, x, labels, sizes, strength=strength)
-                assert head.row_gradient is not None
-                found = [errors_of_loss(output.loss, expected), error(gradient, tensors[0].grad, order)]
-                found.append(error(whole(head, head.row_gradient.weight), tensors[1].grad, order))
-                if head.row_gradient.bias is not None:
-                    found.append(error(whole(head, head.row_gradient.bias), tensors[2].grad, order))
-                cosine = F.cosine_similarity(x, weight[labels]).mean()
-                found.append(float((output.target_cosine - cosine).abs()))
+                output, gradient = run(head, x.detach(), labels, sizes, strength=strength, step=2)
+                assert head.row_sum is not None
+                found = [errors_of_loss(output.loss, expected), error(gradient, x.grad, order)]
+                found.append(error(whole(head, head.row_sum.weight), dense.weight.grad, order))
+                if dense.bias is not None:
+                    found.append(error(whole(head, head.row_sum.bias), dense.bias.grad, order))
+                found += [errors_of_loss(head.loss.state[key], value) for key, value in dense.state.items()]
+                for moved, scalar in zip(head.scalars.gradients, dense.scalars.values(), strict=True):
+                    found.append(errors_of_loss(moved, scalar.grad))
                 assert output.finite.item()
-                errors[f"{margin_name} {batch_name} {strength}"] = found
+                errors[f"{name} {batch_name} {strength}"] = found
     return errors
 
 
-def fused_training(margin: config.Margin) -> dict[str, np.ndarray]:
-    """Losses of six steps, and the rows and their momenta after them."""
-    x, labels, weight, bias = data(TRAINING_CLASSES, TRAINING_BATCH * len(TRAINING_RATES))
-    head = make(margin, TRAINING_CLASSES, momentum=0.8, weight_decay=0.05)
+def fused_training(name: str) -> dict[str, np.ndarray]:
+    """Losses of six steps, and the rows, their momenta and the loss's scalars after them."""
+    settings = LOSSES[name]
+    count = TRAINING_BATCH * len(TRAINING_RATES)
+    x, labels, weight, bias = data(TRAINING_CLASSES, count, centers=settings.subcenters)
+    head = make(settings, TRAINING_CLASSES, momentum=0.8, weight_decay=0.05)
     fill(head, weight, bias)
     losses = []
-    for step, lr in enumerate(TRAINING_RATES):
+    for step, lr in enumerate(training_rates(name)):
         part = slice(TRAINING_BATCH * step, TRAINING_BATCH * (step + 1))
         output, _ = run(head, x[part], labels[part], split(TRAINING_BATCH, head.world), lr=lr, step=step)
         losses.append(output.loss.item())
-    state = {name: whole(head, local).numpy() for name, local in vars(head.rows).items() if local is not None}
-    return {"losses": np.array(losses), **state}
+    found = {
+        key: whole(head, head.rows.tensors()[key]).numpy()
+        for key in ("weight", "momentum", "bias", "bias_momentum")
+        if key in head.rows.tensors()
+    }
+    found |= {f"loss.{key}": value.numpy() for key, value in head.loss.state.items()}
+    return {"losses": np.array(losses), **found}
 
 
 def accumulation() -> float:
@@ -100,14 +121,14 @@ def accumulation() -> float:
             run(heads[1], x[half], labels[half], split(8, world), step=step, loss_weight=0.5)[0]
             for half in (slice(0, 8), slice(8, 16))
         ]
-        assert heads[1].row_gradient is not None
+        assert heads[1].row_sum is not None
         heads[1].apply_gradient(0.1)
-        assert not heads[1].row_gradient.weight.any()
+        assert not heads[1].row_sum.weight.any()
     total = sum(output.loss for output in outputs)
     assert torch.isfinite(total)
     return max(
         error(heads[1].rows.weight, heads[0].rows.weight.double()),
-        error(heads[1].rows.momentum, heads[0].rows.momentum.double()),
+        error(heads[1].rows.moments["momentum"], heads[0].rows.moments["momentum"].double()),
     )
 
 
@@ -120,7 +141,7 @@ def broken_batch(fused: bool) -> dict[str, bool]:
     run(head, x, labels, [4] * world)
     if not fused:
         head.apply_gradient(0.1)
-    before, momentum = head.rows.weight.clone(), head.rows.momentum.clone()
+    before, momentum = head.rows.weight.clone(), head.rows.moments["momentum"].clone()
     local = x[4 * rank : 4 * rank + 4].float()
     if rank == world - 1:
         local[1, 3] = torch.nan
@@ -129,7 +150,7 @@ def broken_batch(fused: bool) -> dict[str, bool]:
     output.loss.backward()
     if not fused:
         head.apply_gradient(0.1)
-    unchanged = torch.equal(head.rows.weight, before) and torch.equal(head.rows.momentum, momentum)
+    unchanged = torch.equal(head.rows.weight, before) and torch.equal(head.rows.moments["momentum"], momentum)
     run(head, x, labels, [4] * world)
     if not fused:
         head.apply_gradient(0.1)
@@ -142,7 +163,7 @@ def sampled_step(fused: bool) -> dict[str, Any]:
     x, labels, weight, _ = data(classes, 6)
     head = make(config.CosFace(), classes, fused=fused, sample_rate=0.4, weight_decay=0.1, seed=5)
     fill(head, weight)
-    head.rows.momentum.fill_(0.25)
+    head.rows.moments["momentum"].fill_(0.25)
     output, gradient = run(head, x, labels, split(6, world), step=9, lr=0.5)
     if not fused:
         head.apply_gradient(0.5)
@@ -155,7 +176,7 @@ def sampled_step(fused: bool) -> dict[str, Any]:
     momenta[taken] = 0.9 * momenta[taken] + small.grad + 0.1 * weight[taken]
     weights = weight.clone()
     weights[taken] -= 0.5 * momenta[taken]
-    found, found_momenta = whole(head, head.rows.weight), whole(head, head.rows.momentum)
+    found, found_momenta = whole(head, head.rows.weight), whole(head, head.rows.moments["momentum"])
     others = torch.ones(classes, dtype=torch.bool)
     others[taken] = False
     return {
@@ -212,10 +233,10 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def watched_step(margin: config.Margin, sample_rate: float) -> dict[str, Any]:
+def watched_step(loss: config.Loss, sample_rate: float) -> dict[str, Any]:
     """A step of 64 samples a rank and 4,000 classes a rank, in chunks of 100."""
     world = dist.get_world_size()
-    head = make(margin, 4000 * world, chunk=100, sample_rate=sample_rate)
+    head = make(loss, 4000 * world, chunk=100, sample_rate=sample_rate)
     embeddings = torch.randn(64, D, generator=torch.Generator().manual_seed(0), requires_grad=True)
     labels = torch.arange(64) * 7 * world
     with Watch() as watch:
@@ -276,10 +297,10 @@ def rules() -> dict[str, Any]:
     return found
 
 
-def trained_head(margin: config.Margin, classes: int) -> ShardedSoftmax:
+def trained_head(loss: config.Loss, classes: int) -> ShardedSoftmax:
     world = dist.get_world_size()
     x, labels, _, _ = data(classes, 12)
-    head = make(margin, classes, seed=3)
+    head = make(loss, classes, seed=3)
     for step in range(2):
         run(head, x, labels, split(12, world), step=step)
     return head
@@ -297,7 +318,7 @@ def everything(folder: str) -> dict[str, Any]:
         "initial": whole(head, head.rows.weight).numpy(),
         "float32": against_reference("float32", batches(world)),
         "bfloat16": against_reference("bfloat16", {"plain": (50, split(40, world), None)}),
-        "training": {name: fused_training(margin) for name, margin in MARGINS.items()},
+        "training": {name: fused_training(name) for name in LOSSES},
         "accumulation": accumulation(),
         "broken": [broken_batch(fused) for fused in (True, False)],
         "sampled": [sampled_step(fused) for fused in (True, False)],
@@ -321,11 +342,11 @@ def resharded(folder: str) -> list[float]:
         for source, target in ((f"{folder}/{classes}", f"{folder}/{classes}-again"), (f"{folder}/{classes}-again", "")):
             head = make(config.Softmax(), classes, seed=99)
             state = head.state()
-            assert sorted(state) == ["bias", "bias_momentum", "momentum", "weight"]
+            assert sorted(state) == ["bias", "bias_momentum", "inverse_norm", "momentum", "weight"]
             dcp.load(state, checkpoint_id=source)
             if target:
                 dcp.save(state, checkpoint_id=target)
-            worst += [error(getattr(head.rows, name), getattr(expected.rows, name).double()) for name in state]
+            worst += [error(head.rows.tensors()[name], expected.rows.tensors()[name].double()) for name in state]
     return worst
 
 

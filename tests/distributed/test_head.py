@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dense_head import MARGINS, D, dense_training, make
+from dense_head import D, dense_training, make
+from dense_losses import LOSSES
 from head_checks import batches, everything, refusals, resharded
 
 from ranks import run_ranks
@@ -45,7 +46,7 @@ each_world = pytest.mark.parametrize("world", WORLDS)
 @each_world
 def test_loss_and_gradients_are_the_papers(world: int) -> None:
     for rank in results(world):
-        assert len(rank["float32"]) == len(MARGINS) * (len(batches(world)) + 1)
+        assert len(rank["float32"]) == len(LOSSES) * (len(batches(world)) + 1)
         wrong = {name: errors for name, errors in rank["float32"].items() if not max(errors) <= 1e-5}
         assert not wrong
 
@@ -53,22 +54,22 @@ def test_loss_and_gradients_are_the_papers(world: int) -> None:
 @each_world
 def test_bfloat16_products_are_close(world: int) -> None:
     for rank in results(world):
-        assert len(rank["bfloat16"]) == 2 * len(MARGINS)
+        assert len(rank["bfloat16"]) == 2 * len(LOSSES)
         for name, errors in rank["bfloat16"].items():
             # The error of a logit, and so of its exponential, grows with the scale.
-            scale = getattr(MARGINS[name.split()[0]], "scale", 0.0)
+            scale = getattr(LOSSES[name.split()[0]].loss, "scale", 0.0)
             assert 1e-6 < max(errors) <= 1e-2 * max(1, scale / 64), name
 
 
 @each_world
-@pytest.mark.parametrize("name", MARGINS)
+@pytest.mark.parametrize("name", LOSSES)
 def test_fused_update_is_torch_sgd(world: int, name: str) -> None:
     expected = dense_training(name)
     for rank in results(world):
         found = rank["training"][name]
         assert found.keys() == expected.keys()
         for key, value in expected.items():
-            assert np.abs(found[key] - value).max() <= 1e-5 * np.abs(value).max(), key
+            assert np.abs(found[key] - value).max() <= 1e-4 * np.abs(value).max(), key
 
 
 @each_world
@@ -138,7 +139,7 @@ def test_state_loads_in_place_at_another_number_of_ranks() -> None:
     results(2)
     # Two classes on three ranks: one shard is empty.
     for errors in run_ranks(resharded, 3, str(_folder)):
-        assert len(errors) == 16
+        assert len(errors) == 20
         assert max(errors) <= 1e-5
 
 

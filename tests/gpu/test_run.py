@@ -56,7 +56,7 @@ def head_step(device: str) -> tuple[float, np.ndarray, np.ndarray]:
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(32, 64, generator=generator).to(device).requires_grad_()
     labels = torch.randint(0, 1000, (32,), generator=generator).to(device)
-    settings = Head(margin=CosFace(), precision="float32", chunk=300)
+    settings = Head(loss=CosFace(), precision="float32", chunk=300)
     head = build_head(settings, 1000, 64, seed=0, device=torch.device(device), fused=True)
     output = head(embeddings, labels, lr=0.1, step=0)
     output.loss.backward()

@@ -28,8 +28,8 @@ SETTINGS = (
     "backbone.embedding_size=32",
     "backbone.precision=float32",
     "backbone.dropout=0.2",
-    "head.margin.name=cosface",
-    "head.margin.margin=0.2",
+    "head.loss.name=cosface",
+    "head.loss.margin=0.2",
     "head.chunk=5",
     "training.global_batch=24",
     f"training.epochs={STEPS * 24 / 90}",
@@ -167,13 +167,13 @@ def test_the_file_that_is_shipped_verifies_as_the_checkpoint_does(faces: Path, t
 def test_a_changed_run_is_not_continued_and_every_change_is_named(faces: Path, tmp_path: Path) -> None:
     launch_ranks(run, 1, settings(faces, tmp_path / "run"), 2)
     before = (tmp_path / "run/config.toml").read_text()
-    changed = settings(faces, tmp_path / "run", "training.global_batch=12", "head.margin.margin=0.3")
+    changed = settings(faces, tmp_path / "run", "training.global_batch=12", "head.loss.margin=0.3")
     with pytest.raises(AssertionError) as error:
         launch_ranks(run, 1, changed)
     message = str(error.value)
     assert "UserError" in message
     assert "training.global_batch: was 24, is 12" in message
-    assert "head.margin.margin: was 0.2, is 0.3" in message
+    assert "head.loss.margin: was 0.2, is 0.3" in message
     assert (tmp_path / "run/config.toml").read_text() == before
 
 

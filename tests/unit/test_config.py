@@ -44,7 +44,7 @@ def test_the_least_file_gives_the_defaults(write: Write) -> None:
     settings = load(write(DATA), check_paths=False)
     assert settings.data.path == Path("faces")
     assert settings.backbone == config.Backbone() and settings.optimizer == config.SGD()
-    assert settings.head.margin == config.ArcFace(scale=64.0, margin=0.5)
+    assert settings.head.loss == config.ArcFace(scale=64.0, margin=0.5)
     assert settings.training.schedule == "polynomial" and settings.evaluation.pairs == ()
 
 
@@ -94,7 +94,7 @@ def test_an_unknown_key_comes_with_what_was_meant(write: Write, override: str, m
         ("run.folder=3", "run.folder: input should be a valid string, not 3"),
         ("backbone.compile=1", "backbone.compile: input should be a valid boolean, not 1"),
         ("backbone.precision=float16", "backbone.precision: input should be 'float32' or 'bfloat16', not \"float16\""),
-        ("head.sample_rate=0", "head.sample_rate: input should be greater than 0, not 0"),
+        ("head.sample_rate=-1", "head.sample_rate: input should be greater than or equal to 0, not -1"),
         ("data.augment.flip=1.01", "data.augment.flip: input should be less than or equal to 1, not 1.01"),
         ("training.epochs=inf", "training.epochs: input should be a finite number, not Infinity"),
         ("training.epochs=nan", "training.epochs: input should be a finite number, not NaN"),
@@ -116,61 +116,79 @@ def test_an_override_through_a_value(write: Write) -> None:
 
 
 def test_all_mistakes_are_told_at_once(write: Write) -> None:
-    path = write('[run]\nseed = -1\n[head.margin]\nname = "cosface"\nmargn = 0.3\n[training]\npower = "two"\n')
+    path = write('[run]\nseed = -1\n[head.loss]\nname = "cosface"\nmargn = 0.3\n[training]\npower = "two"\n')
     assert mistakes(path, "nonsense", "checkpoint.keep=0") == [
         "nonsense: an override is written section.key=value",
         "run.seed: input should be greater than or equal to 0, not -1",
         "data: missing",
-        "head.margin.margn: unknown key; did you mean margin?",
+        "head.loss.margn: unknown key; did you mean margin?",
         'training.power: input should be a valid number, not "two"',
         "checkpoint.keep: input should be greater than or equal to 1, not 0",
     ]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "margin"),
+    ("overrides", "loss"),
     [
-        (["head.margin.name=softmax"], config.Softmax()),
-        (["head.margin.name=normface", "head.margin.scale=30"], config.NormFace(scale=30.0)),
-        (["head.margin.name=cosface", "head.margin.margin=0.35"], config.CosFace(margin=0.35)),
-        (["head.margin.name=arcface", "head.margin.straight_through=true"], config.ArcFace(straight_through=True)),
-        (["head.margin.name=combined", "head.margin.m3=0.1"], config.Combined(m3=0.1)),
+        (["head.loss.name=softmax"], config.Softmax()),
+        (["head.loss.name=normface", "head.loss.scale=30"], config.NormFace(scale=30.0)),
+        (["head.loss.name=cosface", "head.loss.margin=0.35"], config.CosFace(margin=0.35)),
+        (["head.loss.name=arcface", "head.loss.straight_through=true"], config.ArcFace(straight_through=True)),
+        (["head.loss.name=combined", "head.loss.m3=0.1"], config.Combined(m3=0.1)),
+        (["head.loss.name=sphereface_r", "head.loss.version=2"], config.SphereFaceR(version=2)),
+        (["head.loss.name=mv_softmax", 'head.loss.base="arcface"'], config.MVSoftmax(base="arcface")),
+        (["head.loss.name=uce"], config.UCE()),
     ],
 )
-def test_the_variants_of_a_margin(write: Write, overrides: list[str], margin: config.Margin) -> None:
-    assert load(write(DATA), overrides, check_paths=False).head.margin == margin
+def test_the_variants_of_a_loss(write: Write, overrides: list[str], loss: config.Loss) -> None:
+    assert load(write(DATA), overrides, check_paths=False).head.loss == loss
 
 
 def test_a_variant_is_judged_by_its_own_fields(write: Write) -> None:
-    path = write(DATA + '[head.margin]\nname = "cosface"\n')
-    assert mistakes(path, "head.margin.m1=2.0") == ["head.margin.m1: unknown key; known: scale, name, margin"]
-    assert mistakes(path, "head.margin.margin=-1") == [
-        "head.margin.margin: input should be greater than or equal to 0, not -1"
+    path = write(DATA + '[head.loss]\nname = "cosface"\n')
+    assert mistakes(path, "head.loss.m1=2.0") == ["head.loss.m1: unknown key; known: scale, name, margin"]
+    assert mistakes(path, "head.loss.margin=-1") == [
+        "head.loss.margin: input should be greater than or equal to 0, not -1"
     ]
 
 
 def test_a_variant_that_does_not_exist(write: Write) -> None:
-    (mistake,) = mistakes(write(DATA), "head.margin.name=arcfac")
-    assert mistake.startswith("head.margin.name: ") and "'arcfac'" in mistake
+    (mistake,) = mistakes(write(DATA), "head.loss.name=arcfac")
+    assert mistake.startswith("head.loss.name: ") and "'arcfac'" in mistake
     assert all(f"'{name}'" in mistake for name in ("softmax", "normface", "cosface", "arcface", "combined"))
 
 
 def test_another_variant_drops_the_fields_of_the_one_before(write: Write) -> None:
-    path = write(DATA + '[optimizer]\nname = "sgd"\nmomentum = 0.8\n[head]\nlr = 0.2\n')
+    path = write(DATA + '[optimizer]\nname = "sgd"\nmomentum = 0.8\n')
     settings = load(path, ["optimizer.name=adamw", "optimizer.lr=0.002"], check_paths=False)
     assert settings.optimizer == config.AdamW(lr=0.002)
-    assert settings.head_lr == 0.2
     same = load(path, ["optimizer.name=sgd"], check_paths=False)
     assert same.optimizer == config.SGD(momentum=0.8)
 
 
-def test_adamw_needs_a_rate_for_the_class_weights(write: Write) -> None:
-    (mistake,) = mistakes(write(DATA), "optimizer.name=adamw")
-    assert "set head.lr" in mistake
-    settings = load(write(DATA), ["optimizer.name=adamw", "head.lr=0.1"], check_paths=False)
-    assert (settings.optimizer.lr, settings.head_lr) == (1e-3, 0.1)
+def test_the_class_weights_follow_the_backbone_s_optimizer_or_their_own(write: Write) -> None:
     settings = load(write(DATA + '[optimizer]\nname = "sgd"\nlr = 0.3\n'), check_paths=False)
-    assert settings.head_lr == 0.3
+    assert settings.head_optimizer == config.SGD(lr=0.3)
+    own = ["optimizer.name=adamw", "head.optimizer.name=sgd", "head.optimizer.lr=0.2"]
+    assert load(write(DATA), own, check_paths=False).head_optimizer == config.SGD(lr=0.2)
+    assert mistakes(write(DATA), "head.optimizer.lr=0.2") == ["head.optimizer.name: missing"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["optimizer.name=adamw", "head.untouched=lazy"], "set head.optimizer.name to sgd"),
+        (["head.loss.name=softmax", "head.filter.threshold=0.4"], "head.filter needs a loss on cosines"),
+        (["head.loss.name=sphereface", "head.subcenters=3"], "head.subcenters needs a loss on cosines"),
+        (["head.triplet.margin=0.3"], "head.triplet needs several images of an identity"),
+        (["data.images_per_identity=3", "training.global_batch=64"], "must divide by data.images_per_identity"),
+        (["head.loss.name=magface", "head.loss.lower_norm=120"], "lower_norm must be below upper_norm"),
+        (["head.sample_rate=1.5"], "head.sample_rate"),
+    ],
+)
+def test_settings_of_the_head_that_do_not_go_together(write: Write, overrides: list[str], part: str) -> None:
+    (mistake,) = mistakes(write(DATA), *overrides)
+    assert part in mistake
 
 
 @pytest.mark.parametrize(
@@ -216,8 +234,8 @@ def test_what_is_written_is_toml_and_is_read_back_equal(write: Write) -> None:
         "optimizer.name=adamw",
         "optimizer.betas=[0.9, 0.98]",
         "optimizer.eps=1e-16",
-        "head.lr=0.1",
-        "head.margin.name=combined",
+        "head.optimizer.name=sgd",
+        "head.loss.name=combined",
     ]
     settings = load(write(DATA), overrides, check_paths=False)
     text = settings.to_toml()
@@ -264,16 +282,24 @@ def test_another_name_of_a_section_without_variants_keeps_its_fields(write: Writ
 
 
 def test_the_order_of_overrides_does_not_matter(write: Write) -> None:
-    loaded = load(write(DATA), ["head.margin.margin=0.3", "head.margin.name=cosface"], check_paths=False)
-    assert loaded.head.margin == config.CosFace(margin=0.3)
+    loaded = load(write(DATA), ["head.loss.margin=0.3", "head.loss.name=cosface"], check_paths=False)
+    assert loaded.head.loss == config.CosFace(margin=0.3)
 
 
 def test_a_section_without_a_name_is_of_the_default_variant(write: Write) -> None:
-    loaded = load(write(DATA), ["optimizer.lr=0.5", "head.margin.margin=0.3"], check_paths=False)
-    assert (loaded.optimizer, loaded.head.margin) == (config.SGD(lr=0.5), config.ArcFace(margin=0.3))
+    loaded = load(write(DATA), ["optimizer.lr=0.5", "head.loss.margin=0.3"], check_paths=False)
+    assert (loaded.optimizer, loaded.head.loss) == (config.SGD(lr=0.5), config.ArcFace(margin=0.3))
 
 
 def test_contradictions_between_sections_are_reported_together(write: Write) -> None:
-    found = mistakes(write(DATA), "training.accumulation=7", "training.warmup_epochs=40", "optimizer.name=adamw")
-    for mistake, part in zip(found, ("training.accumulation (7)", "warmup_epochs (40.0)", "head.lr"), strict=True):
+    found = mistakes(
+        write(DATA),
+        "training.accumulation=7",
+        "training.warmup_epochs=40",
+        "optimizer.name=adamw",
+        "head.untouched=lazy",
+    )
+    for mistake, part in zip(
+        found, ("training.accumulation (7)", "warmup_epochs (40.0)", "head.untouched"), strict=True
+    ):
         assert part in mistake

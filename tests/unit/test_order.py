@@ -1,8 +1,10 @@
+import math
+
 import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from recognition.data.order import GOLDEN, batch_positions, mix, permute, samples_at
+from recognition.data.order import GOLDEN, batch_positions, keyed_hash, mix, permute, permute_by_keys, samples_at
 
 EPOCHS = np.arange(100_000)
 
@@ -60,6 +62,36 @@ def test_an_epoch_per_position() -> None:
     assert np.array_equal(permute(6, epochs, 300, positions), expected)
 
 
+def test_a_size_and_a_key_per_position() -> None:
+    sizes = np.repeat([1, 2, 3, 17, 1000, 2**40], [1, 2, 3, 17, 1000, 50])
+    positions = np.concatenate([np.arange(count) for count in (1, 2, 3, 17, 1000, 50)])
+    keys = keyed_hash(3, sizes)
+    permuted = permute_by_keys(keys, sizes, positions)
+    for size in np.unique(sizes):
+        part = sizes == size
+        alone = permute_by_keys(keys[part][:1], size, positions[part])
+        assert permuted[part].tolist() == alone.tolist()
+        assert len(set(alone.tolist())) == part.sum()
+        assert alone.max() < size
+
+
+def test_the_grid_is_the_smallest_near_square_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    grids: list[tuple[int, int]] = []
+
+    def passing(cells: np.ndarray, keys: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        grids.append((int(rows[0]), int(columns[0])))
+        return np.zeros_like(cells)
+
+    monkeypatch.setattr("recognition.data.order._feistel", passing)
+    roots = [1, 2, 3, 1000, 2**26 + 1, 2**31 - 1, 2**31]
+    sizes = sorted({max(1, min(root**2 + shift, 2**62)) for root in roots for shift in (-1, 0, 1)})
+    for size in sizes:
+        permute(0, 0, size, [0])
+        rows, columns = grids.pop()
+        assert rows == math.isqrt(size - 1) + 1
+        assert columns == -(-size // rows)
+
+
 @pytest.mark.parametrize("size", [2, 3, 10, 64, 101, 1000])
 def test_a_position_is_anywhere_equally_often(size: int) -> None:
     for position in (0, size - 1):
@@ -106,3 +138,7 @@ def test_a_position_outside_is_refused() -> None:
         with pytest.raises(ValueError, match=r"0\.\.9|size"):
             permute(0, 0, size, positions)
     assert permute(0, 0, 10, []).tolist() == []
+    with pytest.raises(ValueError, match="outside"):
+        permute_by_keys(keyed_hash(0, 0), [3, 2], [2, 2])
+    with pytest.raises(ValueError, match="not 0 or 3"):
+        permute_by_keys(keyed_hash(0, 0), [3, 0], [0, 0])

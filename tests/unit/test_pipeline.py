@@ -35,6 +35,8 @@ class Images:
     """Stands in for an index."""
 
     encoded: list[bytes]
+    people: list[int] | None = None
+    """Labels, where it is not every image another person's."""
 
     @property
     def num_images(self) -> int:
@@ -42,7 +44,7 @@ class Images:
 
     @property
     def labels(self) -> np.ndarray:
-        return np.arange(self.num_images) * 10
+        return np.arange(self.num_images) * 10 if self.people is None else np.array(self.people)
 
     def read(self, sample: int) -> bytes:
         return self.encoded[sample]
@@ -85,7 +87,7 @@ Open = Callable[..., Pipeline]
 def opened() -> Iterator[Open]:
     pipelines: list[Pipeline] = []
 
-    def open_pipeline(images: Images, augment: Augment = NO_CHANGE, **options: object) -> Pipeline:
+    def open_pipeline(images: Images, augment: Augment = NO_CHANGE, together: int = 1, **options: object) -> Pipeline:
         settings = {
             "seed": 1,
             "batch": 8,
@@ -95,7 +97,8 @@ def opened() -> Iterator[Open]:
             "image_size": SIZE,
             "channels_last": True,
         }
-        pipelines.append(Pipeline(images, Data(path=Path(), threads=1, augment=augment), **(settings | options)))  # type: ignore[arg-type]
+        data = Data(path=Path(), threads=1, augment=augment, images_per_identity=together)
+        pipelines.append(Pipeline(images, data, **(settings | options)))  # type: ignore[arg-type]
         return pipelines[-1]
 
     yield open_pipeline
@@ -226,6 +229,28 @@ def test_a_step_is_the_same_whenever_and_on_however_many_ranks(images: Images, o
             ]
             assert_same(Batch(*joined), whole[step])
     assert_same(take(opened(images, augment, channels_last=False), 3)[2], whole[2])
+
+
+def test_images_of_an_identity_stand_together_on_however_many_ranks(images: Images, opened: Open) -> None:
+    people = np.repeat([0, 1, 2, 3, 4], [9, 2, 7, 1, 4])
+    mixed = Images(images.encoded, np.random.default_rng(0).permutation(people).tolist())
+    labels, steps = torch.tensor(mixed.people), 8  # more than two rounds of (3 + 1 + 3 + 1 + 2) groups of 3
+    whole = take(opened(mixed, EVERYTHING, 3, batch=12), steps)
+    for batch in whole:
+        assert torch.equal(batch.labels, labels[batch.samples])
+        assert torch.equal(batch.labels, batch.labels[::3].repeat_interleave(3))
+        assert len(batch.images.flatten(1).unique(dim=0)) == 12
+    assert any(len(batch.samples.unique()) < 12 for batch in whole)  # images that stand twice in a batch were tried
+    assert torch.cat([batch.samples for batch in whole]).unique().tolist() == list(range(23))
+    for start in (1, 5):
+        assert_same(next(opened(mixed, EVERYTHING, 3, batch=12, start_step=start)), whole[start])
+    for world in (2, 4, 5):  # of 5 ranks most have a part of a group
+        parts = [take(opened(mixed, EVERYTHING, 3, batch=12, rank=rank, world=world), 5) for rank in range(world)]
+        for step in range(5):
+            joined = [
+                torch.cat([getattr(part[step], name) for part in parts]) for name in ("images", "labels", "samples")
+            ]
+            assert_same(Batch(*joined), whole[step])
 
 
 def test_an_epoch_has_every_sample_once_and_changes_them_anew(images: Images, opened: Open) -> None:

@@ -7,36 +7,75 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    ValidationInfo,
     model_validator,
 )
 
 from recognition import toml
+from recognition.config.base import BelowOne, ConfigError, Fraction, InputPath, Section, UserError
+from recognition.config.head import Head
+from recognition.config.losses import (
+    UCE,
+    AdaCos,
+    AdaFace,
+    ArcFace,
+    Center,
+    Circle,
+    Combined,
+    Contrastive,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    Filter,
+    Loss,
+    MagFace,
+    MVSoftmax,
+    NormFace,
+    Softmax,
+    SphereFace,
+    SphereFace2,
+    SphereFaceR,
+    Triplet,
+)
+from recognition.config.optimizers import SGD, AdamW, Optimizer
 
-
-class UserError(ValueError):
-    """A mistake in what the user gave. Programs print it without a traceback and exit with status 2."""
-
-
-class ConfigError(UserError):
-    """Every mistake of a configuration, one a line, each with its path."""
-
-
-def _must_exist(path: Path, info: ValidationInfo) -> Path:
-    if info.context and info.context["check_paths"] and not path.exists():
-        rendered = info.context["rendered"]
-        if rendered is None or not path.is_relative_to(rendered):
-            raise ValueError(f"no such file or folder: {path}")
-    return path
+__all__ = [
+    "SGD",
+    "UCE",
+    "AdaCos",
+    "AdaFace",
+    "AdamW",
+    "ArcFace",
+    "Center",
+    "Circle",
+    "Combined",
+    "Config",
+    "ConfigError",
+    "Contrastive",
+    "CosFace",
+    "CurricularFace",
+    "ElasticFace",
+    "Filter",
+    "Head",
+    "Loss",
+    "MVSoftmax",
+    "MagFace",
+    "NormFace",
+    "Optimizer",
+    "Softmax",
+    "SphereFace",
+    "SphereFace2",
+    "SphereFaceR",
+    "Triplet",
+    "UserError",
+    "load",
+]
 
 
 def _scalar(value: Any) -> Any:
@@ -47,20 +86,6 @@ def _scalar(value: Any) -> Any:
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
-
-
-# A path that has to exist when a run starts; it is not looked for when an old run's settings are only read.
-InputPath = Annotated[Path, Field(strict=False), AfterValidator(_must_exist)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, strict, no unknown keys, no infinities."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class Run(Section):
@@ -110,6 +135,8 @@ class Data(Section):
     """Batches decoded ahead, and threads that read ahead: more of them hide a slow storage."""
     augment: Augment = Augment()
     """Random changes to the images."""
+    images_per_identity: PositiveInt = 1
+    """K, images of an identity that stand together in a batch, for losses on pairs; 1 is a plain random order."""
 
 
 class Faces(Section):
@@ -149,105 +176,6 @@ class Backbone(Section):
     """Memory format of images and convolutions."""
     compile: bool = False
     """Run the backbone through `torch.compile`."""
-
-
-class Softmax(Section):
-    """The textbook softmax: `x . w + b` with nothing normalised."""
-
-    name: Literal["softmax"] = "softmax"
-
-
-class Scaled(Section):
-    """A margin on cosines, which a softmax needs to be larger than they are."""
-
-    scale: PositiveFloat = 64.0
-    """s, what the cosines are multiplied by."""
-
-
-class NormFace(Scaled):
-    """NormFace (Wang et al. 2017): `s cos(theta)`."""
-
-    name: Literal["normface"] = "normface"
-
-
-class CosFace(Scaled):
-    """CosFace (Wang et al. 2018): `s (cos(theta) - m)`."""
-
-    name: Literal["cosface"] = "cosface"
-    margin: NonNegativeFloat = 0.4
-    """m"""
-
-
-class ArcFace(Scaled):
-    """ArcFace (Deng et al. 2019): `s cos(theta + m)`."""
-
-    name: Literal["arcface"] = "arcface"
-    margin: Annotated[float, Field(ge=0, lt=3.1415)] = 0.5
-    """m, in radians"""
-    straight_through: bool = False
-    """As in arcface_torch: without the gradient's factor sin(theta + m) / sin(theta), and theta + m not guarded."""
-
-
-class Combined(Scaled):
-    """Combined margin (Deng et al. 2019): `s (cos(m1 theta + m2) - m3)`."""
-
-    name: Literal["combined"] = "combined"
-    m1: Annotated[float, Field(ge=1)] = 1.0
-    """Factor on the angle."""
-    m2: Annotated[float, Field(ge=0, lt=3.1415)] = 0.5
-    """Addition to the angle, in radians."""
-    m3: NonNegativeFloat = 0.0
-    """Subtraction from the cosine."""
-
-
-Margin = Annotated[Softmax | NormFace | CosFace | ArcFace | Combined, Field(discriminator="name")]
-
-
-class Head(Section):
-    """The class-sharded head."""
-
-    margin: Margin = ArcFace()
-    """What is done to the target logit."""
-    margin_warmup_epochs: NonNegativeFloat = 0.0
-    """Epochs over which the margin grows linearly from zero."""
-    sample_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Partial FC: the fraction of classes whose rows take part in a step."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the matrix products. `auto`: bfloat16 on a GPU, float32 elsewhere."""
-    chunk: PositiveInt = 8192
-    """Classes per chunk; logits exist for one chunk at a time."""
-    lr: PositiveFloat | None = None
-    """Peak learning rate of the class weights, which follow SGD. Default: the optimizer's, if that is SGD."""
-    momentum: BelowOne = 0.9
-    """Momentum of the class weights."""
-    weight_decay: NonNegativeFloat = 5e-4
-    """Weight decay of the class weights that took part in a step."""
-
-
-class SGD(Section):
-    """Stochastic gradient descent with momentum."""
-
-    name: Literal["sgd"] = "sgd"
-    lr: PositiveFloat = 0.1
-    """Peak learning rate."""
-    momentum: BelowOne = 0.9
-    """Momentum."""
-    weight_decay: NonNegativeFloat = 5e-4
-    """Weight decay."""
-
-
-class AdamW(Section):
-    """AdamW (Loshchilov and Hutter 2019) for the backbone. The class weights follow SGD: set `head.lr`."""
-
-    name: Literal["adamw"] = "adamw"
-    lr: PositiveFloat = 1e-3
-    """Peak learning rate."""
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    """Decay rates of the moments."""
-    eps: PositiveFloat = 1e-8
-    """Added to the denominator."""
-    weight_decay: NonNegativeFloat = 0.1
-    """Weight decay."""
 
 
 class Training(Section):
@@ -336,7 +264,7 @@ class Config(Section):
     faces: Faces | None = None
     backbone: Backbone = Backbone()
     head: Head = Head()
-    optimizer: Annotated[SGD | AdamW, Field(discriminator="name")] = SGD()
+    optimizer: Optimizer = SGD()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
@@ -353,16 +281,25 @@ class Config(Section):
         if training.warmup_epochs >= training.epochs:
             warmup, epochs = training.warmup_epochs, training.epochs
             mistakes.append(f"training.warmup_epochs ({warmup}) must be below training.epochs ({epochs})")
-        if self.optimizer.name == "adamw" and self.head.lr is None:
-            mistakes.append("optimizer.name is adamw, whose rate does not suit the class weights: set head.lr")
+        together = self.data.images_per_identity
+        if training.global_batch // training.accumulation % together:
+            batch = training.global_batch // training.accumulation
+            mistakes.append(f"a batch of {batch} images must divide by data.images_per_identity ({together})")
+        for name in ("triplet", "contrastive"):
+            if getattr(self.head, name) is not None and together == 1:
+                mistakes.append(
+                    f"head.{name} needs several images of an identity in a batch: set data.images_per_identity"
+                )
+        if self.head.untouched == "lazy" and self.head_optimizer.name != "sgd":
+            mistakes.append("head.untouched is lazy, which SGD alone can catch up with: set head.optimizer.name to sgd")
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
 
     @property
-    def head_lr(self) -> float:
-        """Peak learning rate of the class weights."""
-        return self.optimizer.lr if self.head.lr is None else self.head.lr
+    def head_optimizer(self) -> Optimizer:
+        """What moves the class weights."""
+        return self.optimizer if self.head.optimizer is None else self.head.optimizer
 
     def to_toml(self) -> str:
         """The resolved configuration as TOML; `load` reads it back to an equal one."""
