@@ -82,6 +82,7 @@ class Trainer:
             config.backbone.embedding_size,
             seed=config.run.seed,
             device=ranks.device,
+            optimizer=config.head_optimizer,
             fused=config.training.accumulation == 1,
         )
         self.optimizer = build_optimizer(
@@ -192,7 +193,7 @@ class Trainer:
         gradient_norm = clip_gradients(self.backbone.parameters(), config.clip_norm)
         finite &= gradient_norm.isfinite()
         if passes > 1:
-            self.head.apply_gradient(head_lr, finite)
+            self.head.apply_gradient(head_lr, finite, step=step)
         step_if_finite(self.optimizer, finite)
         self.nonfinite_in_a_row = torch.where(finite, 0, self.nonfinite_in_a_row + 1)
         return {

@@ -98,7 +98,8 @@ class Run(Section):
 
 
 class Augment(Section):
-    """Random changes to a training image; all numbers are a function of (seed, epoch, sample)."""
+    """Random changes to a training image; all numbers are a function of (seed, epoch, sample), or (seed, position,
+    sample) where images of an identity stand together."""
 
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
@@ -136,7 +137,8 @@ class Data(Section):
     augment: Augment = Augment()
     """Random changes to the images."""
     images_per_identity: PositiveInt = 1
-    """K, images of an identity that stand together in a batch, for losses on pairs; 1 is a plain random order."""
+    """K, images of an identity that stand together in a batch, for losses on pairs; 1 is a plain random order. An
+    identity with fewer repeats some; epochs still count images."""
 
 
 class Faces(Section):
@@ -157,7 +159,7 @@ class Backbone(Section):
 
     name: str = "iresnet50"
     """Any timm model, with our own `iresnet18/34/50/100/200` and `mobilefacenet`."""
-    options: dict[str, Annotated[Any, AfterValidator(_scalar)]] = {}
+    options: dict[str, Annotated[Any, AfterValidator(_scalar)]] = Field(default_factory=dict)
     """Further keyword arguments of the timm model, for example `{drop_path_rate = 0.05}`."""
     image_size: PositiveInt = 112
     """Height and width of the input, in pixels."""
@@ -285,11 +287,10 @@ class Config(Section):
         if training.global_batch // training.accumulation % together:
             batch = training.global_batch // training.accumulation
             mistakes.append(f"a batch of {batch} images must divide by data.images_per_identity ({together})")
-        for name in ("triplet", "contrastive"):
-            if getattr(self.head, name) is not None and together == 1:
-                mistakes.append(
-                    f"head.{name} needs several images of an identity in a batch: set data.images_per_identity"
-                )
+        on_pairs = [name for name in ("triplet", "contrastive") if getattr(self.head, name) is not None]
+        if on_pairs and together == 1:
+            names = " and ".join(f"head.{name}" for name in on_pairs)
+            mistakes.append(f"{names} needs several images of an identity in a batch: set data.images_per_identity")
         if self.head.untouched == "lazy" and self.head_optimizer.name != "sgd":
             mistakes.append("head.untouched is lazy, which SGD alone can catch up with: set head.optimizer.name to sgd")
         if mistakes:

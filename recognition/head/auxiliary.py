@@ -31,8 +31,8 @@ class Auxiliary:
         """Their weighted sum, a scalar equal on all ranks, with gradients as the head's: those of the mean over the
         gathered batch, times the number of ranks.
 
-        `x` [b, D], and `unit` [b, D] with length 1: this rank's embeddings; of the gathered batch `labels` [B], what the
-        head gathered [B, D], and `norm` [B]; `sizes`: b of every rank.
+        `x` [b, D], and `unit` [b, D] with length 1: this rank's embeddings; of the gathered batch `labels` [B], the
+        embeddings as the head gathered them [B, D], and their `norm` [B]; `sizes`: b of every rank.
         """
         loss = x.new_zeros(())
         if self._center is not None:

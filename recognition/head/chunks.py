@@ -74,6 +74,13 @@ class Taking:
     classes: Tensor | None
     columns: Tensor
 
+    def targets_in(self, start: int, count: int) -> Tensor | None:
+        """The targets' places among `count` classes from `start` on [B]; None where the host knows of none there."""
+        columns = self.columns - start
+        if not columns.is_cuda and not ((columns >= 0) & (columns < count)).any():
+            return None
+        return columns
+
     @staticmethod
     def of(labels: Tensor, shard: range, classes: Tensor | None = None) -> "Taking":
         """`labels` [B] against the classes of this rank; `classes` has to contain those that are among them."""
@@ -112,7 +119,7 @@ def statistics(rows: Rows, taking: Taking, x: Tensor, products: Products, summan
     nothing = torch.full_like(shift, -torch.inf)
     for start, count, part in taking.parts(rows, products):
         z = _logits(rows, part, x, products, summand)
-        _put(z, taking.columns - start, nothing)
+        _put(z, taking.targets_in(start, count), nothing)
         if summand.logistic:
             sums[:, 0] += F.softplus(z).sum(1)
             sums[:, 1] += torch.sigmoid(z).sum(1)
@@ -165,6 +172,9 @@ def backward(
     `target_gradient` [B]: by the target's product.
     """
     gradient = torch.zeros(x.shape, device=x.device)
+    linear = isinstance(summand.negatives, Linear)
+    if isinstance(summand.negatives, Linear):
+        negatives_gradient = negatives_gradient * summand.negatives.scale
     for start, count, part in taking.parts(rows, products):
         operand = rows.operand(part, products.dtype)
         product, nearest = _products(rows, part, operand, x, products), None
@@ -176,8 +186,10 @@ def backward(
             a.sigmoid_()
         else:
             a.sub_(log_sum[:, None]).exp_()
-        a.mul_(negatives_gradient[:, None]).mul_(summand.negatives.slopes(cosine, summand.anchor))
-        _put(a, taking.columns - start, target_gradient)
+        a.mul_(negatives_gradient[:, None])
+        if not linear:
+            a.mul_(summand.negatives.slopes(cosine, summand.anchor))
+        _put(a, taking.targets_in(start, count), target_gradient)
         if nearest is not None:
             a = a.new_zeros(*a.shape, products.centers).scatter_(2, nearest[..., None], a[..., None]).flatten(1)
         bias = along = None
@@ -251,8 +263,10 @@ def _unrounded(a: Tensor, b: Tensor) -> Tensor:
     return multiply(a, b) if a.is_cuda else a.float() @ b.float()
 
 
-def _put(matrix: Tensor, columns: Tensor, values: Tensor) -> None:
+def _put(matrix: Tensor, columns: Tensor | None, values: Tensor) -> None:
     """matrix[i, columns[i]] = values[i], in place, for those columns that exist."""
+    if columns is None:
+        return
     here = (columns >= 0) & (columns < matrix.shape[1])
     places = torch.where(here, columns, 0)[:, None]
     matrix.scatter_(1, places, torch.where(here[:, None], values[:, None], matrix.gather(1, places)))

@@ -31,7 +31,8 @@ class Linear:
     bias: Tensor | float = 0.0
 
     def logits(self, cosine: Tensor, anchor: Tensor | None) -> Tensor:
-        return cosine * self.scale + self.bias
+        scaled = cosine * self.scale
+        return scaled if isinstance(self.bias, float) and self.bias == 0 else scaled.add_(self.bias)
 
     def slopes(self, cosine: Tensor, anchor: Tensor | None) -> Tensor | float:
         return self.scale

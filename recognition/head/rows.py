@@ -206,7 +206,7 @@ class RowGradient:
         if self.a.dtype == torch.float32:
             total.addmm_(self.a.T, self.x, beta=factor)
         else:
-            total.mul_(factor).add_(self._product())
+            torch.add(self._product().float(), total, alpha=factor, out=total)
 
     def _product(self) -> Tensor:
         """a^T x [n, D], summed in float32. On a CPU the sum of bfloat16 products comes out as bfloat16: a relative

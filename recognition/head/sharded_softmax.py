@@ -30,6 +30,8 @@ from recognition.head.scalars import Scalars
 
 # Classes whose logits exist at a time: those of a few hundred samples stay in a core's cache.
 _CHUNK = {"cpu": 1024, "cuda": 8192}
+# A logit of 16, rounded to bfloat16, is off by as much as those of 64 are whose operands were rounded: 0.03.
+_SHARP_LOGIT, _SHARP_SCALE = 16.0, 64.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class ShardedSoftmax(nn.Module):
             dtype=product_type(settings.precision, device),
             chunk=settings.chunk or _CHUNK[device.type],
             centers=settings.subcenters,
+            sharp=min(_SHARP_LOGIT / (self.loss.scale or _SHARP_SCALE), _SHARP_LOGIT / _SHARP_SCALE),
         )
         moves = settings.optimizer or optimizer or config.SGD()
         self.optimizer = build_row_optimizer(moves, settings.untouched, seed=seed)
@@ -418,5 +421,6 @@ def build_head(
 def product_type(precision: str, device: torch.device) -> torch.dtype:
     """The type of the matrix products' operands."""
     if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        units = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if units else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32

@@ -1,108 +1,42 @@
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal
 
-import numpy as np
 import pytest
 import torch
+from row_cases import (
+    ADAMW,
+    ALL,
+    BOTH,
+    COUNT,
+    CPU,
+    GO,
+    SGD,
+    SIZE,
+    SKIP,
+    STATES,
+    formed,
+    gradient,
+    identical,
+    make,
+    near,
+    parts,
+    snapshot,
+    torch_optimizer,
+    torch_step,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recognition import config
 from recognition.head import row_optimizer
-from recognition.head.lazy import History
-from recognition.head.row_optimizer import RowOptimizer, build_row_optimizer
-from recognition.head.rows import Part, RowGradient, Rows, State
-
-CPU = torch.device("cpu")
-COUNT, SIZE = 14, 8
-SGD = config.SGD(momentum=0.9, weight_decay=0.05)
-ADAMW = config.AdamW(betas=(0.8, 0.99), eps=1e-4, weight_decay=0.1)
-BOTH = pytest.mark.parametrize("settings", [SGD, ADAMW], ids=["sgd", "adamw"])
-ALL = pytest.mark.parametrize(
-    ("settings", "untouched"), [(SGD, "sparse"), (SGD, "lazy"), (ADAMW, "sparse")], ids=["sgd", "lazy-sgd", "adamw"]
-)
-STATES: list[State] = ["float32", "split", "bfloat16"]
-GO, SKIP = torch.tensor(0.0), torch.tensor(1.0)
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+from recognition.head.row_optimizer import build_row_optimizer
+from recognition.head.rows import Part, Rows, State
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done where the host does not know the flag."""
     monkeypatch.setattr(row_optimizer, "_host_knows", lambda tensor: False)
-
-
-def make(
-    settings: config.SGD | config.AdamW,
-    state: State = "float32",
-    *,
-    untouched: Literal["sparse", "lazy"] = "sparse",
-    bias: bool = False,
-    count: int = COUNT,
-    size: int = SIZE,
-) -> tuple[Rows, RowOptimizer]:
-    """Rows whose norms are about 3, and what changes them."""
-    rows = Rows.initial(range(5, 5 + count), size, bias=bias, seed=1, device=CPU, state=state)
-    optimizer = build_row_optimizer(settings, untouched, seed=7)
-    rows.moments.update(optimizer.moments(count, size, bias=bias, device=CPU, state=state))
-    generator = torch.Generator().manual_seed(2)
-    rows.load(torch.randn(count, size, generator=generator), torch.randn(count, generator=generator) if bias else None)
-    return rows, optimizer
-
-
-def gradient(values: Tensor, seed: int, *, bias: bool = False) -> RowGradient:
-    generator = torch.Generator().manual_seed(seed)
-    a, x = torch.randn(6, len(values), generator=generator), torch.randn(6, values.shape[1], generator=generator)
-    along = None if bias else torch.randn(len(values), generator=generator)
-    return RowGradient(a, x, along, torch.randn(len(values), generator=generator) if bias else None)
-
-
-def formed(gradient: RowGradient, values: Tensor) -> Tensor:
-    product = gradient.a.double().T @ gradient.x.double()
-    return product if gradient.along is None else product - gradient.along.double()[:, None] * values.double()
-
-
-def parts(scattered: bool, among: Tensor | None = None, size: int = 4) -> Iterator[Part]:
-    """All rows, or those `among` them, a few at a time; of none too."""
-    if not scattered:
-        yield from (slice(0, 4), slice(4, 10), slice(10, 10), slice(10, COUNT))
-        return
-    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(4)) if among is None else among
-    yield from (*order.split(size), torch.zeros(0, dtype=torch.int64))
-
-
-def snapshot(rows: Rows) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in rows.tensors().items()}
-
-
-def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def near(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    scale = expected.abs().max().item()
-    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=tolerance, atol=tolerance * scale)
-
-
-def torch_optimizer(
-    settings: config.SGD | config.AdamW, weight: Tensor, bias: Tensor | None, lr: float = 0.0
-) -> torch.optim.Optimizer:
-    groups = [{"params": [weight], "weight_decay": settings.weight_decay}]
-    if bias is not None:
-        groups.append({"params": [bias], "weight_decay": 0.0})
-    if isinstance(settings, config.SGD):
-        return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum)
-    return torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=settings.eps)
-
-
-def torch_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
 
 
 NAMES = {"momentum": "momentum_buffer", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -265,135 +199,6 @@ def test_the_way_of_a_gpu_gives_the_same(
     assert identical(*results)
 
 
-# ---- lazy
-
-
-class Dense:
-    """All rows in float64 under torch's SGD, whose gradient is zero where nothing is said."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.weight = rows.read(slice(None)).double().clone()
-        self.bias = None if rows.bias is None else rows.bias.double().clone()
-        self.reference = torch_optimizer(SGD, self.weight, self.bias)
-        # Rows have a momentum of zero before any gradient, torch's rows none; its first gradient is not damped.
-        self.momentum = torch.zeros_like(self.weight)
-
-    def step(self, lr: float, part: Part, one: RowGradient) -> None:
-        self.weight.grad = torch.zeros_like(self.weight)
-        self.weight.grad[part] = formed(one, self.weight[part])
-        if self.bias is not None and one.bias is not None:
-            self.bias.grad = torch.zeros_like(self.bias)
-            self.bias.grad[part] = one.bias.double()
-        torch_step(self.reference, lr)
-        self.momentum = self.reference.state[self.weight]["momentum_buffer"]
-
-
-@pytest.mark.parametrize("host_knows", [True, False])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("state", ["float32", "split"])
-@pytest.mark.parametrize("window", [1024, 7])
-def test_lazy_rows_are_dense_rows_whenever_they_are_seen(
-    state: State,
-    bias: bool,
-    host_knows: bool,
-    window: int,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if not host_knows:
-        request.getfixturevalue("as_on_a_gpu")
-    monkeypatch.setattr(row_optimizer, "History", lambda *arguments: History(*arguments, window))
-    rows, optimizer = make(SGD, state, untouched="lazy", bias=bias)
-    dense = Dense(rows)
-    generator = torch.Generator().manual_seed(8)
-    longest = 0
-    last_seen = torch.zeros(COUNT)
-    for step in range(200):
-        count = int(torch.randint(0, 4, (), generator=generator))
-        # Row 0 is seen in the end only; slices take their turn with positions.
-        part: Part = torch.randperm(COUNT - 1, generator=generator)[:count] + 1
-        if step % 5 == 0:
-            part = slice(step // 5 % (COUNT - 3) + 1, step // 5 % (COUNT - 3) + 3)
-        lr = 0.3 * (1 + np.cos(step / 30)) / 2
-        optimizer.catch_up(rows, part, step)
-        near(rows.read(part).double(), dense.weight[part], 2e-6) if count else None
-        flag = SKIP if torch.rand((), generator=generator) < 0.2 else GO
-        one = gradient(rows.read(part), step, bias=bias)
-        optimizer.begin(rows, step, lr, flag)
-        optimizer.update(rows, part, one, lr, flag, step)
-        if not flag.item():
-            dense.step(lr, part, one)
-        longest = max(longest, int((step - last_seen[part]).max()) if len(last_seen[part]) else 0)
-        last_seen[part] = step
-    assert longest > 20
-    assert window == 7 or (rows.read(slice(0, 1)) - dense.weight[:1]).abs().max() > 0.1
-    optimizer.settle(rows)
-    near(rows.read(slice(None)), dense.weight, 2e-6)
-    near(rows.moments["momentum"], dense.momentum, 2e-6)
-    near(rows.inverse_norm, 1 / dense.weight.norm(dim=1), 2e-6)
-    if rows.bias is not None and dense.bias is not None:
-        near(rows.bias, dense.bias, 2e-6)
-    settled = snapshot(rows)
-    assert not rows.moments["last"].any()
-    optimizer.settle(rows)
-    assert identical(snapshot(rows), settled)
-
-
-def test_what_was_settled_needs_no_history() -> None:
-    results = []
-    for renewed in (False, True):
-        rows, optimizer = make(SGD, untouched="lazy")
-        for step in range(20):
-            if step == 12:
-                optimizer.settle(rows)
-                if renewed:
-                    saved = snapshot(rows)
-                    rows, optimizer = make(SGD, untouched="lazy")
-                    for name, tensor in rows.tensors().items():
-                        tensor.copy_(saved[name])
-            part = torch.tensor([step % 5, 5 + step % 3])
-            optimizer.catch_up(rows, part, step)
-            optimizer.begin(rows, step, 0.1, GO)
-            optimizer.update(rows, part, gradient(rows.read(part), step), 0.1, GO, step)
-        optimizer.settle(rows)
-        results.append(snapshot(rows))
-    assert identical(*results)
-
-
-def test_a_skipped_step_is_nothing_to_lazy_rows() -> None:
-    rows, optimizer = make(SGD, untouched="lazy")
-    optimizer.begin(rows, 0, 0.1, SKIP)
-    before = snapshot(rows)
-    optimizer.catch_up(rows, slice(None), 1)
-    optimizer.settle(rows)
-    assert identical(snapshot(rows), before)
-
-
-def test_many_lazy_rows_are_caught_up_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, optimizer = make(SGD, untouched="lazy", count=1300, size=4)
-    rows.moments["momentum"].normal_()
-    values, momentum = rows.read(slice(None)).clone().double(), rows.moments["momentum"].double()
-    for step in range(3):
-        optimizer.begin(rows, step, 0.1, GO)
-        momentum = 0.9 * momentum + 0.05 * values
-        values -= 0.1 * momentum
-    optimizer.catch_up(rows, torch.arange(1299, 5, -1), 3)
-    near(rows.read(slice(6, None)), values[6:])
-    optimizer.settle(rows)
-    near(rows.read(slice(None)), values)
-
-
-def test_lazy_rows_that_were_not_caught_up_with_are_not_updated() -> None:
-    rows, optimizer = make(SGD, untouched="lazy")
-    one = gradient(rows.read(slice(0, 3)), 0)
-    with pytest.raises(RuntimeError, match="did not begin"):
-        optimizer.update(rows, slice(0, 3), one, 0.1, GO, 0)
-    for step in range(2):
-        optimizer.begin(rows, step, 0.1, GO)
-    with pytest.raises(RuntimeError, match="not caught up"):
-        optimizer.update(rows, slice(0, 3), one, 0.1, GO, 1)
-
-
 def test_sparse_rows_have_nothing_to_catch_up_with() -> None:
     for settings in (SGD, ADAMW):
         rows, optimizer = make(settings)
@@ -404,9 +209,6 @@ def test_sparse_rows_have_nothing_to_catch_up_with() -> None:
         optimizer.catch_up(rows, slice(None), 3)
         optimizer.settle(rows)
         assert identical(snapshot(rows), before)
-
-
-# ---- bfloat16
 
 
 @BOTH
@@ -483,28 +285,6 @@ def test_bfloat16_does_not_depend_on_parts_and_ranks(settings: config.SGD | conf
         dense = torch.arange(COUNT * SIZE).view(COUNT, SIZE)[6:] / 50 - 1
         optimizer.update(half, slice(None), dense, 0.1, GO, step)
     assert identical({name: tensor[6:] for name, tensor in results[0].items()}, snapshot(half))
-
-
-def test_lazy_bfloat16_decays_as_float32() -> None:
-    settings = config.SGD(momentum=0.9, weight_decay=5e-4)
-    rows, optimizer = make(settings, "bfloat16", untouched="lazy", count=64, size=512)
-    start = rows.read(slice(None)).double()
-    for step in range(300):
-        optimizer.catch_up(rows, torch.arange(step % 8, 64, 8), step)
-        optimizer.begin(rows, step, 0.02, GO)
-        if step % 8 == 7:
-            optimizer.update(rows, part := torch.arange(7, 64, 8), torch.zeros(len(part), 512), 0.02, GO, step)
-    optimizer.settle(rows)
-    weight, momentum = 1.0, 0.0
-    for _ in range(300):
-        momentum = 0.9 * momentum + 5e-4 * weight
-        weight -= 0.02 * momentum
-    assert 1 - weight > 0.02
-    kept = (rows.read(slice(None)).double() * start).sum() / start.square().sum()
-    assert kept == pytest.approx(weight, abs=3e-4)
-
-
-# ---- what is built
 
 
 @BOTH

@@ -1,0 +1,93 @@
+"""Small rows, gradients for them, and torch's optimizers in float64, for the tests of the row optimizer."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from recognition import config
+from recognition.head.row_optimizer import RowOptimizer, build_row_optimizer
+from recognition.head.rows import Part, RowGradient, Rows, State
+
+CPU = torch.device("cpu")
+COUNT, SIZE = 14, 8
+SGD = config.SGD(momentum=0.9, weight_decay=0.05)
+ADAMW = config.AdamW(betas=(0.8, 0.99), eps=1e-4, weight_decay=0.1)
+BOTH = pytest.mark.parametrize("settings", [SGD, ADAMW], ids=["sgd", "adamw"])
+ALL = pytest.mark.parametrize(
+    ("settings", "untouched"), [(SGD, "sparse"), (SGD, "lazy"), (ADAMW, "sparse")], ids=["sgd", "lazy-sgd", "adamw"]
+)
+STATES: list[State] = ["float32", "split", "bfloat16"]
+GO, SKIP = torch.tensor(0.0), torch.tensor(1.0)
+
+
+def make(
+    settings: config.SGD | config.AdamW,
+    state: State = "float32",
+    *,
+    untouched: Literal["sparse", "lazy"] = "sparse",
+    bias: bool = False,
+    count: int = COUNT,
+    size: int = SIZE,
+) -> tuple[Rows, RowOptimizer]:
+    """Rows whose norms are about 3, and what changes them."""
+    rows = Rows.initial(range(5, 5 + count), size, bias=bias, seed=1, device=CPU, state=state)
+    optimizer = build_row_optimizer(settings, untouched, seed=7)
+    rows.moments.update(optimizer.moments(count, size, bias=bias, device=CPU, state=state))
+    generator = torch.Generator().manual_seed(2)
+    rows.load(torch.randn(count, size, generator=generator), torch.randn(count, generator=generator) if bias else None)
+    return rows, optimizer
+
+
+def gradient(values: Tensor, seed: int, *, bias: bool = False) -> RowGradient:
+    generator = torch.Generator().manual_seed(seed)
+    a, x = torch.randn(6, len(values), generator=generator), torch.randn(6, values.shape[1], generator=generator)
+    along = None if bias else torch.randn(len(values), generator=generator)
+    return RowGradient(a, x, along, torch.randn(len(values), generator=generator) if bias else None)
+
+
+def formed(gradient: RowGradient, values: Tensor) -> Tensor:
+    product = gradient.a.double().T @ gradient.x.double()
+    return product if gradient.along is None else product - gradient.along.double()[:, None] * values.double()
+
+
+def parts(scattered: bool, among: Tensor | None = None, size: int = 4) -> Iterator[Part]:
+    """All rows, or those `among` them, a few at a time; of none too."""
+    if not scattered:
+        yield from (slice(0, 4), slice(4, 10), slice(10, 10), slice(10, COUNT))
+        return
+    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(4)) if among is None else among
+    yield from (*order.split(size), torch.zeros(0, dtype=torch.int64))
+
+
+def snapshot(rows: Rows) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in rows.tensors().items()}
+
+
+def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def near(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
+    scale = expected.abs().max().item()
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=tolerance, atol=tolerance * scale)
+
+
+def torch_optimizer(
+    settings: config.SGD | config.AdamW, weight: Tensor, bias: Tensor | None, lr: float = 0.0
+) -> torch.optim.Optimizer:
+    groups = [{"params": [weight], "weight_decay": settings.weight_decay}]
+    if bias is not None:
+        groups.append({"params": [bias], "weight_decay": 0.0})
+    if isinstance(settings, config.SGD):
+        return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum)
+    return torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=settings.eps)
+
+
+def torch_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
