@@ -58,7 +58,7 @@ def sample_rows(labels: Tensor, classes: int, rate: float, seed: int, step: int,
 
 
 def _own(classes: Tensor, rows: range, where: Tensor | None = None) -> Tensor:
-    """The positions of `classes` in `rows`, or one beyond for those that are not among them, or where `where` says no."""
+    """Positions of `classes` in `rows`; one beyond the last for those that are not there, or where `where` says no."""
     own = (classes >= rows.start) & (classes < rows.stop)
     return torch.where(own if where is None else own & where, classes - rows.start, len(rows))
 

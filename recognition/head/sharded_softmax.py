@@ -17,9 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from recognition import config
-from recognition.distributed import all_gather_rows, reduce_scatter_rows, shard_rows
+from recognition.distributed import reduce_scatter_rows, shard_rows
 from recognition.head import chunks
 from recognition.head.auxiliary import Auxiliary
+from recognition.head.gathering import Gathered, gather
 from recognition.head.loss import Targets
 from recognition.head.losses import build_loss
 from recognition.head.negatives import Filtered
@@ -28,8 +29,6 @@ from recognition.head.rows import Part, RowGradient, Rows, RowSum
 from recognition.head.sampling import sample_rows
 from recognition.head.scalars import Scalars
 
-# Classes whose logits exist at a time: those of a few hundred samples stay in a core's cache.
-_CHUNK = {"cpu": 1024, "cuda": 8192}
 # A logit of 16, rounded to bfloat16, is off by as much as those of 64 are whose operands were rounded: 0.03.
 _SHARP_LOGIT, _SHARP_SCALE = 16.0, 64.0
 
@@ -47,20 +46,10 @@ class HeadOutput:
 
 
 @dataclass(frozen=True)
-class _Gathered:
-    """The gathered batch: embeddings [B, D] in the products' type, labels [B], norms [B] in float32."""
-
-    x: Tensor
-    labels: Tensor
-    norm: Tensor
-    sizes: list[int]
-
-
-@dataclass(frozen=True)
 class _Seen:
     """What the backward pass needs of the forward pass, and what the loss is made of, [B] each."""
 
-    batch: _Gathered
+    batch: Gathered
     taking: chunks.Taking
     summand: chunks.Summand
     total: Tensor
@@ -104,8 +93,8 @@ class ShardedSoftmax(nn.Module):
         self.loss = build_loss(settings.loss, num_classes, seed=seed, device=device)
         self.products = chunks.Products(
             unit_rows=self.loss.unit_rows,
-            dtype=product_type(settings.precision, device),
-            chunk=settings.chunk or _CHUNK[device.type],
+            dtype=chunks.product_type(settings.precision, device),
+            chunk=settings.chunk or chunks.DEFAULT_CHUNK[device.type],
             centers=settings.subcenters,
             sharp=min(_SHARP_LOGIT / (self.loss.scale or _SHARP_SCALE), _SHARP_LOGIT / _SHARP_SCALE),
         )
@@ -190,7 +179,9 @@ class ShardedSoftmax(nn.Module):
             seen_x = unit if self.loss.unit_embeddings else x
             before = {name: value.clone() for name, value in self.loss.state.items()}
             with torch.no_grad():
-                batch = self._gather(seen_x, labels, norm, sizes)
+                batch = gather(
+                    seen_x.to(self.products.dtype), labels, norm, sizes, classes=self.num_classes, group=self.group
+                )
                 seen = self._look(batch, strength, step, learns)
             loss, gradients = self._vectors(seen, strength, step, loss_weight, differentiate=learns)
             extra = self.auxiliary(x, unit, batch.labels, batch.x, batch.norm, batch.sizes) * loss_weight
@@ -238,17 +229,7 @@ class ShardedSoftmax(nn.Module):
         self._nonfinite.zero_()
         self._updates += 1
 
-    def _gather(self, x: Tensor, labels: Tensor, norm: Tensor, sizes: Sequence[int] | None) -> _Gathered:
-        sizes = [len(x)] * self.world if sizes is None else list(sizes)
-        x = all_gather_rows(x.to(self.products.dtype), sizes, self.group)
-        # The bits of the norms travel with the labels, which saves a collective.
-        packed = torch.stack([labels.long(), norm.detach().view(torch.int32).long()], dim=1)
-        packed = all_gather_rows(packed, sizes, self.group)
-        labels, norm = packed[:, 0].contiguous(), packed[:, 1].int().view(torch.float32)
-        self._check(labels, sizes)
-        return _Gathered(x, labels, norm, sizes)
-
-    def _look(self, batch: _Gathered, strength: float, step: int, learns: bool) -> _Seen:
+    def _look(self, batch: Gathered, strength: float, step: int, learns: bool) -> _Seen:
         """Go over this rank's classes, and learn from the other ranks what is to be known of theirs."""
         classes = None
         if learns and self.sample_rate < 1:
@@ -338,8 +319,8 @@ class ShardedSoftmax(nn.Module):
             by_product,
             sink,
         )
-        own = slice(sum(batch.sizes[: self.rank]), sum(batch.sizes[: self.rank + 1]))
-        return reduce_scatter_rows(by_x, batch.sizes, self.group) * self.world, by_norm[own] * self.world
+        own = by_norm[batch.of(self.rank)]
+        return reduce_scatter_rows(by_x, batch.sizes, self.group) * self.world, own * self.world
 
     def _sink(self, lr: float, step: int, skip: Tensor, by_scalars: list[Tensor]) -> chunks.Sink:
         """What becomes of the gradients."""
@@ -355,22 +336,6 @@ class ShardedSoftmax(nn.Module):
             self.optimizer.update(self.rows, part, gradient, lr, skip, step)
 
         return apply
-
-    def _check(self, labels: Tensor, sizes: Sequence[int]) -> None:
-        valid = (labels >= 0) & (labels < self.num_classes)
-        if labels.is_cuda:
-            torch._assert_async(valid.all(), f"a label is outside 0..{self.num_classes - 1}")
-        elif not valid.all():
-            position = int((~valid).nonzero()[0])
-            label, rank = int(labels[position]), 0
-            for size in sizes:
-                if position < size:
-                    break
-                position, rank = position - size, rank + 1
-            raise config.UserError(
-                f"label {label} of sample {position} in the batch of rank {rank} is outside 0..{self.num_classes - 1}: "
-                "the data has more identities than the head was built for"
-            )
 
 
 class _Backward(torch.autograd.Function):
@@ -416,11 +381,3 @@ def build_head(
         ranks_group=ranks_group,
         fused=fused,
     )
-
-
-def product_type(precision: str, device: torch.device) -> torch.dtype:
-    """The type of the matrix products' operands."""
-    if precision == "auto":
-        units = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if units else torch.float32
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32

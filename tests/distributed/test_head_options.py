@@ -1,0 +1,68 @@
+"""Sampling, row formats, optimizers and auxiliary losses of the head, against float64."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from option_checks import AUXILIARY, options
+
+from ranks import run_ranks
+
+
+@cache
+def results(world: int) -> list[dict[str, Any]]:
+    return run_ranks(options, world)
+
+
+each_world = pytest.mark.parametrize("world", [1, 3])
+
+
+@each_world
+@pytest.mark.parametrize("name", AUXILIARY)
+def test_losses_on_embeddings_join_in(world: int, name: str) -> None:
+    assert max(rank["auxiliary"][name] for rank in results(world)) <= 1e-5
+
+
+@each_world
+def test_lazy_rows_are_where_dense_sgd_has_them(world: int) -> None:
+    for rank in results(world):
+        losses, rows, before = rank["lazy"]
+        assert losses <= 1e-5
+        assert rows <= 1e-5
+        # The rows that sat steps out have indeed not been touched until they were looked at.
+        assert before > 1e-3
+
+
+@each_world
+def test_adamw_is_torch_s(world: int) -> None:
+    assert max(max(rank["adamw"]) for rank in results(world)) <= 1e-5
+
+
+@each_world
+def test_split_is_float32_and_bfloat16_is_near(world: int) -> None:
+    for rank in results(world):
+        losses, rows = rank["formats"]["float32"]
+        split_losses, split_rows = rank["formats"]["split"]
+        assert split_losses == losses
+        np.testing.assert_array_equal(split_rows, rows)
+        near_losses, near_rows = rank["formats"]["bfloat16"]
+        np.testing.assert_allclose(near_losses, losses, rtol=0.03)
+        assert 0 < np.abs(near_rows - rows).max() < 0.03 * np.abs(rows).max()
+
+
+@each_world
+def test_a_scaled_loss_moves_the_head_as_if_it_were_not(world: int) -> None:
+    assert max(max(rank["loss scale"]) for rank in results(world)) <= 1e-6
+
+
+@each_world
+def test_any_rate_of_sampling(world: int) -> None:
+    for rank in results(world):
+        found = rank["rates"]
+        assert found["zero"] <= 1e-5
+        assert found["zero touches"]
+        assert found["one class a rank"] <= 1e-5
+        # In standard errors of the mean over 300 draws.
+        assert abs(found["mean"]) < 4
+        assert found["spread"] > 0.01
