@@ -20,8 +20,16 @@ if "$python" -c 'import nvidia.dali, sys, torch; sys.exit(not torch.cuda.is_avai
     throughput=$(tail -n 1 "$out/run/metrics.jsonl")
 fi
 
+benchmark() {
+  "$python" tools/benchmark_head.py --device cuda "$@" --json 2>&1 | tee -a "$out/head.txt" | tail -n 1
+}
+head_1m=$(benchmark --classes 1000000 --batch 1024 --steps 10 --reference)
+head_10m=$(benchmark --classes 10000000 --batch 1024 --steps 5)
+
 echo "---"
 "$python" -c 'import torch; print("device  ", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"); print("torch   ", torch.__version__)'
 echo "tests    $([ "$tests" = 0 ] && echo passed || echo "failed ($tests)"): $(tail -n 1 "$out/tests.txt")"
+echo "head, 1 M classes, batch 1024: $head_1m"
+echo "head, 10 M classes, batch 1024: $head_10m"
 echo "IResNet-50, bf16, compiled, last record: $throughput"
 exit "$tests"

@@ -8,7 +8,7 @@ import torch
 
 from ranks import launch_ranks, run_ranks
 from recognition import config, trainer
-from recognition.config import Augment, CosFace, Data, Head
+from recognition.config import Augment, Data, Head
 from recognition.data.faces import write_faces
 from recognition.data.index import open_index
 from recognition.head import build_head
@@ -52,23 +52,44 @@ def test_the_gpu_decodes_and_augments_as_the_cpu_does(faces: Path) -> None:
     assert (batches[1].images.cpu() - batches[0].images).abs().mean() < 0.02
 
 
-def head_step(device: str) -> tuple[float, np.ndarray, np.ndarray]:
+HEADS = {
+    "cosface": Head(loss=config.CosFace()),
+    "softmax": Head(loss=config.Softmax()),
+    "curricularface": Head(loss=config.CurricularFace()),
+    "adaface": Head(loss=config.AdaFace()),
+    "uce": Head(loss=config.UCE(scale=16.0)),
+    "sub-centres, filtered": Head(loss=config.ArcFace(), subcenters=3, filter=config.Filter(threshold=0.3)),
+    "sampled": Head(loss=config.CosFace(), sample_rate=0.3),
+    "lazy": Head(loss=config.CosFace(), sample_rate=0.3, untouched="lazy"),
+    "split": Head(loss=config.CosFace(), state="split"),
+    "bfloat16": Head(loss=config.CosFace(), state="bfloat16"),
+    "adamw": Head(loss=config.CosFace(), optimizer=config.AdamW()),
+}
+
+
+def head_steps(device: str, settings: Head) -> list[np.ndarray]:
     generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(32, 64, generator=generator).to(device).requires_grad_()
-    labels = torch.randint(0, 1000, (32,), generator=generator).to(device)
-    settings = Head(loss=CosFace(), precision="float32", chunk=300)
+    settings = settings.model_copy(update={"precision": "float32", "chunk": 300})
     head = build_head(settings, 1000, 64, seed=0, device=torch.device(device), fused=True)
-    output = head(embeddings, labels, lr=0.1, step=0)
-    output.loss.backward()
-    assert embeddings.grad is not None
-    return float(output.loss), embeddings.grad.cpu().numpy(), head.rows.weight.cpu().numpy()
+    head.rows.load(torch.randn(len(head.rows), 64, generator=generator))
+    found = []
+    for step in range(3):
+        embeddings = torch.randn(32, 64, generator=generator).to(device).requires_grad_()
+        labels = torch.randint(0, 1000, (32,), generator=generator).to(device)
+        output = head(embeddings, labels, lr=0.1, step=step)
+        output.loss.backward()
+        assert embeddings.grad is not None
+        found += [output.loss.detach().cpu().numpy(), embeddings.grad.cpu().numpy()]
+    head.state()
+    return [*found, head.rows.read(slice(None)).cpu().numpy()]
 
 
-def test_a_step_of_the_head_is_the_cpus() -> None:
-    (expected,) = run_ranks(head_step, 1, "cpu")
-    (found,) = run_ranks(head_step, 1, "cuda", backend="cpu:gloo,cuda:nccl")
+@pytest.mark.parametrize("name", HEADS)
+def test_steps_of_the_head_are_the_cpus(name: str) -> None:
+    (expected,) = run_ranks(head_steps, 1, "cpu", HEADS[name])
+    (found,) = run_ranks(head_steps, 1, "cuda", HEADS[name], backend="cpu:gloo,cuda:nccl")
     for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(ours, theirs, rtol=2e-2 if name == "bfloat16" else 1e-3, atol=1e-5)
 
 
 def run(faces: Path, folder: Path) -> bool:
