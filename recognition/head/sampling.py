@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _ROUNDS = 6
-_BLOCK = 1 << 18
+BLOCK = 1 << 18
 _WORD = (1 << 64) - 1
 _NEVER = 1 << 62
 _MULTIPLIER = 0x2545F4914F6CDD1D
@@ -44,13 +44,13 @@ def sample_rows(labels: Tensor, classes: int, rate: float, seed: int, step: int,
     if last < len(rows):
         # The first of the order are fewer than this rank's rows: find which classes they are.
         taken.zero_()
-        for start in range(0, last, _BLOCK):
-            places = torch.arange(start, min(start + _BLOCK, last), device=labels.device)
+        for start in range(0, last, BLOCK):
+            places = torch.arange(start, min(start + BLOCK, last), device=labels.device)
             drawn = _classes(places, classes, keys)
             taken.index_fill_(0, _own(drawn, rows, places < threshold), True)
     else:
-        for start in range(0, len(rows), _BLOCK):
-            block = rows[start : start + _BLOCK]
+        for start in range(0, len(rows), BLOCK):
+            block = rows[start : start + BLOCK]
             numbers = torch.arange(block.start, block.stop, device=labels.device)
             taken[start : start + len(block)] = _places(numbers, classes, keys) < threshold
     taken.index_fill_(0, _own(labels, rows), True)

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 from dense_head import (
     TRAINING_BATCH,
     TRAINING_CLASSES,

@@ -146,6 +146,16 @@ def test_a_run_that_fits(tool: ModuleType, capsys) -> None:
     assert slower["floor"]["backbone"] == pytest.approx(10 * found["floor"]["backbone"])
 
 
+def test_the_backbones_gradient_hides_behind_its_backward_pass(tool: ModuleType, capsys) -> None:
+    sent = 2 * 4 * backbone_cost(config.Backbone(name="mobilefacenet")).parameters * 7 // 8
+    found = run(tool, capsys, "--classes", "1000", "--link", "0.001")[2]
+    assert found["wire"]["all-reduce of the backbone's gradient"] == sent
+    beyond = sent / 1e6 - found["floor"]["backbone"] * 2 / 3
+    assert found["floor"]["gradient, beyond the backward pass"] == pytest.approx(beyond, rel=1e-9)
+    assert found["floor"]["head's collectives"] == pytest.approx((found["wire_bytes"] - sent) / 1e6)
+    assert not run(tool, capsys, "--classes", "1000")[2]["floor"]["gradient, beyond the backward pass"]
+
+
 @pytest.mark.parametrize("classes", ["100000000", "1000000000"])
 def test_what_fits_instead(tool: ModuleType, capsys, classes: str) -> None:
     status, text, found = run(tool, capsys, "--classes", classes, "--gpu-memory", "40")

@@ -40,7 +40,7 @@ def test_the_set_does_not_depend_on_the_number_of_ranks(classes: int, world: int
 
 def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sampled([5], 1000, 0.3)
-    monkeypatch.setattr("recognition.head.sampling._BLOCK", 7)
+    monkeypatch.setattr("recognition.head.sampling.BLOCK", 7)
     assert sampled([5], 1000, 0.3) == whole
 
 

@@ -1,0 +1,255 @@
+"""Measures a head: seconds, memory and floating-point operations of training steps on random embeddings.
+
+Ranks are processes of this module's own, which wait on a pipe between the steps they are told to take. So the plain
+head can be measured in turns with the fused one, under the same load of the machine, each with a memory of its own.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import statistics
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing import connection as pipes
+from typing import Any
+
+import torch
+
+from recognition import config, distributed
+from recognition.head.benchmark_rank import Bench, Rates, Step, available_memory
+from recognition.head.plan import HeadPlan
+
+REFERENCE_STEPS = 3
+_WARM_UP = 2
+_REFERENCE_WARM_UP = 1
+_TIMEOUT_SECONDS = 3600
+_USABLE = 0.9
+
+
+@dataclass(frozen=True)
+class Result:
+    """Medians over the steps, each as the slowest rank took it; memory of the rank that has most."""
+
+    step_seconds: float
+    forward_seconds: float
+    backward_seconds: float
+    """With the update of the rows."""
+    images_per_second: float
+    """Over all ranks."""
+    peak_bytes: int
+    """What the process took while the head was built and trained, above what it had after its imports and the start
+    of the process group; on a GPU, what was allocated there."""
+    state_bytes: int
+    """Rows, norms and moments."""
+    flops_per_second: float
+    """Of one rank: the four matrix products, as `HeadPlan.flops` counts them, over the step's seconds."""
+    floor_seconds: float
+    """What no head can beat: the time of the products or of the bytes that have to move (`HeadPlan.traffic`) at the
+    rates that the ranks reached in this run, whichever is longer, as if the two overlapped perfectly."""
+    floor_ratio: float
+    """Step over floor."""
+    reference_step_seconds: float | None = None
+    reference_peak_bytes: int | None = None
+    reference_ratio: float | None = None
+    """Step of the plain head over that of the fused one."""
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """The numbers by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a reader may want to know besides."""
+
+    rates: Rates
+    """Of the slowest rank."""
+    products_seconds: float
+    """The floor's matrix products."""
+    traffic_seconds: float
+    """The floor's bytes between memory and processor."""
+    state: dict[str, int]
+    """Bytes of the rows with their norms, and of their moments."""
+    alternating: bool
+    """Whether the plain head was measured in turns with the fused one."""
+
+
+def measure(
+    plan: HeadPlan, steps: int, *, threads: int = 1, reference: bool = False, alternate: bool | None = None
+) -> tuple[Result, Details]:
+    """Measure `steps` training steps after a warm-up, and `REFERENCE_STEPS` of the plain head, if that is wanted.
+
+    `threads`: of each process on a CPU. `alternate`: whether the two take turns; None: where both find room in memory.
+    Else the plain head follows, in processes of its own. Raises UserError where there are not enough GPUs or there is
+    not enough memory, or where the loss is not finite.
+    """
+    _check(plan)
+    taking_turns = reference and (_both_fit(plan) if alternate is None else alternate)
+    times: list[Step] = []
+    reference_times: list[Step] = []
+    reference_peak = None
+    with contextlib.ExitStack() as stack:
+        fused = stack.enter_context(_processes(plan, threads, plain=False))
+        fused.call("take", _WARM_UP)
+        if taking_turns:
+            plain = stack.enter_context(_processes(plan, threads, plain=True))
+            plain.call("take", _REFERENCE_WARM_UP)
+            for block in distributed.split(steps, REFERENCE_STEPS):
+                times += _slowest(fused.call("take", block))
+                reference_times += _slowest(plain.call("take", 1))
+            reference_peak = max(plain.call("peak_bytes"))
+        else:
+            times = _slowest(fused.call("take", steps))
+        peak, states = max(fused.call("peak_bytes")), fused.call("state_bytes")
+        rates = fused.call("rates")
+    if reference and not taking_turns:
+        with _processes(plan, threads, plain=True) as plain:
+            plain.call("take", _REFERENCE_WARM_UP)
+            reference_times = _slowest(plain.call("take", REFERENCE_STEPS))
+            reference_peak = max(plain.call("peak_bytes"))
+
+    step = statistics.median(each.seconds for each in times)
+    reference_step = statistics.median(each.seconds for each in reference_times) if reference_times else None
+    slowest = Rates(min(rate.flops for rate in rates), min(rate.bytes for rate in rates))
+    products, traffic = plan.flops / slowest.flops, plan.traffic / slowest.bytes
+    state = max(states, key=lambda each: sum(each.values()))
+    result = Result(
+        step_seconds=step,
+        forward_seconds=statistics.median(each.forward for each in times),
+        backward_seconds=statistics.median(each.backward for each in times),
+        images_per_second=plan.gathered / step,
+        peak_bytes=peak,
+        state_bytes=sum(state.values()),
+        flops_per_second=plan.flops / step,
+        floor_seconds=max(products, traffic),
+        floor_ratio=step / max(products, traffic),
+        reference_step_seconds=reference_step,
+        reference_peak_bytes=reference_peak,
+        reference_ratio=None if reference_step is None else reference_step / step,
+    )
+    return result, Details(slowest, products, traffic, state, taking_turns)
+
+
+def plain_bytes(plan: HeadPlan) -> int:
+    """About what the plain head needs on a rank, going by what was measured of it.
+
+    Rows, momentum, gradient and the optimizer's copy of it; three copies of the rows that take part, four of logits.
+    """
+    taken = plan.settings.sample_rate * plan.shard
+    return int(4 * plan.embedding_size * (4 * plan.shard + 3 * taken) + 4 * 4 * plan.gathered * taken)
+
+
+class _Processes:
+    """One process per rank, each with a `Bench`, which do what they are told."""
+
+    def __init__(self, plan: HeadPlan, threads: int, plain: bool) -> None:
+        # Imports take seconds, so they are made once, and forked: by a process that has used neither threads nor a GPU.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["recognition.head.benchmark_rank"])
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._connections: list[Any] = []
+        self._processes = []
+        for rank in range(plan.ranks):
+            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment |= {"WORLD_SIZE": str(plan.ranks), "LOCAL_WORLD_SIZE": str(plan.ranks)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, environment, plan, threads, plain), daemon=True)
+            process.start()
+            there.close()
+            self._connections.append(here)
+            self._processes.append(process)
+
+    def call(self, name: str, *arguments: Any) -> list[Any]:
+        """Have every rank's `Bench` do it; what each returned, in rank order."""
+        for connection in self._connections:
+            # Why a process is gone is found out below.
+            with contextlib.suppress(BrokenPipeError):
+                connection.send((name, arguments))
+        answers: dict[Any, Any] = {}
+        while len(answers) < len(self._connections):
+            for connection in pipes.wait([each for each in self._connections if each not in answers]):
+                answers[connection] = self._answer(self._connections.index(connection))
+        return [answers[connection] for connection in self._connections]
+
+    def close(self) -> None:
+        """End the processes."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join(timeout=2)
+            process.kill()
+            process.join()
+
+    def _answer(self, rank: int) -> Any:
+        try:
+            kind, value = self._connections[rank].recv()
+        except (EOFError, ConnectionResetError):
+            self._processes[rank].join()
+            status = self._processes[rank].exitcode
+            hint = "; the memory may have run out: try fewer classes" if status == -9 else ""
+            raise config.UserError(f"the process of rank {rank} ended with status {status}{hint}") from None
+        if kind == "mistake":
+            raise config.UserError(value)
+        if kind == "failure":
+            raise RuntimeError(f"rank {rank} failed:\n{value}")
+        return value
+
+
+@contextlib.contextmanager
+def _processes(plan: HeadPlan, threads: int, *, plain: bool) -> Iterator[_Processes]:
+    processes = _Processes(plan, threads, plain)
+    try:
+        yield processes
+    finally:
+        processes.close()
+
+
+def _serve(connection: Any, environment: dict[str, str], plan: HeadPlan, threads: int, plain: bool) -> None:
+    """What a rank's process does: build a `Bench`, then answer one call after the other."""
+    os.environ |= environment
+    settings = config.Distributed(
+        backend="nccl" if plan.device == "cuda" else "gloo", init_timeout_seconds=_TIMEOUT_SECONDS
+    )
+    try:
+        bench = Bench(plan, distributed.start(settings, threads).device, plain=plain)
+        while True:
+            name, arguments = connection.recv()
+            connection.send(("result", getattr(bench, name)(*arguments)))
+    except (EOFError, KeyboardInterrupt):
+        distributed.stop()
+    except torch.OutOfMemoryError as error:
+        connection.send(("mistake", f"the GPU's memory has run out: try fewer classes\n{error}"))
+    except config.UserError as error:
+        connection.send(("mistake", str(error)))
+    except Exception:
+        connection.send(("failure", traceback.format_exc()))
+
+
+def _slowest(times: list[list[Step]]) -> list[Step]:
+    """Of each step, how long it took the rank that took longest."""
+    return [max(step, key=lambda each: each.seconds) for step in zip(*times, strict=True)]
+
+
+def _check(plan: HeadPlan) -> None:
+    """Raise UserError where the machine is too small."""
+    if plan.device == "cuda":
+        if torch.cuda.device_count() < plan.ranks:
+            raise config.UserError(f"each rank needs a GPU: {plan.ranks} ranks, {torch.cuda.device_count()} GPUs")
+        return
+    needed, available = plan.ranks * sum(plan.memory.values()), available_memory()
+    if needed > available:
+        raise config.UserError(
+            f"{plan.classes:,} classes on {plan.ranks} ranks need {needed / 1e9:.1f} GB of memory, and "
+            f"{available / 1e9:.1f} GB are available: take fewer classes, or rows in bfloat16"
+        )
+
+
+def _both_fit(plan: HeadPlan) -> bool:
+    if plan.device == "cuda":
+        return False
+    return plan.ranks * (sum(plan.memory.values()) + plain_bytes(plan)) < _USABLE * available_memory()

@@ -1,0 +1,136 @@
+"""Measure a head on this machine: seconds, memory and floating-point operations of a training step, and their floor.
+
+The ranks are processes that this program starts itself. Embeddings are random, as near to their identities as those
+of a network half trained. `--reference` measures the plain PyTorch head as well: CosFace on all logits in float32.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pydantic import ValidationError
+
+from recognition import config
+from recognition.config import UserError
+from recognition.head.benchmark import REFERENCE_STEPS, Details, Result, measure
+from recognition.head.plan import HeadPlan
+
+LOSSES = [loss.model_fields["name"].default for loss in get_args(get_args(config.Loss)[0])]
+OPTIMIZERS: dict[str, config.Optimizer] = {"sgd": config.SGD(), "adamw": config.AdamW()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure as the command line says; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--ranks", type=_positive, default=1, help="processes, on GPUs one each (default: 1)")
+    parser.add_argument("--classes", type=_positive, required=True, help="identities over all ranks")
+    parser.add_argument("--batch", type=_positive, default=64, help="images per rank (default: %(default)s)")
+    parser.add_argument("--sample-rate", type=float, default=1.0, help="Partial FC's fraction of classes (default: 1)")
+    parser.add_argument("--loss", choices=LOSSES, default="cosface", metavar="NAME", help="default: %(default)s")
+    parser.add_argument(
+        "--state", choices=("float32", "split", "bfloat16"), default="float32", help="how rows are kept"
+    )
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the products")
+    parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="what moves the rows")
+    parser.add_argument("--embedding-size", type=_positive, default=512, help="default: %(default)s")
+    parser.add_argument("--chunk", type=_positive, help="classes per chunk (default: what suits the device)")
+    parser.add_argument("--steps", type=_positive, default=5, help="steps to measure after a warm-up (default: 5)")
+    parser.add_argument("--threads", type=_positive, default=1, help="threads per process on a CPU (default: 1)")
+    parser.add_argument("--reference", action="store_true", help=f"and {REFERENCE_STEPS} steps of the plain head")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    options = parser.parse_args(arguments)
+    try:
+        plan = _plan(options)
+        result, details = measure(plan, options.steps, threads=options.threads, reference=options.reference)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    _show(plan, result, details)
+    if options.json:
+        print(json.dumps(result.to_json()))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> HeadPlan:
+    try:
+        settings = config.Head.model_validate(
+            {
+                "loss": {"name": options.loss},
+                "sample_rate": options.sample_rate,
+                "state": options.state,
+                "precision": options.precision,
+                "chunk": options.chunk,
+            }
+        )
+    except ValidationError as error:
+        mistakes = [f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg']}" for item in error.errors()]
+        raise UserError("; ".join(mistakes)) from None
+    return HeadPlan(
+        settings,
+        classes=options.classes,
+        ranks=options.ranks,
+        batch=options.batch,
+        embedding_size=options.embedding_size,
+        device=options.device,
+        optimizer=OPTIMIZERS[options.optimizer],
+    )
+
+
+def _show(plan: HeadPlan, result: Result, details: Details) -> None:
+    sampled = f", {plan.settings.sample_rate:g} of them in a step" if plan.settings.sample_rate < 1 else ""
+    lines: list[tuple[str, Any]] = [
+        ("head", f"{plan.settings.loss.name}, {plan.classes:,} classes of {plan.embedding_size} numbers{sampled}"),
+        ("ranks", f"{plan.ranks} on {plan.device}, {plan.batch} images each"),
+        ("step", f"{_seconds(result.step_seconds)}, {result.images_per_second:,.0f} img/s over all ranks"),
+        ("forward", _seconds(result.forward_seconds)),
+        ("backward", f"{_seconds(result.backward_seconds)} with the update"),
+        ("peak memory", f"{_bytes(result.peak_bytes)} per rank above the interpreter's"),
+        ("state", f"{_bytes(result.state_bytes)} ({_parts(details.state)})"),
+        ("achieved", f"{result.flops_per_second / 1e9:,.1f} GFLOP/s per rank, the four matrix products counted"),
+        ("machine", f"{details.rates.flops / 1e9:,.1f} GFLOP/s in products, {_bytes(details.rates.bytes)}/s in memory"),
+        (
+            "floor",
+            f"{_seconds(result.floor_seconds)}: the longer of {_seconds(details.products_seconds)} of products and "
+            f"{_seconds(details.traffic_seconds)} of memory traffic",
+        ),
+        ("above the floor", f"{result.floor_ratio:.2f} times"),
+    ]
+    if result.reference_step_seconds is not None and result.reference_peak_bytes is not None:
+        how = "in turns with the head" if details.alternating else "after the head, for want of memory"
+        lines += [
+            ("plain head", f"{_seconds(result.reference_step_seconds)} a step, measured {how}"),
+            ("its peak memory", f"{_bytes(result.reference_peak_bytes)} per rank"),
+            ("times faster", f"{result.reference_ratio:.2f}"),
+        ]
+    for name, value in lines:
+        print(f"{name:<16} {value}")
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 1 else f"{1000 * seconds:.2f} ms"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.3f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _parts(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {_bytes(count)}" for name, count in parts.items())
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
