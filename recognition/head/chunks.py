@@ -120,8 +120,9 @@ def statistics(rows: Rows, taking: Taking, x: Tensor, products: Products, summan
     sums = x.new_zeros(len(x), 2 if summand.logistic else 1, dtype=torch.float32)
     nothing = torch.full_like(shift, -torch.inf)
     for start, count, part in taking.parts(rows, products):
-        z = _logits(rows, part, x, products, summand)
-        _put(z, taking.targets_in(start, count), nothing)
+        columns = taking.targets_in(start, count)
+        z = _logits(rows, part, x, products, summand, columns)
+        _put(z, columns, nothing)
         if summand.logistic:
             sums[:, 0] += F.softplus(z).sum(1)
             sums[:, 1] += torch.sigmoid(z).sum(1)
@@ -164,6 +165,7 @@ def backward(
     summand: Summand,
     log_sum: Tensor,
     negatives_gradient: Tensor,
+    target: Tensor,
     target_gradient: Tensor,
     sink: Sink | None,
 ) -> Tensor:
@@ -171,17 +173,19 @@ def backward(
 
     `log_sum` [B]: log of the sum of exp(z) over all ranks' negatives (any finite number where there are none, and for
     a logistic loss); `negatives_gradient` [B]: of the loss by it, or by the sum of log(1 + exp(z));
-    `target_gradient` [B]: by the target's product.
+    `target` [B]: the targets' products, of all ranks; `target_gradient` [B]: of the loss by them.
     """
     gradient = torch.zeros(x.shape, device=x.device)
     linear = isinstance(summand.negatives, Linear)
     if isinstance(summand.negatives, Linear):
         negatives_gradient = negatives_gradient * summand.negatives.scale
     for start, count, part in taking.parts(rows, products):
-        operand = rows.operand(part, products.dtype)
-        product, nearest = _products(rows, part, operand, x, products), None
+        operand, columns = rows.operand(part, products.dtype), taking.targets_in(start, count)
+        product, nearest = _products(rows, part, operand, x, products, columns), None
         cosine = product
-        if products.centers > 1:
+        if products.centers == 1:
+            _put(product, columns, target)
+        else:
             cosine, nearest = product.view(len(x), count, -1).max(2)
         a = summand.negatives.logits(cosine, summand.anchor)
         if summand.logistic:
@@ -191,7 +195,7 @@ def backward(
         a.mul_(negatives_gradient[:, None])
         if not linear:
             a.mul_(summand.negatives.slopes(cosine, summand.anchor))
-        _put(a, taking.targets_in(start, count), target_gradient)
+        _put(a, columns, target_gradient)
         if nearest is not None:
             a = a.new_zeros(*a.shape, products.centers).scatter_(2, nearest[..., None], a[..., None]).flatten(1)
         bias = along = None
@@ -234,12 +238,17 @@ def product_type(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
-def _products(rows: Rows, part: Part, operand: Tensor, x: Tensor, products: Products) -> Tensor:
-    """[B, n K] of some rows, whose `operand` is [n K, D]."""
+def _products(rows: Rows, part: Part, operand: Tensor, x: Tensor, products: Products, columns: Tensor | None) -> Tensor:
+    """[B, n K] of some rows, whose `operand` is [n K, D]. With K = 1 those of the targets, `columns` [B], are not
+    meant to be used.
+    """
     if not products.unit_rows:
         return _unrounded(x, operand.T) + (0 if rows.bias is None else rows.bias[part])
     inverse_norm = rows.inverse_norm[part]
     product = multiply(x, operand.T).mul_(inverse_norm)
+    if products.centers == 1:
+        # Targets are near their rows, and would be computed anew each time, for nothing.
+        _put(product, columns, product.new_zeros(len(x)))
     if x.dtype != torch.float32 and not x.is_cuda and product.numel() and product.amax() > products.sharp:
         sample, row = (product > products.sharp).nonzero(as_tuple=True)
         if len(sample) > product.numel() // _FEW:
@@ -248,9 +257,9 @@ def _products(rows: Rows, part: Part, operand: Tensor, x: Tensor, products: Prod
     return product
 
 
-def _logits(rows: Rows, part: Part, x: Tensor, products: Products, summand: Summand) -> Tensor:
-    """z [B, n] of some rows."""
-    cosine = _products(rows, part, rows.operand(part, products.dtype), x, products)
+def _logits(rows: Rows, part: Part, x: Tensor, products: Products, summand: Summand, columns: Tensor | None) -> Tensor:
+    """z [B, n] of some rows, but for the targets, `columns` [B]."""
+    cosine = _products(rows, part, rows.operand(part, products.dtype), x, products, columns)
     if products.centers > 1:
         cosine = cosine.view(len(x), -1, products.centers).amax(2)
     negatives = summand.negatives

@@ -316,6 +316,7 @@ class ShardedSoftmax(nn.Module):
             seen.summand,
             seen.log_sum,
             by_total[:, 0] if self.loss.logistic else by_total,
+            seen.product,
             by_product,
             sink,
         )
