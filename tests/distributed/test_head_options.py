@@ -9,7 +9,6 @@ from option_checks import AUXILIARY, options
 
 from ranks import run_ranks
 
-
 # The first test of a world waits for all that its ranks do.
 pytestmark = pytest.mark.timeout(300)
 
