@@ -19,3 +19,9 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test data at {folder} (set RECOGNITION_TEST_DATA)")
     return folder
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a row optimizer does where the host does not know the flag."""
+    monkeypatch.setattr("recognition.head.row_optimizer._host_knows", lambda tensor: False)

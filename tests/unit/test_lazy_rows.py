@@ -22,12 +22,6 @@ from recognition.head.lazy import History
 from recognition.head.rows import Part, RowGradient, Rows, State
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done where the host does not know the flag."""
-    monkeypatch.setattr(row_optimizer, "_host_knows", lambda tensor: False)
-
-
 class Dense:
     """All rows in float64 under torch's SGD, whose gradient is zero where nothing is said."""
 

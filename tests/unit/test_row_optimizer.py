@@ -32,13 +32,6 @@ from recognition.head import row_optimizer
 from recognition.head.row_optimizer import build_row_optimizer
 from recognition.head.rows import Part, Rows, State
 
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done where the host does not know the flag."""
-    monkeypatch.setattr(row_optimizer, "_host_knows", lambda tensor: False)
-
-
 NAMES = {"momentum": "momentum_buffer", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
 
