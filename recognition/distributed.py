@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LARGEST_KEPT = 31 << 20
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def start(config: configuration.Distributed, threads: int = 0) -> Ranks:
         device_id=device if device.type == "cuda" else None,
     )
     torch.set_num_threads(threads or max(1, _cores() // local_world))
+    _keep_freed_memory()
     return Ranks(rank, world, local_rank, local_world, device)
 
 
@@ -238,6 +240,14 @@ def _device(backend: str, local_rank: int, local_world: int) -> torch.device:
             logger.warning("%d processes share %d GPUs: running on the CPU", local_world, gpus)
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one: faulting it in anew took a fifth of a head's step on a CPU.
+
+    glibc gives memory back by thresholds that grow with the largest block that is freed, up to 32 MiB (mallopt(3)).
+    """
+    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
 
 
 def _cores() -> int:

@@ -180,7 +180,11 @@ def backward(
     if isinstance(summand.negatives, Linear):
         negatives_gradient = negatives_gradient * summand.negatives.scale
     for start, count, part in taking.parts(rows, products):
-        operand, columns = rows.operand(part, products.dtype), taking.targets_in(start, count)
+        columns = taking.targets_in(start, count)
+        if sink is None:
+            weight, operand = None, rows.operand(part, products.dtype)
+        else:
+            weight, operand = rows.read_with_operand(part, products.dtype)
         product, nearest = _products(rows, part, operand, x, products, columns), None
         cosine = product
         if products.centers == 1:
@@ -209,7 +213,7 @@ def backward(
         a = a.to(x.dtype)
         gradient += multiply(a, operand)
         if sink is not None:
-            sink(part, RowGradient(a, x, along, bias))
+            sink(part, RowGradient(a, x, along, bias, weight))
     return gradient
 
 

@@ -65,14 +65,15 @@ class RowOptimizer(ABC):
         if _skipped(skip):
             return
         flag = None if _host_knows(skip) else skip.bool()
+        read = None
         if isinstance(gradient, RowGradient):
-            bias_gradient = gradient.bias
+            bias_gradient, read = gradient.bias, gradient.weight
         before = None if self.counter is None else take(rows.moments[self.counter], part)
         count = None if before is None else self._counted(before)
         noise = rows.noise(part, self.seed, step, _UPDATE)
 
         stored = [rows.moments[name] for name in self.names]
-        tensors = [rows.read(part), *(take(each, part).float() for each in stored)]
+        tensors = [rows.read(part) if read is None else read, *(take(each, part).float() for each in stored)]
         values, *moments = self._changed(tensors, gradient, lr, self.weight_decay, count, flag)
         rows.write(part, values, noise, flag)
         for stream, (storage, moment) in enumerate(zip(stored, moments, strict=True), start=1):

@@ -124,16 +124,19 @@ class Rows:
 
     def read(self, part: Part) -> Tensor:
         """w [n, D], float32. A view of the storage where the format is `float32` and `part` a slice, else a copy."""
-        values = take(self.weight, part).float()
-        if self.low is not None:
-            values.view(torch.int32).add_(take(self.low, part))
-        return values
+        return self._whole(take(self.weight, part), part)
 
     def operand(self, part: Part, dtype: torch.dtype) -> Tensor:
         """w [n, D] as `dtype`, to be multiplied, not changed; a view where the storage has it and `part` is a slice."""
         if self.low is None or dtype == self.weight.dtype:
             return take(self.weight, part).to(dtype)
         return self.read(part).to(dtype)
+
+    def read_with_operand(self, part: Part, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both `read` and `operand`, which may be one tensor, in one pass over the storage."""
+        stored = take(self.weight, part)
+        values = self._whole(stored, part)
+        return values, (stored if dtype == stored.dtype else values).to(dtype)
 
     def write(self, part: Part, values: Tensor, noise: Noise | None, skip: Tensor | None = None) -> None:
         """Store `values` [n, D], float32, also the view that `read` gave.
@@ -168,6 +171,13 @@ class Rows:
         named = {"weight": self.weight, "low": self.low, "inverse_norm": self.inverse_norm, "bias": self.bias}
         return {name: tensor for name, tensor in (named | self.moments).items() if tensor is not None}
 
+    def _whole(self, upper: Tensor, part: Part) -> Tensor:
+        """w [n, D], float32, of `part` of `weight`."""
+        values = upper.float()
+        if self.low is not None:
+            values.view(torch.int32).add_(take(self.low, part))
+        return values
+
     def positions(self, part: Part) -> Tensor:
         """`part` as positions [n], int64."""
         if isinstance(part, Tensor):
@@ -193,6 +203,8 @@ class RowGradient:
     """[n] float32: sum over i of a_ij cos_ij / |w_j|, the part along w_j; None where rows are not normalised."""
     bias: Tensor | None = None
     """[n] float32: by the bias."""
+    weight: Tensor | None = None
+    """[n, D] float32: the rows as `Rows.read` gives them, where they are at hand; the taker may overwrite them."""
 
     def dense(self, weight: Tensor) -> Tensor:
         """The gradient [n, D], float32, at the rows `weight` [n, D], float32."""
@@ -234,7 +246,8 @@ class RowSum:
         total = take(self.weight, part)
         gradient.add_product(total)
         if gradient.along is not None:
-            total.addcmul_(self._rows.read(part), gradient.along[:, None], value=-1)
+            weight = self._rows.read(part) if gradient.weight is None else gradient.weight
+            total.addcmul_(weight, gradient.along[:, None], value=-1)
         put(self.weight, part, total)
         if self.bias is not None and gradient.bias is not None:
             put(self.bias, part, take(self.bias, part) + gradient.bias)

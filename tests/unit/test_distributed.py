@@ -1,6 +1,7 @@
 import os
+import platform
+import resource
 import signal
-import socket
 import threading
 import time
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ranks import run_ranks
+from ranks import launch_ranks, run_ranks
 from recognition import distributed
 from recognition.config import Distributed, UserError
 from recognition.distributed import Interrupt, shard_rows, split
@@ -70,6 +71,26 @@ def test_cores_are_shared_out(no_launcher, threads, monkeypatch):
     assert torch.get_num_threads() == 3
 
 
+def _faults_of_a_step():
+    distributed.start(Distributed(backend="gloo"), threads=1)
+    distributed.stop()
+    counts = []
+    for _ in range(20):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        # More than a MiB each: by default glibc gives all of it back whenever the last of them is freed.
+        step = [torch.ones(3 << 18) for _ in range(4)]
+        del step
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return counts
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a matter of glibc's malloc")
+def test_memory_that_a_step_frees_serves_the_next(no_launcher):
+    [counts] = launch_ranks(_faults_of_a_step, 1)
+    assert counts[0] > 500
+    assert max(counts[5:]) < 100
+
+
 def test_half_a_launcher_is_refused(no_launcher, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -96,20 +117,15 @@ def test_processes_that_share_gpus_run_on_the_cpu(monkeypatch, caplog):
     assert "3 processes share 2 GPUs" in caplog.text
 
 
-def _started_from_environment(port):
-    """A rank that starts as torchrun's workers do; the group that `run_ranks` made is left first."""
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    torch.distributed.destroy_process_group()
-    values = (rank, world, rank, world, "127.0.0.1", port)
-    os.environ.update({name: str(value) for name, value in zip(_LAUNCHER, values, strict=True)})
+def _started_from_environment():
     ranks = distributed.start(Distributed(backend="gloo"), threads=1)
-    return ranks.rank, ranks.world, ranks.local_rank, distributed.gather_objects(ranks.rank)
+    everyone = distributed.gather_objects(ranks.rank)
+    distributed.stop()
+    return ranks.rank, ranks.world, ranks.local_rank, everyone
 
 
 def test_start_under_a_launcher():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    assert run_ranks(_started_from_environment, 2, port) == [(0, 2, 0, [0, 1]), (1, 2, 1, [0, 1])]
+    assert launch_ranks(_started_from_environment, 2) == [(0, 2, 0, [0, 1]), (1, 2, 1, [0, 1])]
 
 
 def _rows(sizes, dtype):
