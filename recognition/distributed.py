@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType, TracebackType
@@ -158,6 +158,16 @@ def reduce_scatter_rows(
 
     `sizes`: b of every rank, which add up to B; None when they are equal.
     """
+    return start_reduce_scatter_rows(x, sizes, group)()
+
+
+def start_reduce_scatter_rows(
+    x: Tensor, sizes: Sequence[int] | None = None, group: dist.ProcessGroup | None = None
+) -> Callable[[], Tensor]:
+    """As `reduce_scatter_rows`, but returns at once what will wait for the rows and return them.
+
+    On a GPU the wait is one of the stream, and not of the host.
+    """
     world = dist.get_world_size(group)
     sizes = _checked(sizes or split(len(x), world), world)
     if sum(sizes) != len(x):
@@ -167,9 +177,14 @@ def reduce_scatter_rows(
     if min(sizes) != largest:
         x = torch.cat([_padded(block, largest) for block in x.split(sizes)])
     own = x.new_empty(largest, *x.shape[1:])
-    if own.numel():
-        dist.reduce_scatter_tensor(own, x.contiguous(), group=group)
-    return own[: sizes[dist.get_rank(group)]]
+    work = dist.reduce_scatter_tensor(own, x.contiguous(), group=group, async_op=True) if own.numel() else None
+
+    def finish() -> Tensor:
+        if work is not None:
+            work.wait()
+        return own[: sizes[dist.get_rank(group)]]
+
+    return finish
 
 
 ECHO_SECONDS = 3.0

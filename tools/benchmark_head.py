@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--state", choices=("float32", "split", "bfloat16"), default="float32", help="how rows are kept"
     )
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the products")
+    parser.add_argument("--kernels", choices=("auto", "torch", "triton"), default="auto", help="what does the work")
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="what moves the rows")
     parser.add_argument("--embedding-size", type=_positive, default=512, help="default: %(default)s")
     parser.add_argument("--chunk", type=_positive, help="classes per chunk (default: what suits the device)")
@@ -67,6 +68,7 @@ def _plan(options: argparse.Namespace) -> HeadPlan:
                 "sample_rate": options.sample_rate,
                 "state": options.state,
                 "precision": options.precision,
+                "kernels": options.kernels,
                 "chunk": options.chunk,
             }
         )
@@ -110,6 +112,8 @@ def _show(plan: HeadPlan, result: Result, details: Details) -> None:
             ("its peak memory", f"{_bytes(result.reference_peak_bytes)} per rank"),
             ("times faster", f"{result.reference_ratio:.2f}"),
         ]
+    elif details.plain_bytes is not None:
+        lines.append(("plain head", f"out of memory: it needs about {_bytes(details.plain_bytes)}"))
     for name, value in lines:
         print(f"{name:<16} {value}")
 

@@ -49,6 +49,10 @@ class Head(Section):
     """Type of the matrix products. `auto`: bfloat16 where the processor has units for it, else float32."""
     chunk: PositiveInt | None = None
     """Classes per chunk; logits exist for one chunk at a time. Default: what suits the device."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What goes over the class weights. `auto`: Triton's kernels on NVIDIA's GPUs from Ampere on, elsewhere PyTorch."""
+    workspace_mib: PositiveInt = 256
+    """MiB that the kernels' backward pass may take for a chunk, where `chunk` does not say how large one is."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Head":

@@ -74,6 +74,8 @@ class Details:
     """Bytes of the rows with their norms, and of their moments."""
     alternating: bool
     """Whether the plain head was measured in turns with the fused one."""
+    plain_bytes: int | None
+    """About what the plain head needs, where it was asked for and a GPU's memory did not suffice: it has no times."""
 
 
 def measure(
@@ -82,10 +84,12 @@ def measure(
     """Measure `steps` training steps after a warm-up, and `REFERENCE_STEPS` of the plain head, if that is wanted.
 
     `threads`: of each process on a CPU. `alternate`: whether the two take turns; None: where both find room in memory.
-    Else the plain head follows, in processes of its own. Raises UserError where there are not enough GPUs or there is
-    not enough memory, or where the loss is not finite.
+    Else the plain head follows, in processes of its own, unless it needs more than a GPU has. Raises UserError where
+    there are not enough GPUs or there is not enough memory, or where the loss is not finite.
     """
     _check(plan)
+    beyond = plain_bytes(plan) if reference and plain_bytes(plan) > _gpu_memory(plan) else None
+    reference = reference and beyond is None
     taking_turns = reference and (_both_fit(plan) if alternate is None else alternate)
     times: list[Step] = []
     reference_times: list[Step] = []
@@ -105,10 +109,13 @@ def measure(
         peak, states = max(fused.call("peak_bytes")), fused.call("state_bytes")
         rates = fused.call("rates")
     if reference and not taking_turns:
-        with _processes(plan, threads, plain=True) as plain:
-            plain.call("take", _REFERENCE_WARM_UP)
-            reference_times = _slowest(plain.call("take", REFERENCE_STEPS))
-            reference_peak = max(plain.call("peak_bytes"))
+        try:
+            with _processes(plan, threads, plain=True) as plain:
+                plain.call("take", _REFERENCE_WARM_UP)
+                reference_times = _slowest(plain.call("take", REFERENCE_STEPS))
+                reference_peak = max(plain.call("peak_bytes"))
+        except _OutOfMemory:
+            beyond = plain_bytes(plan)
 
     step = statistics.median(each.seconds for each in times)
     reference_step = statistics.median(each.seconds for each in reference_times) if reference_times else None
@@ -129,7 +136,7 @@ def measure(
         reference_peak_bytes=reference_peak,
         reference_ratio=None if reference_step is None else reference_step / step,
     )
-    return result, Details(slowest, products, traffic, state, taking_turns)
+    return result, Details(slowest, products, traffic, state, taking_turns, beyond)
 
 
 def plain_bytes(plan: HeadPlan) -> int:
@@ -139,6 +146,10 @@ def plain_bytes(plan: HeadPlan) -> int:
     """
     taken = plan.settings.sample_rate * plan.shard
     return int(4 * plan.embedding_size * (4 * plan.shard + 3 * taken) + 4 * 4 * plan.gathered * taken)
+
+
+class _OutOfMemory(config.UserError):
+    """A GPU's memory has run out."""
 
 
 class _Processes:
@@ -193,6 +204,8 @@ class _Processes:
             status = self._processes[rank].exitcode
             hint = "; the memory may have run out: try fewer classes" if status == -9 else ""
             raise config.UserError(f"the process of rank {rank} ended with status {status}{hint}") from None
+        if kind == "memory":
+            raise _OutOfMemory(value)
         if kind == "mistake":
             raise config.UserError(value)
         if kind == "failure":
@@ -223,7 +236,7 @@ def _serve(connection: Any, environment: dict[str, str], plan: HeadPlan, threads
     except (EOFError, KeyboardInterrupt):
         distributed.stop()
     except torch.OutOfMemoryError as error:
-        connection.send(("mistake", f"the GPU's memory has run out: try fewer classes\n{error}"))
+        connection.send(("memory", f"the GPU's memory has run out: try fewer classes\n{error}"))
     except config.UserError as error:
         connection.send(("mistake", str(error)))
     except Exception:
@@ -247,6 +260,13 @@ def _check(plan: HeadPlan) -> None:
             f"{plan.classes:,} classes on {plan.ranks} ranks need {needed / 1e9:.1f} GB of memory, and "
             f"{available / 1e9:.1f} GB are available: take fewer classes, or rows in bfloat16"
         )
+
+
+def _gpu_memory(plan: HeadPlan) -> float:
+    """Bytes that each GPU has; of CPUs, whose memory is not a rank's own, infinitely many."""
+    if plan.device != "cuda":
+        return float("inf")
+    return min(torch.cuda.get_device_properties(number).total_memory for number in range(plan.ranks))
 
 
 def _both_fit(plan: HeadPlan) -> bool:

@@ -27,6 +27,8 @@ _FEW = 16  # one in so many, up to which single products are cheaper than a matr
 
 Sink = Callable[[Part, RowGradient], None]
 """What takes the gradients of some rows."""
+Ready = Callable[[Tensor], None]
+"""What is told the gradient by the embeddings as soon as it is whole."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Products:
     """Type of the matrix products' operands; they are summed in float32."""
     chunk: int
     """Classes at a time."""
+    workspace: int | None = None
+    """Bytes that a chunk of the kernels may take, instead of `chunk`."""
     centers: int = 1
     """K"""
     sharp: float = 0.25
@@ -111,6 +115,8 @@ class Statistics:
 
     sums: Tensor
     shift: Tensor
+    kept: Tensor | None = None
+    """What the kernels keep for `backward`."""
 
 
 def statistics(rows: Rows, taking: Taking, x: Tensor, products: Products, summand: Summand) -> Statistics:
@@ -168,12 +174,15 @@ def backward(
     target: Tensor,
     target_gradient: Tensor,
     sink: Sink | None,
+    ready: Ready | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the loss by `x` [B, D], float32, of this rank's classes; those of the rows go to `sink`.
 
     `log_sum` [B]: log of the sum of exp(z) over all ranks' negatives (any finite number where there are none, and for
     a logistic loss); `negatives_gradient` [B]: of the loss by it, or by the sum of log(1 + exp(z));
-    `target` [B]: the targets' products, of all ranks; `target_gradient` [B]: of the loss by them.
+    `target` [B]: the targets' products, of all ranks; `target_gradient` [B]: of the loss by them; `kept`: of the
+    statistics, nothing here.
     """
     gradient = torch.zeros(x.shape, device=x.device)
     linear = isinstance(summand.negatives, Linear)
@@ -214,6 +223,8 @@ def backward(
         gradient += multiply(a, operand)
         if sink is not None:
             sink(part, RowGradient(a, x, along, bias, weight))
+    if ready is not None:
+        ready(gradient)
     return gradient
 
 

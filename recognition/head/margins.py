@@ -17,7 +17,8 @@ def arcface(cosine: Tensor, margin: Tensor | float) -> Tensor:
     Beyond theta + m = pi, where the cosine would rise again, it is `cos(theta) - m sin(m)`, the authors' guard.
     The gradient is the true one, `sin(theta + m) / sin(theta)`.
     """
-    margin = torch.as_tensor(margin, dtype=cosine.dtype, device=cosine.device)
+    # Filled on the device: a GPU's host would wait for a number to be copied there.
+    margin = margin.to(cosine.dtype) if isinstance(margin, Tensor) else cosine.new_full((), margin)
     turned = cosine * margin.cos() - sine(cosine) * margin.sin()
     return torch.where(cosine > -margin.cos(), turned, cosine - margin * margin.sin())
 

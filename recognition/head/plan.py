@@ -132,6 +132,10 @@ class HeadPlan:
     @property
     def _workspace(self) -> int:
         """What a chunk of classes needs: its logits, and copies of its rows where they cannot be used in place."""
+        if self.device == "cuda" and self.settings.kernels != "torch" and self.settings.chunk is None:
+            # The gradient by the products of three chunks, and all else of one, as large as there is room for.
+            everything = self.taken * (3 * self.gathered * self._product + self.embedding_size * (self._product + 4))
+            return min(self.settings.workspace_mib << 20, everything)
         chunk = min((self.settings.chunk or DEFAULT_CHUNK[self.device]) * self.settings.subcenters, self.taken)
         # Products, logits and gradient in float32, and the gradient once more where products are of another type.
         logits = self.gathered * chunk * (3 * 4 + (self._product if self._product != 4 else 0))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recognition import config
+from recognition.head import row_kernels
 from recognition.head.lazy import History
 from recognition.head.rows import Part, RowGradient, Rows, State, moment_type, put, store, take
 
@@ -21,9 +22,11 @@ class RowOptimizer(ABC):
     """Of the moments that every number of a row has; those of the bias are called the same after `bias_`."""
     counter: str | None = None
     """Name of the whole number that every row has."""
+    kernels: bool = False
+    """Whether Triton's kernel updates the rows: `makers` knows where it can."""
 
-    def __init__(self, weight_decay: float, seed: int) -> None:
-        self.weight_decay, self.seed = weight_decay, seed
+    def __init__(self, weight_decay: float, betas: tuple[float, float], eps: float, seed: int) -> None:
+        self.weight_decay, self.betas, self.eps, self.seed = weight_decay, betas, eps, seed
 
     def moments(
         self, rows: int, embedding_size: int, *, bias: bool, device: torch.device, state: State = "float32"
@@ -65,19 +68,14 @@ class RowOptimizer(ABC):
         if _skipped(skip):
             return
         flag = None if _host_knows(skip) else skip.bool()
-        read = None
         if isinstance(gradient, RowGradient):
-            bias_gradient, read = gradient.bias, gradient.weight
+            bias_gradient = gradient.bias
         before = None if self.counter is None else take(rows.moments[self.counter], part)
         count = None if before is None else self._counted(before)
-        noise = rows.noise(part, self.seed, step, _UPDATE)
-
-        stored = [rows.moments[name] for name in self.names]
-        tensors = [rows.read(part) if read is None else read, *(take(each, part).float() for each in stored)]
-        values, *moments = self._changed(tensors, gradient, lr, self.weight_decay, count, flag)
-        rows.write(part, values, noise, flag)
-        for stream, (storage, moment) in enumerate(zip(stored, moments, strict=True), start=1):
-            store(storage, part, moment, noise, stream)
+        if self.kernels:
+            self._launch(rows, part, gradient, lr, count, skip, step)
+        else:
+            self._move(rows, part, gradient, lr, count, flag, step)
         if rows.bias is not None and bias_gradient is not None:
             columns = [each[:, None] for each in (rows.bias, *(rows.moments[f"bias_{name}"] for name in self.names))]
             tensors = [take(each, part) for each in columns]
@@ -86,6 +84,59 @@ class RowOptimizer(ABC):
                 put(storage, part, tensor)
         if self.counter is not None and before is not None and count is not None:
             put(rows.moments[self.counter], part, count if flag is None else torch.where(flag, before, count))
+
+    def _move(
+        self,
+        rows: Rows,
+        part: Part,
+        gradient: RowGradient | Tensor,
+        lr: float,
+        count: Tensor | None,
+        flag: Tensor | None,
+        step: int,
+    ) -> None:
+        """Update the rows and their moments, without bias and counter."""
+        noise = rows.noise(part, self.seed, step, _UPDATE)
+        stored = [rows.moments[name] for name in self.names]
+        read = gradient.weight if isinstance(gradient, RowGradient) else None
+        tensors = [rows.read(part) if read is None else read, *(take(each, part).float() for each in stored)]
+        values, *moments = self._changed(tensors, gradient, lr, self.weight_decay, count, flag)
+        rows.write(part, values, noise, flag)
+        for stream, (storage, moment) in enumerate(zip(stored, moments, strict=True), start=1):
+            store(storage, part, moment, noise, stream)
+
+    def _launch(
+        self,
+        rows: Rows,
+        part: Part,
+        gradient: RowGradient | Tensor,
+        lr: float,
+        count: Tensor | None,
+        skip: Tensor,
+        step: int,
+    ) -> None:
+        """The same by the kernel."""
+        along, projected = None, False
+        if isinstance(gradient, RowGradient):
+            along, projected = gradient.along, gradient.projected
+            gradient = gradient.product()
+        row_kernels.update(
+            rows,
+            part,
+            gradient,
+            along,
+            projected,
+            [rows.moments[name] for name in self.names],
+            count,
+            skip,
+            lr=lr,
+            decay=self.weight_decay,
+            betas=self.betas,
+            eps=self.eps,
+            seed=self.seed,
+            step=step,
+            purpose=_UPDATE,
+        )
 
     def _changed(
         self,
@@ -125,7 +176,7 @@ class RowSGD(RowOptimizer):
     names = ("momentum",)
 
     def __init__(self, momentum: float, weight_decay: float, seed: int, *, lazy: bool = False) -> None:
-        super().__init__(weight_decay, seed)
+        super().__init__(weight_decay, (momentum, 0.0), 0.0, seed)
         self.momentum = momentum
         self.counter = "last" if lazy else None
         self._history: History | None = None
@@ -182,6 +233,8 @@ class RowSGD(RowOptimizer):
         self, tensors: list[Tensor], gradient: RowGradient | Tensor, lr: float, decay: float, count: Tensor | None
     ) -> None:
         values, momentum = tensors
+        if isinstance(gradient, RowGradient) and gradient.projected:
+            gradient = gradient.dense(values)
         if not isinstance(gradient, RowGradient):
             momentum.mul_(self.momentum).add_(gradient)
         else:
@@ -209,8 +262,7 @@ class RowAdamW(RowOptimizer):
     counter = "updates"
 
     def __init__(self, betas: tuple[float, float], eps: float, weight_decay: float, seed: int) -> None:
-        super().__init__(weight_decay, seed)
-        self.betas, self.eps = betas, eps
+        super().__init__(weight_decay, betas, eps, seed)
 
     def _step(
         self, tensors: list[Tensor], gradient: RowGradient | Tensor, lr: float, decay: float, count: Tensor | None

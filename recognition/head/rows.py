@@ -45,14 +45,14 @@ class Noise:
 
         `purpose` tells roundings of the same step apart.
         """
-        keys = numbers + _signed(mix(mix(mix(seed) ^ step) ^ purpose))
+        keys = numbers + salt(seed, step, purpose)
         # The finaliser of MurmurHash3 (Appleby): neighbouring rows and steps share nothing.
         for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
             keys ^= (keys >> 33) & 0x7FFFFFFF
             keys *= _signed(multiplier)
         keys ^= (keys >> 33) & 0x7FFFFFFF
         # Four elements to a word. A product's lower bits are poor; the upper ones, added, make them good.
-        words = keys[:, None] * _multipliers(-(-size // 4) + _STREAMS, keys.device)
+        words = keys[:, None] * multipliers(size, keys.device)
         words += words >> 32
         return Noise(words.view(torch.uint16))
 
@@ -205,12 +205,16 @@ class RowGradient:
     """[n] float32: by the bias."""
     weight: Tensor | None = None
     """[n, D] float32: the rows as `Rows.read` gives them, where they are at hand; the taker may overwrite them."""
+    projected: bool = False
+    """Whether `along` is what makes the gradient orthogonal to the rows, instead of being given."""
 
     def dense(self, weight: Tensor) -> Tensor:
         """The gradient [n, D], float32, at the rows `weight` [n, D], float32."""
-        gradient = self._product().float()
-        if self.along is not None:
-            gradient.addcmul_(weight, self.along[:, None], value=-1)
+        gradient, along = self.product().float(), self.along
+        if self.projected:
+            along = (gradient * weight).sum(1) / weight.square().sum(1).clamp(min=_SMALLEST_NORM**2)
+        if along is not None:
+            gradient.addcmul_(weight, along[:, None], value=-1)
         return gradient
 
     def add_product(self, total: Tensor, factor: float = 1.0) -> None:
@@ -218,9 +222,9 @@ class RowGradient:
         if self.a.dtype == torch.float32:
             total.addmm_(self.a.T, self.x, beta=factor)
         else:
-            torch.add(self._product().float(), total, alpha=factor, out=total)
+            torch.add(self.product().float(), total, alpha=factor, out=total)
 
-    def _product(self) -> Tensor:
+    def product(self) -> Tensor:
         """a^T x [n, D], summed in float32. On a CPU the sum of bfloat16 products comes out as bfloat16: a relative
         error below 0.4 %, no more than that of the numbers that are multiplied.
         """
@@ -244,10 +248,13 @@ class RowSum:
     def add(self, part: Part, gradient: RowGradient) -> None:
         """Add the gradient of `part` of the rows, which are as they were when it was taken."""
         total = take(self.weight, part)
-        gradient.add_product(total)
-        if gradient.along is not None:
-            weight = self._rows.read(part) if gradient.weight is None else gradient.weight
-            total.addcmul_(weight, gradient.along[:, None], value=-1)
+        weight = self._rows.read(part) if gradient.weight is None else gradient.weight
+        if gradient.projected:
+            total += gradient.dense(weight)
+        else:
+            gradient.add_product(total)
+            if gradient.along is not None:
+                total.addcmul_(weight, gradient.along[:, None], value=-1)
         put(self.weight, part, total)
         if self.bias is not None and gradient.bias is not None:
             put(self.bias, part, take(self.bias, part) + gradient.bias)
@@ -305,9 +312,15 @@ def _weight_type(state: State) -> torch.dtype:
     return torch.float32 if state == "float32" else torch.bfloat16
 
 
+def salt(seed: int, step: int, purpose: int) -> int:
+    """What tells the noise of one step from another's, added to the rows' numbers: 64 bits, signed."""
+    return _signed(mix(mix(mix(seed) ^ step) ^ purpose))
+
+
 @cache
-def _multipliers(count: int, device: torch.device) -> Tensor:
-    """[count] odd int64 numbers, of no pattern."""
+def multipliers(size: int, device: torch.device) -> Tensor:
+    """Of the noise of rows of `size` elements: [size / 4 and some more] odd int64 numbers, of no pattern."""
+    count = -(-size // 4) + _STREAMS
     return torch.tensor([_signed(mix(column) | 1) for column in range(count)], device=device)
 
 

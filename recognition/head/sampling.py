@@ -54,6 +54,9 @@ def sample_rows(labels: Tensor, classes: int, rate: float, seed: int, step: int,
             numbers = torch.arange(block.start, block.stop, device=labels.device)
             taken[start : start + len(block)] = _places(numbers, classes, keys) < threshold
     taken.index_fill_(0, _own(labels, rows), True)
+    if len(rows) == classes and wanted >= len(labels):
+        # All of them are here, and how many there are is known: a GPU's host need not wait to be told.
+        return torch.nonzero_static(taken[:-1], size=wanted).squeeze(1)
     return taken[:-1].nonzero().squeeze(1)
 
 

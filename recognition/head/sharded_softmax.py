@@ -6,19 +6,18 @@ are kept and moved, in `rows` and `row_optimizer`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from recognition import config
-from recognition.distributed import reduce_scatter_rows, shard_rows
-from recognition.head import chunks
+from recognition.distributed import shard_rows, start_reduce_scatter_rows
+from recognition.head import chunks, makers
 from recognition.head.auxiliary import Auxiliary
 from recognition.head.gathering import Gathered, gather
 from recognition.head.loss import Targets
@@ -28,6 +27,8 @@ from recognition.head.row_optimizer import build_row_optimizer
 from recognition.head.rows import Part, RowGradient, Rows, RowSum
 from recognition.head.sampling import sample_rows
 from recognition.head.scalars import Scalars
+from recognition.head.streams import Aside
+from recognition.head.tie import Tie
 
 # A logit of 16, rounded to bfloat16, is off by as much as those of 64 are whose operands were rounded: 0.03.
 _SHARP_LOGIT, _SHARP_SCALE = 16.0, 64.0
@@ -47,7 +48,7 @@ class HeadOutput:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the backward pass needs of the forward pass, and what the loss is made of, [B] each."""
+    """What the backward pass needs of the forward pass, and what the loss is made of, [B] each but where it says so."""
 
     batch: Gathered
     taking: chunks.Taking
@@ -56,6 +57,8 @@ class _Seen:
     log_sum: Tensor
     product: Tensor
     cosine: Tensor
+    kept: Tensor | None
+    """Of this rank's classes, as the maker wants it."""
 
 
 class ShardedSoftmax(nn.Module):
@@ -91,15 +94,18 @@ class ShardedSoftmax(nn.Module):
         self.shard = shard_rows(num_classes, self.world, self.rank)
         self.seed, self.sample_rate, self.filter = seed, settings.sample_rate, settings.filter
         self.loss = build_loss(settings.loss, num_classes, seed=seed, device=device)
+        self._maker = makers.choose(settings.kernels, device)
         self.products = chunks.Products(
             unit_rows=self.loss.unit_rows,
             dtype=chunks.product_type(settings.precision, device),
             chunk=settings.chunk or chunks.DEFAULT_CHUNK[device.type],
+            workspace=None if settings.chunk else settings.workspace_mib << 20,
             centers=settings.subcenters,
             sharp=min(_SHARP_LOGIT / (self.loss.scale or _SHARP_SCALE), _SHARP_LOGIT / _SHARP_SCALE),
         )
         moves = settings.optimizer or optimizer or config.SGD()
         self.optimizer = build_row_optimizer(moves, settings.untouched, seed=seed)
+        self.optimizer.kernels = self._maker.kernels
         centers = self.products.centers
         self.rows = Rows.initial(
             range(self.shard.start * centers, self.shard.stop * centers),
@@ -119,12 +125,14 @@ class ShardedSoftmax(nn.Module):
         self.row_sum = None if fused else RowSum(self.rows)
         self._nonfinite = torch.zeros((), dtype=torch.bool, device=device)
         self._updates = 0
+        self._aside = Aside(device)
 
     def state(self) -> dict[str, Tensor]:
         """The whole state: tensors placed `Shard(0)` over the group, by classes, and scalars that all ranks have alike.
 
         They share storage with the head's own: loading into them loads the head, from any number of ranks.
         """
+        self._aside.join()
         self.optimizer.settle(self.rows)
         local = self.rows.tensors() | self.auxiliary.tensors()
         mesh = DeviceMesh.from_group(self.group, self.rows.weight.device.type)
@@ -203,7 +211,7 @@ class ShardedSoftmax(nn.Module):
                 by_x, by_norm = self._backward(seen, gradients, gradient / loss_scale, lr, step, skip, update)
                 return by_x * loss_scale, by_norm * loss_scale
 
-            whole = _Backward.apply(seen_x, norm, loss, backward) + extra
+            whole = Tie.apply(seen_x, norm, loss, backward) + extra
         return HeadOutput(whole, seen.cosine.mean(), finite)
 
     def apply_gradient(self, lr: float, finite: Tensor | None = None, *, step: int = 0, scale: float = 1.0) -> None:
@@ -214,6 +222,7 @@ class ShardedSoftmax(nn.Module):
         """
         if self.row_sum is None:
             raise RuntimeError("a fused head applies its gradient in backward; build it with fused=False")
+        self._aside.join()
         total = self.row_sum
         skip = (self._nonfinite if finite is None else self._nonfinite | ~finite).float()
         self.optimizer.begin(self.rows, step, lr, skip)
@@ -231,6 +240,7 @@ class ShardedSoftmax(nn.Module):
 
     def _look(self, batch: Gathered, strength: float, step: int, learns: bool) -> _Seen:
         """Go over this rank's classes, and learn from the other ranks what is to be known of theirs."""
+        self._aside.join()
         classes = None
         if learns and self.sample_rate < 1:
             classes = sample_rows(batch.labels, self.num_classes, self.sample_rate, self.seed, step, self.shard)
@@ -248,7 +258,7 @@ class ShardedSoftmax(nn.Module):
         for again in (False, True) if loss.sums_twice and learns else (True,):
             seen_targets = Targets(known[:, 0], batch.norm, strength, step)
             summand = self._summand(seen_targets, strength)
-            sums, shift = self._sum(taking, batch.x, summand)
+            sums, shift, kept = self._sum(taking, batch.x, summand, learns)
             columns = [sums] if loss.targets_first else [sums, torch.stack(own, dim=1)]
             reduced = torch.cat(columns, dim=1)
             dist.all_reduce(reduced, group=self.group)
@@ -262,7 +272,7 @@ class ShardedSoftmax(nn.Module):
             loss.observe(known[:, -1], batch.norm)
         product, cosine = known[:, 0], known[:, -1]
         log_sum = torch.zeros_like(product) if loss.logistic else torch.where(sums[:, 0] == 0, shift, total)
-        return _Seen(batch, taking, summand, total, log_sum, product, cosine)
+        return _Seen(batch, taking, summand, total, log_sum, product, cosine, kept)
 
     def _summand(self, targets: Targets, strength: float) -> chunks.Summand:
         negatives, bound = self.loss.negatives(strength), self.loss.bound
@@ -271,14 +281,17 @@ class ShardedSoftmax(nn.Module):
         anchor = self.loss.anchor(targets) if self.loss.targets_first else None
         return chunks.Summand(negatives, anchor, self.loss.logistic, bound)
 
-    def _sum(self, taking: chunks.Taking, x: Tensor, summand: chunks.Summand) -> tuple[Tensor, Tensor]:
-        """This rank's sums over its negatives, shifted as all ranks' are, and the shift [B]."""
-        own = chunks.statistics(self.rows, taking, x, self.products, summand)
+    def _sum(
+        self, taking: chunks.Taking, x: Tensor, summand: chunks.Summand, learns: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This rank's sums over its negatives, shifted as all ranks' are, the shift [B], and what is kept."""
+        products = self.products if learns else replace(self.products, workspace=None)
+        own = self._maker.statistics(self.rows, taking, x, products, summand)
         if summand.logistic or summand.offset is not None:
-            return own.sums, own.shift
+            return own.sums, own.shift, own.kept
         shift = own.shift.clone()
         dist.all_reduce(shift, dist.ReduceOp.MAX, group=self.group)
-        return own.sums * chunks.rescaling(own.shift, shift)[:, None], chunks.finite_shift(shift)
+        return own.sums * chunks.rescaling(own.shift, shift)[:, None], chunks.finite_shift(shift), None
 
     def _vectors(
         self, seen: _Seen, strength: float, step: int, loss_weight: float, *, differentiate: bool
@@ -304,11 +317,16 @@ class ShardedSoftmax(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         by_total, by_product, by_norm, *by_scalars = (gradient * factor for gradient in gradients)
         batch = seen.batch
+        arriving: list[Callable[[], Tensor]] = []
+
+        def ready(by_x: Tensor) -> None:
+            arriving.append(start_reduce_scatter_rows(by_x, batch.sizes, self.group))
+
         sink = None
         if update:
-            sink = self._sink(lr, step, skip.float(), by_scalars)
+            sink = self._sink(lr, step, skip.float(), by_scalars, arriving)
             self.auxiliary.move(batch.x, batch.labels, batch.norm, skip)
-        by_x = chunks.backward(
+        self._maker.backward(
             self.rows,
             seen.taking,
             batch.x,
@@ -319,12 +337,15 @@ class ShardedSoftmax(nn.Module):
             seen.product,
             by_product,
             sink,
+            ready,
+            seen.kept,
         )
-        own = by_norm[batch.of(self.rank)]
-        return reduce_scatter_rows(by_x, batch.sizes, self.group) * self.world, own * self.world
+        return arriving[0]() * self.world, by_norm[batch.of(self.rank)] * self.world
 
-    def _sink(self, lr: float, step: int, skip: Tensor, by_scalars: list[Tensor]) -> chunks.Sink:
-        """What becomes of the gradients."""
+    def _sink(self, lr: float, step: int, skip: Tensor, by_scalars: list[Tensor], arriving: list[Any]) -> chunks.Sink:
+        """What becomes of the gradients. Once the embeddings' is `arriving`, the rest has time beside the backbone's
+        backward pass.
+        """
         self.scalars.add(by_scalars)
         if self.row_sum is not None:
             self._nonfinite |= skip.bool()
@@ -334,26 +355,14 @@ class ShardedSoftmax(nn.Module):
         self.optimizer.begin(self.rows, step, lr, skip)
 
         def apply(part: Part, gradient: RowGradient) -> None:
-            self.optimizer.update(self.rows, part, gradient, lr, skip, step)
+            if not arriving:
+                self.optimizer.update(self.rows, part, gradient, lr, skip, step)
+                return
+            read = gradient.a, gradient.x, gradient.along, gradient.bias, skip
+            with self._aside.run(*read, part if isinstance(part, Tensor) else None):
+                self.optimizer.update(self.rows, part, gradient, lr, skip, step)
 
         return apply
-
-
-class _Backward(torch.autograd.Function):
-    """Ties a loss that was computed outside autograd to `x` and `norm`, whose gradients `backward` returns."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, norm: Tensor, loss: Tensor, backward: Callable[[Tensor], tuple[Tensor, Tensor]]
-    ) -> Tensor:
-        ctx.backward = backward
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        with torch.autocast(gradient.device.type, enabled=False):
-            return *ctx.backward(gradient), None, None
 
 
 def build_head(

@@ -61,7 +61,9 @@ def dense_loss(
     return head.loss(x, labels, strength=strength)
 
 
-def against_reference(precision: str, cases: dict[str, tuple[int, list[int], range | None]]) -> dict[str, list[float]]:
+def against_reference(
+    precision: str, cases: dict[str, tuple[int, list[int], range | None]], kernels: str = "torch"
+) -> dict[str, list[float]]:
     errors = {}
     order, size = (torch.inf, D) if precision == "float32" else (2, 512)
     for name, settings in LOSSES.items():
@@ -75,7 +77,7 @@ def against_reference(precision: str, cases: dict[str, tuple[int, list[int], ran
                 margins = drawn_margins(settings.loss, 2, sum(sizes))
                 expected = dense.loss(x, labels, step=2, strength=strength, margins=margins)
                 expected.backward()
-                head = make(settings, classes, size=size, fused=False, precision=precision)
+                head = make(settings, classes, size=size, fused=False, precision=precision, kernels=kernels)
                 fill(head, weight, bias)
                 output, gradient = run(head, x.detach(), labels, sizes, strength=strength, step=2)
                 assert head.row_sum is not None
@@ -91,12 +93,12 @@ def against_reference(precision: str, cases: dict[str, tuple[int, list[int], ran
     return errors
 
 
-def fused_training(name: str) -> dict[str, np.ndarray]:
+def fused_training(name: str, **options: Any) -> dict[str, np.ndarray]:
     """Losses of six steps, and the rows, their momenta and the loss's scalars after them."""
     settings = LOSSES[name]
     count = TRAINING_BATCH * len(TRAINING_RATES)
     x, labels, weight, bias = data(TRAINING_CLASSES, count, centers=settings.subcenters)
-    head = make(settings, TRAINING_CLASSES, momentum=0.8, weight_decay=0.05)
+    head = make(settings, TRAINING_CLASSES, momentum=0.8, weight_decay=0.05, **options)
     fill(head, weight, bias)
     losses = []
     for step, lr in enumerate(training_rates(name)):

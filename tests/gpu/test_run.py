@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ranks import launch_ranks, run_ranks
-from recognition import config, trainer
+from recognition import config
 from recognition.config import Augment, Data, Head
 from recognition.data.faces import write_faces
 from recognition.data.index import open_index
@@ -95,7 +95,9 @@ def test_steps_of_the_head_are_the_cpus(name: str) -> None:
 def run(faces: Path, folder: Path) -> bool:
     overrides = [f"data.path={faces}", f"run.folder={folder}", "backbone.name=resnet10t", "training.epochs=4.0"]
     overrides += ["training.global_batch=40", "optimizer.lr=0.05", f"evaluation.pairs={faces / 'pairs.bin'}"]
-    return trainer.train(config.load(TINY, overrides))
+    from recognition.trainer import train
+
+    return train(config.load(TINY, overrides))
 
 
 def test_a_run_on_every_gpu_reaches_its_end_and_exports(faces: Path, tmp_path: Path) -> None:

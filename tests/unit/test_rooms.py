@@ -14,7 +14,7 @@ LEVELS = [
     {"distributed", "tracking"},
     {"checkpoint", "optimizer", *ROOMS},
     {"run_folder"},
-    {"trainer"},
+    {"trainer", "benchmark"},
 ]
 
 

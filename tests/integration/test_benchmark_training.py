@@ -1,0 +1,171 @@
+"""The benchmark of training: what it prints, what it counts, and that its trainings are what they are said to be."""
+
+import contextlib
+import importlib.util
+import io
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ranks import launch_ranks, run_ranks
+from recognition import config
+from recognition.benchmark import Baseline, Float16, Training, peak_flops
+from recognition.models.backbone import build_backbone
+from recognition.models.layers import GroupedConv2d, PReLU
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark_training.py"
+TINY = ["--backbone", "resnet10t", "--image-size", "32", "--batch", "4", "--classes", "50", "--steps", "3"]
+
+
+def _tool() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("benchmark_training_tool", TOOL)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def _main(arguments: list[str]) -> tuple[int, str, str]:
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        status = _tool().main(arguments)
+    return status, output.getvalue(), errors.getvalue()
+
+
+def _run(*arguments: str) -> tuple[int, str, str]:
+    """In a process of its own: the tool starts a process group."""
+    [result] = launch_ranks(_main, 1, list(arguments), timeout=240)
+    return result
+
+
+def _flops(backbone: nn.Module, size: int) -> int:
+    """Of an image's forward pass, layer by layer."""
+    total = 0
+
+    def count(layer: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        nonlocal total
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        total += 2 * output.numel() * layer.weight[0].numel()
+
+    for layer in backbone.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    backbone.eval()(torch.zeros(1, 3, size, size))
+    return total
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("compiler", ["aot_eager", "none"])
+def test_benchmark(compiler: str) -> None:
+    status, text, errors = _run(*TINY, "--compiler", compiler, "--peak", "0.5", "--json")
+    assert status == 0, errors
+    found = json.loads(text.splitlines()[-1])
+    assert list(found) == [
+        "images_per_second",
+        "eager_images_per_second",
+        "baseline_images_per_second",
+        "eager_ratio",
+        "baseline_ratio",
+        "flops_per_image",
+        "flops_per_second",
+        "peak_flops",
+        "mfu",
+        "memory_bytes",
+    ]
+    assert found.pop("memory_bytes") is None
+    assert min(found.values()) > 0
+    ours = found["images_per_second"]
+    assert found["eager_ratio"] == pytest.approx(ours / found["eager_images_per_second"])
+    assert found["baseline_ratio"] == pytest.approx(ours / found["baseline_images_per_second"])
+    backbone = build_backbone(config.Backbone(name="resnet10t", image_size=32))
+    assert found["flops_per_image"] == 3 * _flops(backbone, 32)
+    assert found["flops_per_second"] == pytest.approx(ours * found["flops_per_image"])
+    assert found["peak_flops"] == 0.5e12
+    assert found["mfu"] == pytest.approx(found["flops_per_second"] / 0.5e12)
+    assert f"{found['baseline_ratio']:.2f} than the baseline" in text
+    assert f"{found['mfu']:.1%} of 0.5 TFLOP/s" in text
+
+
+def _trainings() -> list[dict[str, Any]]:
+    settings = config.Backbone(name="mobilefacenet", image_size=32, embedding_size=16)
+    found = []
+    for kind in (Training, Baseline):
+        torch.manual_seed(0)
+        training = kind(settings, torch.device("cpu"), batch=8, classes=20)
+        layers = {type(layer) for layer in training.backbone.modules()}
+        types: list[torch.dtype] = []
+        training.backbone.trunk.register_forward_hook(lambda _, inputs, output, types=types: types.append(output.dtype))
+        before = training.head.rows.weight.clone(), training.backbone.neck.linear.weight.detach().clone()
+        loss = float(training._step())
+        training.take(1)
+        after = training.head.rows.weight, training.backbone.neck.linear.weight.detach()
+        found.append(
+            {
+                "loss": loss,
+                "dtype": str(types[0]),
+                "channels last": training.images.is_contiguous(memory_format=torch.channels_last),
+                "own layers": bool(layers & {PReLU, GroupedConv2d}),
+                "torch's layers": {nn.PReLU, nn.Conv2d} <= layers,
+                "moved": all(not torch.equal(a, b) for a, b in zip(before, after, strict=True)),
+            }
+        )
+    return found
+
+
+def test_the_baseline_differs_in_what_it_should_alone() -> None:
+    [[ours, baseline]] = run_ranks(_trainings, 1)
+    assert ours["dtype"] == "torch.bfloat16" and baseline["dtype"] == "torch.float32"
+    assert ours["channels last"] and not baseline["channels last"]
+    assert ours["own layers"] and not baseline["own layers"] and baseline["torch's layers"]
+    assert ours["moved"] and baseline["moved"]
+    assert ours["loss"] == pytest.approx(baseline["loss"], rel=0.02)
+
+
+def test_float16_overrules_autocast_that_is_off() -> None:
+    module = Float16(nn.Linear(4, 4))
+    with torch.autocast("cpu", enabled=False):
+        assert module(torch.ones(2, 4)).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+    ],
+)
+def test_peaks(name: str, tflops: int) -> None:
+    assert peak_flops(name) == 1e12 * tflops
+
+
+def test_an_unknown_device_has_no_peak() -> None:
+    assert peak_flops("Radeon") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backbone", "iresnet51"], "no timm model iresnet51"),
+        pytest.param(
+            ["--device", "cuda"],
+            "there is no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)
+def test_mistakes_are_told(arguments: list[str], message: str) -> None:
+    status, _, errors = _run(*TINY, *arguments)
+    assert status == 2
+    assert message in errors

@@ -1,0 +1,225 @@
+"""Every kernel, as the launchers launch it, compiled for Ampere and Hopper: what it takes of a GPU, without one.
+
+What does not fit into registers is kept in memory, which makes a kernel several times slower and shows in no result.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from compiled import Resources, compiling, in_child
+
+from recognition import config
+from recognition.head.chunks import Products, Summand, Taking
+from recognition.head.negatives import Curricular, Filtered, Linear, Negatives, Sphere2
+from recognition.head.rows import RowGradient, Rows, State
+
+BATCH, CLASSES, SIZE = 1024, 4096, 512
+KIB = 1024
+# What a device is called, how its kernels are compiled, and the shared memory that a block may have there.
+A100, H100, A10 = "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA A10"
+DEVICES = {80: {A100: 163 * KIB, A10: 99 * KIB}, 90: {H100: 227 * KIB}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the kernels are told."""
+
+    negatives: Negatives = field(default_factory=lambda: Linear(64.0))
+    state: State = "bfloat16"
+    products: torch.dtype = torch.bfloat16
+    bound: float | None = 64.0
+    logistic: bool = False
+    unit_rows: bool = True
+    sampled: bool = False
+    centers: int = 1
+    kept: bool = False
+    """Whether the forward pass keeps what the backward pass would compute anew."""
+
+
+CURRICULAR = Curricular(64.0, torch.tensor(0.3))
+pytestmark = pytest.mark.timeout(300)
+CASES = {
+    "linear": Case(),
+    "kept": Case(kept=True),
+    "rows in float32": Case(state="float32"),
+    "products in float32": Case(state="float32", products=torch.float32),
+    "split, products in float32": Case(state="split", products=torch.float32),
+    "bias, running maximum": Case(unit_rows=False, bound=None),
+    "curricular, running maximum, sampled": Case(CURRICULAR, bound=128.0, sampled=True),
+    "filtered, rows in float32": Case(Filtered(CURRICULAR, 0.4, zero=False), state="float32"),
+    "logistic, sphere2": Case(Sphere2(64.0, 0.4, 3.0, torch.tensor(1.0)), logistic=True),
+    "sub-centres, filtered, sampled": Case(Filtered(CURRICULAR, 0.4, zero=False), centers=3, sampled=True),
+}
+UPDATES: dict[str, tuple[State, config.SGD | config.AdamW, bool]] = {
+    "float32, SGD": ("float32", config.SGD(), False),
+    "split, SGD, sampled": ("split", config.SGD(), True),
+    "bfloat16, SGD": ("bfloat16", config.SGD(), False),
+    "split, AdamW": ("split", config.AdamW(), False),
+    "bfloat16, AdamW, sampled": ("bfloat16", config.AdamW(), True),
+}
+WIDE = "more than registers hold"
+ON_A10 = ["linear", "rows in float32", "products in float32"]
+
+
+def compile_all(arch: int) -> list[tuple[str, str, dict[str, Any]]]:
+    """In a process where Triton compiles: device, case and resources of every kernel."""
+    from recognition.head import fused
+
+    torch.set_num_threads(1)
+    found = []
+    with compiling(arch) as resources, mock.patch.object(fused, "multiply", lambda a, b: torch.zeros(len(a), len(b.T))):
+        for device in DEVICES[arch]:
+            with mock.patch.object(fused, "_name", lambda x, device=device: device):
+                for name in CASES if device != A10 else ON_A10:
+                    resources.clear()
+                    launch_products(CASES[name])
+                    found += [(device, name, asdict(each)) for each in resources]
+        for name in UPDATES:
+            resources.clear()
+            launch_update(*UPDATES[name])
+            found += [(device, name, asdict(each)) for each in resources]
+        resources.clear()
+        launch_wide()
+        found += [(device, WIDE, asdict(each)) for each in resources]
+    return found
+
+
+def launch_products(case: Case) -> None:
+    from recognition.head import fused
+
+    seeds = {"seed": 0, "device": torch.device("cpu"), "state": case.state}
+    rows = Rows.initial(range(CLASSES * case.centers), SIZE, bias=not case.unit_rows, **seeds)  # type: ignore[arg-type]
+    x, vector = torch.zeros(BATCH, SIZE, dtype=case.products), torch.zeros(BATCH)
+    classes = torch.arange(CLASSES) if case.sampled else None
+    taking = Taking(classes, torch.zeros(BATCH, dtype=torch.int64))
+    products = Products(
+        unit_rows=case.unit_rows,
+        dtype=case.products,
+        chunk=CLASSES,
+        workspace=1 << 30 if case.kept else None,
+        centers=case.centers,
+    )
+    anchor = None if isinstance(case.negatives, Linear) else vector
+    summand = Summand(case.negatives, anchor, case.logistic, case.bound)
+    fused.statistics(rows, taking, x, products, summand)
+    if not case.kept:
+        fused.backward(rows, taking, x, products, summand, vector, vector, vector, vector, None)
+
+
+def launch_update(state: State, settings: config.SGD | config.AdamW, sampled: bool) -> None:
+    from recognition.head.row_optimizer import build_row_optimizer
+
+    cpu = torch.device("cpu")
+    rows = Rows.initial(range(CLASSES), SIZE, bias=False, seed=0, device=cpu, state=state)
+    optimizer = build_row_optimizer(settings, "sparse", seed=0)
+    optimizer.kernels = True
+    rows.moments.update(optimizer.moments(CLASSES, SIZE, bias=False, device=cpu, state=state))
+    part = torch.arange(0, CLASSES, 2) if sampled else slice(0, CLASSES)
+    count = len(rows.positions(part))
+    a, x = torch.zeros(8, count, dtype=torch.bfloat16), torch.zeros(8, SIZE, dtype=torch.bfloat16)
+    optimizer.begin(rows, 0, 0.1, torch.zeros(()))
+    optimizer.update(rows, part, RowGradient(a, x, torch.zeros(count)), 0.1, torch.zeros(()), 0)
+
+
+def launch_wide() -> None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def wide_kernel(numbers):
+        place = tl.arange(0, 16384)
+        held = tl.load(numbers + place)
+        tl.debug_barrier()
+        tl.store(numbers + place, held / tl.sum(held, 0))
+
+    wide_kernel[(1,)](torch.zeros(16384), num_warps=1)
+
+
+BOUNDS = {
+    "linear": ((200, 64), (255, 32), (192, 144), (254, 96)),
+    "kept": ((192, 64), (0, 0), (224, 144), (0, 0)),
+    "rows in float32": ((184, 48), (200, 48), (208, 104), (254, 64)),
+    "products in float32": ((200, 24), (128, 24), (128, 24), (128, 24)),
+    "split, products in float32": ((248, 32), (224, 32), (240, 32), (224, 32)),
+    "bias, running maximum": ((200, 64), (240, 32), (192, 144), (144, 96)),
+    "curricular, running maximum, sampled": ((254, 64), (255, 32), (254, 144), (255, 96)),
+    "filtered, rows in float32": ((160, 40), (144, 40), (128, 52), (168, 52)),
+    "logistic, sphere2": ((184, 24), (208, 24), (176, 36), (192, 36)),
+    "sub-centres, filtered, sampled": ((168, 16), (168, 16), (128, 24), (168, 24)),
+}
+"""Registers per thread and KiB of shared memory, at most: of statistics and of emit, on sm_80, then on sm_90. The
+larger of what Triton 3.6 and 3.9 make of them."""
+UPDATE_BOUND = (64, 4)
+SPILLED = {(80, "curricular, running maximum, sampled", "emit_kernel"): 72}
+"""Bytes per thread that are in memory, not in registers, where there are any: here with Triton 3.6 alone."""
+
+
+All = dict[tuple[int, str, str, str], Resources]
+
+
+@pytest.fixture(scope="module")
+def resources(tmp_path_factory: pytest.TempPathFactory) -> All:
+    """By architecture, device, case and kernel."""
+    if find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    from triton.backends import backends
+
+    if "nvidia" not in backends:
+        pytest.skip("this Triton does not compile for NVIDIA's GPUs")
+    folders = [tmp_path_factory.mktemp(f"sm_{arch}") for arch in DEVICES]
+    with ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(partial(in_child, Path(__file__), "compile_all"), DEVICES, folders))
+    return {
+        (arch, device, case, values["kernel"]): Resources(**values)
+        for arch, each in zip(DEVICES, compiled, strict=True)
+        for device, case, values in each
+    }
+
+
+def test_every_kernel_was_compiled_for_every_device(resources: All) -> None:
+    tiled = [(A100, name) for name in CASES] + [(A10, name) for name in ON_A10] + [(H100, name) for name in CASES]
+    assert [(device, case) for _, device, case, name in resources if name == "statistics_kernel"] == tiled
+    emitted = [(device, case) for device, case in tiled if not CASES[case].kept]
+    assert [(device, case) for _, device, case, name in resources if name == "emit_kernel"] == emitted
+    updates = [(arch, name) for arch in DEVICES for name in UPDATES]
+    assert [(arch, case) for arch, _, case, name in resources if name == "update_kernel"] == updates
+
+
+def test_what_does_not_fit_into_registers_is_seen(resources: All) -> None:
+    for (_, _, case, _), found in resources.items():
+        assert case != WIDE or found.stack > 0
+
+
+def test_numbers_stay_in_registers_and_within_the_table(resources: All) -> None:
+    beyond = {}
+    for (arch, device, case, kernel), found in resources.items():
+        if case == WIDE:
+            continue
+        place = (kernel == "emit_kernel") + 2 * (arch == 90)
+        registers, shared = UPDATE_BOUND if kernel == "update_kernel" else BOUNDS[case][place]
+        within = found.registers <= registers and found.shared <= shared * KIB
+        if not within or found.stack > SPILLED.get((arch, case, kernel), 0):
+            beyond[device, case, kernel] = found
+    assert not beyond, "\n".join(map(str, beyond.items()))
+
+
+def test_a_block_has_as_much_shared_memory(resources: All) -> None:
+    for (arch, device, _, _), found in resources.items():
+        assert found.shared <= DEVICES[arch][device]
+
+
+def test_matrix_units_multiply_bfloat16_and_never_float32(resources: All) -> None:
+    for (arch, _, case, kernel), found in resources.items():
+        if case not in CASES:
+            assert found.matrix == ""
+        elif CASES[case].products == torch.float32:
+            assert found.matrix == "", "rounded to tf32"
+        else:
+            assert found.matrix.split(" ")[0] == {80: "mma", 90: "wgmma"}[arch], kernel

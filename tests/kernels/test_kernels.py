@@ -1,0 +1,248 @@
+"""The kernels in Triton's interpreter, against PyTorch in float64 and against `chunks`."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recognition.head import chunks, fused, tiles
+from recognition.head.chunks import Products, Summand, Taking
+from recognition.head.negatives import Curricular, Filtered, Linear
+from recognition.head.rows import Part, RowGradient, Rows
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the device")
+BATCH = 37
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that there are several, with ragged edges, and several splits."""
+    monkeypatch.setattr(tiles, "tile", lambda *_, **__: tiles.Tile(16, 32, 32, 4, 2))
+    monkeypatch.setattr(fused, "_PROCESSORS", 4)
+
+
+def filled(count: int, size: int, *, bias: bool = False, state: str = "float32") -> Rows:
+    rows = Rows.initial(range(count), size, bias=bias, seed=1, device=torch.device("cpu"), state=state)  # type: ignore[arg-type]
+    if rows.bias is not None:
+        rows.bias.normal_(generator=torch.Generator().manual_seed(3))
+    return rows
+
+
+def batch(rows: Rows, labels: Tensor, centers: int = 1, size: int = BATCH) -> Tensor:
+    """Unit embeddings from very near to opposite their class: the first and the last lie on it."""
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(size, rows.weight.shape[1], generator=generator)
+    pull = torch.linspace(3, -3, size)[:, None]
+    near = F.normalize(rows.read(labels * centers))
+    x = F.normalize(near * pull + F.normalize(noise))
+    x[0], x[-1] = near[0], -near[-1]
+    return x
+
+
+def expected(
+    rows: Rows, taking: Taking, x: Tensor, products: Products, summand: Summand, vectors: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums, gradient by x, gradient by the rows that take part: autograd on all logits at once, in float64."""
+    classes = torch.arange(len(rows) // products.centers) if taking.classes is None else taking.classes
+    part = chunks.rows_of(classes, products.centers)
+    w, x = rows.read(part).double().requires_grad_(), x.double().requires_grad_()
+    dots = x @ (F.normalize(w) if products.unit_rows else w).T
+    if rows.bias is not None:
+        dots = dots + rows.bias[part].double()
+    cosine = dots.view(len(x), -1, products.centers).amax(2)
+    anchor = None if summand.anchor is None else summand.anchor.double()
+    own = torch.arange(len(classes)) == taking.columns[:, None]
+    z = summand.negatives.logits(cosine, anchor).masked_fill(own, -torch.inf)
+    log_sum, by_sum, _, by_target = (vector.double() for vector in vectors)
+    if summand.logistic:
+        sums = torch.stack([F.softplus(z).sum(1), torch.sigmoid(z).sum(1)], 1)
+        objective = (by_sum * sums[:, 0]).sum()
+    else:
+        sums = z.exp().sum(1, keepdim=True)
+        objective = (by_sum * sums[:, 0] * (-log_sum).exp()).sum()
+    objective = objective + (by_target[:, None] * cosine * own).sum()
+    by_x, by_w = torch.autograd.grad(objective, (x, w))
+    return sums.detach(), by_x, by_w
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return ((found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
+
+
+CASES = {
+    # classes, D, K, negatives, what else
+    "linear": (131, 64, 1, Linear(32.0), {}),
+    "ragged": (67, 40, 1, Linear(16.0), {}),
+    "one class": (1, 32, 1, Linear(16.0), {}),
+    "sampled": (131, 64, 1, Linear(32.0), {"sampled": 50}),
+    "large scale": (131, 64, 1, Linear(96.0), {"bound": 96.0}),
+    "no bound": (131, 64, 1, Linear(torch.tensor(40.0)), {"bound": None}),
+    "bias": (131, 64, 1, Linear(1.0), {"bound": None, "unit": False}),
+    "curricular, sampled": (131, 64, 1, Curricular(16.0, torch.tensor(0.3)), {"anchor": True, "sampled": 60}),
+    "logistic": (131, 64, 1, Linear(16.0, torch.tensor(-9.0)), {"logistic": True}),
+    "logistic, tiny terms": (131, 64, 1, Linear(8.0, torch.tensor(-30.0)), {"logistic": True}),
+    "filtered": (131, 64, 1, Filtered(Linear(16.0), 0.2, zero=False), {}),
+    "filtered to zero": (131, 64, 1, Filtered(Linear(16.0), 0.2, zero=True), {}),
+    "sub-centres, sampled": (61, 64, 3, Linear(16.0), {"sampled": 40}),
+    "split": (131, 64, 1, Linear(16.0), {"state": "split"}),
+    "bfloat16": (131, 64, 1, Linear(16.0), {"state": "bfloat16"}),
+    "no target here": (131, 64, 1, Linear(16.0), {"targets": "none"}),
+    "all targets one": (131, 64, 1, Linear(16.0), {"targets": "one"}),
+    "kept": (131, 64, 1, Linear(96.0), {"bound": 96.0, "workspace": 1 << 20}),
+    "kept, sampled": (131, 64, 1, Linear(torch.tensor(32.0)), {"sampled": 50, "workspace": 1 << 20}),
+    "kept, no target here": (131, 64, 1, Linear(32.0), {"targets": "none", "workspace": 1 << 20}),
+    "too large to keep": (131, 64, 1, Linear(32.0), {"workspace": 4 * BATCH * 131 - 1}),
+    "not to be kept": (131, 64, 1, Curricular(16.0, torch.tensor(0.3)), {"anchor": True, "workspace": 1 << 20}),
+    "batch of one": (131, 64, 1, Linear(16.0), {"batch": 1}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "chunk", lambda *_, **__: 29)
+    count, size, centers, negatives, options = CASES[name]
+    unit = options.get("unit", True)
+    rows = filled(count * centers, size, bias=not unit, state=options.get("state", "float32"))
+    generator = torch.Generator().manual_seed(5)
+    samples = options.get("batch", BATCH)
+    labels = torch.randint(count, (samples,), generator=generator)
+    if options.get("targets") == "one":
+        labels[:] = count // 2
+    x = batch(rows, labels, centers, samples)
+    shard = range(count) if options.get("targets") != "none" else range(count, 2 * count)
+    classes = None
+    if "sampled" in options:
+        others = torch.randperm(count, generator=generator)[: options["sampled"]]
+        classes = torch.cat([labels, others]).unique()
+    taking = Taking.of(labels, shard, classes)
+    anchor = torch.linspace(-0.5, 0.5, samples) if options.get("anchor") else None
+    summand = Summand(negatives, anchor, options.get("logistic", False), options.get("bound", 16.0))
+    products = Products(unit_rows=unit, dtype=torch.float32, chunk=29, centers=centers)
+    products = replace(products, workspace=options.get("workspace"))
+    target = chunks.targets(rows, taking, x, products)[0]
+    # As of a loss: the gradient by the sum is a share of it.
+    vectors = [torch.full((samples,), 3.0), torch.rand(samples, generator=generator), target]
+    vectors.append(-torch.rand(samples, generator=generator))
+    sums, by_x, by_w = expected(rows, taking, x, products, summand, vectors)
+
+    found = fused.statistics(rows, taking, x, products, summand)
+    scaled = found.sums if summand.logistic else found.sums.double() * found.shift.double().exp()[:, None]
+    # Of each sample by itself: some sums are tiny beside others.
+    assert error(scaled / sums.clamp(min=1e-30), torch.ones_like(sums) * (sums > 0)) < 1e-5
+    gradients: list[tuple[Part, Tensor]] = []
+
+    def sink(part: Part, gradient: RowGradient) -> None:
+        gradients.append((part, gradient.dense(rows.read(part))))
+
+    ready: list[int] = []
+    found_x = fused.backward(
+        rows, taking, x, products, summand, *vectors, sink, lambda _: ready.append(len(gradients)), found.kept
+    )
+    assert error(found_x, by_x) < 1e-5
+    assert error(torch.cat([gradient for _, gradient in gradients]), by_w) < 1e-5
+    assert len(gradients) == math.ceil((count if classes is None else len(classes)) / 29)
+    # The other ranks get theirs while the last rows' gradient is yet to come.
+    assert ready == [0 if name.startswith("kept") else max(0, len(gradients) - 2)]
+    assert (found.kept is not None) == name.startswith("kept")
+
+
+def test_rows_beyond_two_to_the_31st_number() -> None:
+    size, count = 512, 4_200_000
+    # Never touched but for some rows, so the system gives no memory for the others.
+    rows = Rows(torch.empty(count, size, dtype=torch.bfloat16), torch.ones(count))
+    some = torch.tensor([5, count - 40, count - 3])
+    assert int(some[1]) * size > 2**31
+    few = filled(3, size, state="bfloat16")
+    rows.weight[some], rows.inverse_norm[some] = few.weight, few.inverse_norm
+    x, products = batch(few, torch.arange(3), size=3), Products(unit_rows=True, dtype=torch.float32, chunk=64)
+    summand = Summand(Linear(16.0), None, False, 16.0)
+    sampled = Taking(some, torch.tensor([0, 1, 2]))
+    of_few = Taking(None, torch.tensor([0, 1, 2]))
+    vectors = [torch.zeros(3), torch.ones(3), torch.ones(3), torch.ones(3)]
+    found = fused.statistics(rows, sampled, x, products, summand)
+    torch.testing.assert_close(found.sums, fused.statistics(few, of_few, x, products, summand).sums)
+    assert torch.equal(
+        fused.backward(rows, sampled, x, products, summand, *vectors, None),
+        fused.backward(few, of_few, x, products, summand, *vectors, None),
+    )
+    # A run of rows, as of a whole shard.
+    tail = Rows(rows.weight[-40:], rows.inverse_norm[-40:])
+    tail.weight[:] = tail.weight[37]
+    arguments = (torch.full((3,), -1), None, torch.tensor([16.0, 0.0]), *vectors)
+    numbers, flags = [1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1]
+    far, _ = fused.emit(x, rows.weight, None, rows.inverse_norm, None, None, *arguments, count - 40, 40, numbers, flags)
+    near, _ = fused.emit(x, tail.weight, None, tail.inverse_norm, None, None, *arguments, 0, 40, numbers, flags)
+    assert torch.equal(far, near)
+
+
+def of_op(rows: Rows, x: Tensor, classes: Tensor | None = None) -> tuple:
+    columns = torch.full((len(x),), -1)
+    columns[0] = 1
+    held = torch.tensor([16.0, 0.0])
+    return (
+        x,
+        rows.weight,
+        rows.low,
+        rows.inverse_norm,
+        None,
+        classes,
+        columns,
+        None,
+        held,
+        [1.0, 0.0, 1.0, 0.0, 0.0],
+        [0, 0, 0, 0, 1, 0],
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_the_ops_are_what_torch_expects_of_ops() -> None:
+    rows = filled(70, 32)
+    x = batch(rows, torch.arange(5), size=5)
+    for classes in (None, torch.tensor([0, 3, 60])):
+        arguments = of_op(rows, x.clone().requires_grad_(), classes)
+        torch.library.opcheck(fused.sum_negatives, arguments)
+        vectors = [torch.rand(5) for _ in range(4)]
+        count = 70 if classes is None else 3
+        torch.library.opcheck(
+            fused.emit, (*of_op(rows, x, classes)[:9], *vectors, 0, count, [1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1])
+        )
+
+
+def test_a_compiled_backbone_and_the_op_are_one_graph() -> None:
+    rows = filled(70, 32)
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Linear(10, 32), nn.BatchNorm1d(32))
+    images = torch.randn(5, 10)
+
+    def loss(images: Tensor) -> Tensor:
+        sums, *_ = fused.sum_negatives(*of_op(rows, F.normalize(backbone(images))))
+        return sums.log().mean()
+
+    def gradients(of: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(of, list(backbone.parameters())))
+
+    whole = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = gradients(whole(images))
+    z = 16 * F.normalize(backbone(images)).double() @ F.normalize(rows.weight.double()).T
+    z = torch.cat([z[:1, :1], z[:1, 2:]], 1).logsumexp(1).sum() + z[1:].logsumexp(1).sum()
+    for ours, theirs in zip(found, gradients(z / 5), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_workspace_decides_how_large_a_chunk_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = filled(131, 32)
+    labels = torch.arange(BATCH)
+    x, taking = batch(rows, labels), Taking.of(labels, range(131))
+    products = Products(unit_rows=True, dtype=torch.float32, chunk=7, workspace=1 << 20)
+    sizes = []
+    monkeypatch.setattr(tiles, "chunk", lambda *_, **options: 64 if options["workspace"] == (1 << 20) // 3 else 1)
+    vectors = [torch.rand(BATCH) for _ in range(4)]
+    arguments = (x, products, Summand(Linear(16.0), None, False, 16.0), *vectors, lambda part, _: sizes.append(part))
+    whole = fused.backward(rows, taking, *arguments)
+    assert sizes == [slice(0, 64), slice(64, 128), slice(128, 131)]
+    products = replace(products, workspace=None)
+    assert error(fused.backward(rows, taking, x, products, *arguments[2:]), whole.double()) < 1e-5
+    assert sizes[3] == slice(0, 7)

@@ -1,0 +1,195 @@
+"""Measure the tiles of the head's Triton kernels on this GPU: prints its section of recognition/head/tiles.toml.
+
+With `--write`, the section takes its place in the file. Entries of work that was not measured stay as they are.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from recognition.config import UserError
+from recognition.head import tiles
+from recognition.head.chunks import Products, Summand, Taking
+from recognition.head.negatives import Curricular, Filtered, Linear
+from recognition.head.rows import Rows, State
+from recognition.head.tiles import Kernel, Problem, Section, Tile, Work
+
+SIDES = [(256, 128, 64), (128, 256, 64), (128, 256, 32), (128, 128, 64), (128, 128, 32), (64, 256, 64), (64, 256, 32)]
+SIDES += [(64, 128, 64), (64, 128, 32), (64, 128, 16), (128, 64, 64), (64, 64, 64), (64, 64, 32)]
+CANDIDATES = [
+    Tile(*sides, warps, stages)
+    for sides in SIDES
+    for warps in (4, 8)
+    for stages in (3, 4)
+    # More sums to a thread than these leave no registers, and fewer do not keep the units busy.
+    if 16 <= sides[0] * sides[1] // (32 * warps) <= 128
+]
+CHUNKS = (2048, 4096, 8192, 16384, 32768)
+TYPES: dict[tuple[int, int], tuple[State, torch.dtype]] = {
+    (2, 2): ("bfloat16", torch.bfloat16),
+    (4, 2): ("float32", torch.bfloat16),
+    (4, 4): ("float32", torch.float32),
+}
+CENTERS = 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure as the command line says; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=_positive, nargs="+", default=[1024], help="gathered images (default: 1024)")
+    parser.add_argument("--classes", type=_positive, default=262_144, help="classes of this GPU (%(default)s)")
+    parser.add_argument("--embedding-size", type=_positive, default=512, help="default: %(default)s")
+    parser.add_argument("--work", choices=get_args(Work), nargs="+", default=list(get_args(Work)), help="default: all")
+    parser.add_argument("--workspace", type=_positive, default=256, metavar="MIB", help="of a chunk (%(default)s)")
+    parser.add_argument("--write", action="store_true", help="put the section into the table")
+    options = parser.parse_args(arguments)
+    try:
+        device = _device()
+        name, section = _tuned(device, options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(section.to_toml(name), end="")
+    if options.write:
+        beside = tiles.TABLE.with_suffix(".new")
+        beside.write_text(tiles.put(tiles.TABLE.read_text(encoding="utf-8"), name, section), encoding="utf-8")
+        os.replace(beside, tiles.TABLE)
+        print(f"written to {tiles.TABLE}", file=sys.stderr)
+    return 0
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA device here: run this on the GPU whose tiles are to be found")
+    device = torch.device("cuda", torch.cuda.current_device())
+    from recognition.head import makers
+
+    makers.choose("triton", device)
+    return device
+
+
+def _tuned(device: torch.device, options: argparse.Namespace) -> tuple[str, Section]:
+    """The device's section, and what it is called."""
+    import triton
+
+    called = torch.cuda.get_device_name(device)
+    old, name = tiles.section(called), tiles.name_of(called)
+    names = old.names
+    if name == tiles.FALLBACK:
+        name, names = called, (called,)
+    measured: dict[Kernel, dict[Problem, Tile]] = {kernel: {} for kernel in get_args(Kernel)}
+    for work in options.work:
+        for types in TYPES:
+            for batch in options.batch:
+                bench = _Bench(device, work, types, batch, options.classes, options.embedding_size)
+                for kernel, run in bench.kernels.items():
+                    classes = options.classes if kernel == "statistics" else bench.products.chunk
+                    problem = Problem(work, types, (batch, classes, options.embedding_size))
+                    measured[kernel][problem] = _fastest(f"{kernel}, {problem}", run)
+    found = {
+        kernel: {
+            problem: tile
+            for problem, tile in old.tiles[kernel].items()
+            if (problem.work, problem.bytes) not in {(new.work, new.bytes) for new in entries}
+        }
+        | entries
+        for kernel, entries in measured.items()
+    }
+    source = f"timed on {called}, torch {torch.__version__}, Triton {triton.__version__}"
+    section = replace(old, names=names, source=source, tiles=found)
+    bench = _Bench(device, "plain", next(iter(TYPES)), options.batch[0], options.classes, options.embedding_size)
+    return name, replace(section, chunk=bench.best_chunk(options.workspace << 20, found["emit"]))
+
+
+class _Bench:
+    """Rows, embeddings and the functions that are measured on them."""
+
+    def __init__(
+        self, device: torch.device, work: Work, types: tuple[int, int], batch: int, classes: int, size: int
+    ) -> None:
+        state, dtype = TYPES[types]
+        centers = CENTERS if work == "centers" else 1
+        self.rows = Rows.initial(range(classes * centers), size, bias=False, seed=0, device=device, state=state)
+        self.x = torch.nn.functional.normalize(torch.randn(batch, size, device=device)).to(dtype)
+        self.taking = Taking(None, torch.randint(classes, (batch,), device=device))
+        self.products = Products(unit_rows=True, dtype=dtype, chunk=min(classes, max(CHUNKS) // 4), centers=centers)
+        curricular = Curricular(64.0, torch.tensor(0.1, device=device))
+        negatives = Filtered(curricular, 0.9, zero=False) if work == "elaborate" else Linear(64.0)
+        self.vector = torch.full((batch,), 0.1, device=device)
+        self.summand = Summand(negatives, self.vector if work == "elaborate" else None, False, 64.0)
+        self.kernels: dict[Kernel, Callable[[], Any]] = {"statistics": self.statistics, "emit": self.backward}
+
+    def statistics(self) -> None:
+        """The forward pass."""
+        from recognition.head import fused
+
+        fused.statistics(self.rows, self.taking, self.x, self.products, self.summand)
+
+    def backward(self, chunk: int | None = None, *, rows_too: bool = False) -> None:
+        """The backward pass, with the gradient by the rows if wanted."""
+        from recognition.head import fused
+
+        products = replace(self.products, chunk=chunk or self.products.chunk)
+        vectors: list[Tensor] = [self.vector] * 4
+        sink = (lambda part, gradient: gradient.product()) if rows_too else None
+        fused.backward(self.rows, self.taking, self.x, products, self.summand, *vectors, sink)
+
+    def best_chunk(self, workspace: int, known: dict[Problem, Tile]) -> int:
+        """Rows per chunk that are fastest, of those that have room, in the tile that is `known` to be best."""
+        batch, size = self.x.shape
+        problem = Problem("plain", next(iter(TYPES)), (batch, self.products.chunk, size))
+        best = known[min(known, key=problem.distance)]
+        times = {}
+        for chunk in CHUNKS:
+            if chunk <= len(self.rows) and 2 * chunk * (batch + 3 * size) <= workspace:
+                with tiles.forced(best):
+                    times[chunk] = _milliseconds(lambda chunk=chunk: self.backward(chunk, rows_too=True))
+                print(f"chunk of {chunk}: {times[chunk]:.3f} ms", file=sys.stderr)
+        return min(times, key=lambda chunk: times[chunk]) if times else min(CHUNKS)
+
+
+def _fastest(what: str, run: Callable[[], Any]) -> Tile:
+    """The candidate in which `run` takes least time. Raises UserError where none can be run."""
+    from triton.runtime.errors import TritonError
+
+    times: dict[Tile, float] = {}
+    for candidate in CANDIDATES:
+        with tiles.forced(candidate):
+            try:
+                times[candidate] = _milliseconds(run)
+            except TritonError:
+                # Its shared memory or its registers are more than there are.
+                times[candidate] = math.inf
+        print(f"{what}: {candidate}: {times[candidate]:.3f} ms", file=sys.stderr)
+    best = min(times, key=lambda candidate: times[candidate])
+    if times[best] == math.inf:
+        raise UserError(f"{what}: no tile can be compiled for this GPU")
+    return best
+
+
+def _milliseconds(run: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(run, return_mode="median"))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
