@@ -38,6 +38,8 @@ from recognition.head.rows import Part, RowGradient, Rows
 
 _PROCESSORS = 128
 """Of a GPU whose number is not known; splits are made for twice as many blocks."""
+_ELABORATE = kernels.DIVIDED.value, kernels.SPHERE2.value
+"""Negatives that take many registers."""
 _HELD_BACK = 2
 """Chunks whose rows' gradient waits until the one by the embeddings is on its way to the other ranks."""
 
@@ -238,7 +240,7 @@ def sum_negatives(
             BENT=bent, FILTER=filtering, LOGISTIC=logistic, RUNNING=running, UNIT=bias is None,
             GATHER=classes is not None, ANCHOR=anchor is not None, CENTERS=centers, UPCAST=x.dtype == torch.float32,
             SIZE=size, BLOCK_B=tile.batch, BLOCK_N=tile.classes, BLOCK_D=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
     if not running:
         return sums.sum(0).T.contiguous(), shifts[0].clone(), kept
@@ -335,7 +337,7 @@ def emit(
             BENT=bent, FILTER=filtering, LOGISTIC=logistic, UNIT=bias is None,
             GATHER=classes is not None, ANCHOR=anchor is not None, CENTERS=centers, UPCAST=x.dtype == torch.float32,
             SIZE=size, BLOCK_B=tile.batch, BLOCK_N=tile.classes, BLOCK_D=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return e, summed.sum(0)
 
@@ -363,8 +365,7 @@ def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
 def _work(bent: int, filtering: int, logistic: int, centers: int) -> tiles.Work:
     if centers > 1:
         return "centers"
-    involved = bent in (kernels.DIVIDED.value, kernels.SPHERE2.value)
-    return "elaborate" if involved or filtering or logistic else "plain"
+    return "elaborate" if filtering or logistic or bent in _ELABORATE else "plain"
 
 
 def _tile(kernel: tiles.Kernel, x: Tensor, weight: Tensor, count: int, work: tiles.Work) -> tiles.Tile:

@@ -260,8 +260,9 @@ def _bent(cosine, limit, factor, addend, scale, margin, exponent, threshold, BEN
     elif BENT == DIVIDED:
         edged = tl.minimum(tl.maximum(cosine, -_EDGE), _EDGE)
         angle = _arccosine(edged) / margin
-        z = scale * tl.cos(angle)
-        slope = scale / margin * tl.sin(angle) / tl.sqrt((1 - edged) * (1 + edged))
+        sine, cosine_of_half = _half_angle(angle / 2)
+        z = scale * (1 - 2 * sine * sine)
+        slope = scale / margin * (2 * sine * cosine_of_half) / tl.sqrt((1 - edged) * (1 + edged))
     elif BENT == SPHERE2:
         half = tl.maximum((cosine + 1) / 2, _TINY)
         power = tl.exp2((exponent - 1) * tl.log2(half))
@@ -301,3 +302,14 @@ def _arccosine(c):
     p = 1.5707963050 + u * (-0.2145988016 + u * p)
     root = p * tl.sqrt(1 - u)
     return tl.where(c < 0, 3.141592653589793 - root, root)
+
+
+@triton.jit
+def _half_angle(u):
+    """Sine and cosine for 0 <= u <= pi / 2: Taylor series. `tl.sin` keeps a table in memory for angles of any size."""
+    square = u * u
+    sine = 1 / 120 + square * (-1 / 5040 + square * (1 / 362880 - square / 39916800))
+    sine = u * (1 + square * (-1 / 6 + square * sine))
+    cosine = -1 / 720 + square * (1 / 40320 - square * (1 / 3628800 - square / 479001600))
+    cosine = 1 + square * (-1 / 2 + square * (1 / 24 + square * cosine))
+    return sine, cosine

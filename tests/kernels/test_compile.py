@@ -17,7 +17,7 @@ from compiled import Resources, compiling, in_child
 
 from recognition import config
 from recognition.head.chunks import Products, Summand, Taking
-from recognition.head.negatives import Curricular, Filtered, Linear, Negatives, Sphere2
+from recognition.head.negatives import Curricular, DividedAngle, Filtered, Linear, Negatives, Sphere2
 from recognition.head.rows import RowGradient, Rows, State
 
 BATCH, CLASSES, SIZE = 1024, 4096, 512
@@ -54,6 +54,7 @@ CASES = {
     "bias, running maximum": Case(unit_rows=False, bound=None),
     "curricular, running maximum, sampled": Case(CURRICULAR, bound=128.0, sampled=True),
     "filtered, rows in float32": Case(Filtered(CURRICULAR, 0.4, zero=False), state="float32"),
+    "divided angle": Case(DividedAngle(64.0, 1.4)),
     "logistic, sphere2": Case(Sphere2(64.0, 0.4, 3.0, torch.tensor(1.0)), logistic=True),
     "sub-centres, filtered, sampled": Case(Filtered(CURRICULAR, 0.4, zero=False), centers=3, sampled=True),
 }
@@ -151,6 +152,7 @@ BOUNDS = {
     "bias, running maximum": ((200, 64), (240, 32), (192, 144), (144, 96)),
     "curricular, running maximum, sampled": ((254, 64), (255, 32), (254, 144), (255, 96)),
     "filtered, rows in float32": ((160, 40), (144, 40), (128, 52), (168, 52)),
+    "divided angle": ((255, 24), (255, 24), (255, 36), (255, 36)),
     "logistic, sphere2": ((184, 24), (208, 24), (176, 36), (192, 36)),
     "sub-centres, filtered, sampled": ((168, 16), (168, 16), (128, 24), (168, 24)),
 }

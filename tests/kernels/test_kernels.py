@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recognition.head import chunks, fused, tiles
 from recognition.head.chunks import Products, Summand, Taking
-from recognition.head.negatives import Curricular, Filtered, Linear
+from recognition.head.negatives import Curricular, DividedAngle, Filtered, Linear
 from recognition.head.rows import Part, RowGradient, Rows
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the device")
@@ -84,6 +84,7 @@ CASES = {
     "curricular, sampled": (131, 64, 1, Curricular(16.0, torch.tensor(0.3)), {"anchor": True, "sampled": 60}),
     "logistic": (131, 64, 1, Linear(16.0, torch.tensor(-9.0)), {"logistic": True}),
     "logistic, tiny terms": (131, 64, 1, Linear(8.0, torch.tensor(-30.0)), {"logistic": True}),
+    "divided angle": (131, 64, 1, DividedAngle(32.0, 1.4), {"bound": 32.0}),
     "filtered": (131, 64, 1, Filtered(Linear(16.0), 0.2, zero=False), {}),
     "filtered to zero": (131, 64, 1, Filtered(Linear(16.0), 0.2, zero=True), {}),
     "sub-centres, sampled": (61, 64, 3, Linear(16.0), {"sampled": 40}),
