@@ -93,6 +93,13 @@ def set_timeout(seconds: float, group: dist.ProcessGroup | None = None) -> None:
     set_group_timeout(timedelta(seconds=seconds), group)
 
 
+def new_group(seconds: float) -> dist.ProcessGroup:
+    """Another group of all ranks, whose collectives are bounded by `seconds` and do not queue with the others'."""
+    group = dist.new_group(timeout=timedelta(seconds=seconds))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def split(total: int, parts: int) -> list[int]:
     """Sizes that add up to `total`, as even as possible, the larger ones first: how a batch is shared out."""
     size, larger = divmod(total, parts)

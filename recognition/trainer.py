@@ -76,6 +76,9 @@ class Trainer:
         self.schedule = Schedule.of(config.training, self.index.num_images / config.training.global_batch)
 
         self.backbone = build_backbone(config.backbone, config.run.seed).to(ranks.device)
+        self.head_group = None
+        if config.distributed.head_group:
+            self.head_group = distributed.new_group(config.distributed.init_timeout_seconds)
         self.head = build_head(
             config.head,
             self.index.num_identities,
@@ -83,6 +86,7 @@ class Trainer:
             seed=config.run.seed,
             device=ranks.device,
             optimizer=config.head_optimizer,
+            ranks_group=self.head_group,
             fused=config.training.accumulation == 1,
         )
         self.optimizer = build_optimizer(
@@ -95,6 +99,7 @@ class Trainer:
                 device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
                 **_RANKS_KEEP_THEIR_BUFFERS,
                 gradient_as_bucket_view=True,
+                bucket_cap_mb=config.distributed.bucket_mib,
             )
         self.nonfinite_in_a_row = torch.zeros((), dtype=torch.int64, device=ranks.device)
 
@@ -135,7 +140,7 @@ class Trainer:
             values = self._train_step(self.step)
             self.step += 1
             if self.step == first + 1:
-                distributed.set_timeout(config.distributed.timeout_seconds)
+                self._bound_collectives(config.distributed.timeout_seconds)
             is_record = _is_due(self.step, config.tracking.every_steps, total)
             self.tracker.log_step(self.step, values)
             if is_record:
@@ -274,9 +279,14 @@ class Trainer:
         self.folder.refuse_if_changed(self.checkpoints.facts(found), self._facts())
         return int(self.checkpoints.load(found, self._tensors())["step"])
 
+    def _bound_collectives(self, seconds: float) -> None:
+        distributed.set_timeout(seconds)
+        if self.head_group is not None:
+            distributed.set_timeout(seconds, self.head_group)
+
     def _export(self, results: dict[str, Verification]) -> None:
         """Write the deployable and its card on the main rank; a failure there stops every rank."""
-        distributed.set_timeout(self.config.distributed.init_timeout_seconds)
+        self._bound_collectives(self.config.distributed.init_timeout_seconds)
         facts = {name: value for name, value in self._facts().items() if name != "config"}
         facts |= {"backbone": self.config.backbone.name, "loss": self.config.head.loss.name}
         facts["verification"] = {name: result.to_json() for name, result in results.items()}

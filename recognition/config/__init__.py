@@ -243,6 +243,11 @@ class Distributed(Section):
     """Bound on a collective until the first step is done."""
     timeout_seconds: PositiveInt = 120
     """Bound on a collective after that."""
+    bucket_mib: PositiveInt = 25
+    """MiB of the backbone's gradients that are summed over the ranks at a time, while the backward pass goes on."""
+    head_group: bool = False
+    """Whether the head's collectives have a process group of their own, on GPUs a communicator, so that none of them
+    waits behind the backbone's gradients."""
 
 
 class Export(Section):

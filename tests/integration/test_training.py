@@ -125,6 +125,11 @@ def test_a_run_stopped_at_any_step_and_resumed_is_bitwise_the_run_that_was_not(
         np.testing.assert_allclose(found[name], tensor, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
+def test_how_ranks_talk_does_not_matter(faces: Path, whole: Path, tmp_path: Path) -> None:
+    launch_ranks(run, 2, settings(faces, tmp_path / "own", "distributed.head_group=true", "distributed.bucket_mib=1"))
+    assert losses(tmp_path / "own") == losses(whole)
+
+
 def test_every_number_of_ranks_trains_alike_and_continues_the_others_run(faces: Path, tmp_path: Path) -> None:
     launch_ranks(run, 1, settings(faces, tmp_path / "one"), None, True)
     reference = losses(tmp_path / "one")
