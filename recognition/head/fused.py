@@ -93,7 +93,7 @@ def statistics(rows: Rows, taking: Taking, x: Tensor, products: Products, summan
     running = not summand.logistic and summand.offset is None
     plain = isinstance(summand.negatives, Linear) and products.unit_rows and products.centers == 1
     numbers = len(x) * (len(rows) if taking.classes is None else len(taking.classes))
-    fits = products.workspace is not None and numbers * x.itemsize <= products.workspace
+    fits = products.workspace is not None and 0 < numbers * x.itemsize <= products.workspace
     keep = plain and fits and not summand.logistic and not running
     sums, shift, kept = sum_negatives(
         x,
@@ -219,8 +219,8 @@ def sum_negatives(
     [B, n] in the type of `x`, which is empty unless it is wanted.
 
     `numbers`: scale, margin, exponent, threshold, offset; `flags`: kind of the negatives, filter, logistic, running
-    maximum, centres, keep; `low`: `Rows.low` where products
-    are of float32. The rest is as in `chunks`; the second of two sums is a constant in the gradient.
+    maximum, centres, keep; `low`: `Rows.low` where products are of float32. The rest is as in `chunks`; the second of
+    two sums is a constant in the gradient.
     """
     scale, margin, exponent, threshold, offset = numbers
     bent, filtering, logistic, running, centers, keep = flags

@@ -150,6 +150,24 @@ def test_against_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.kept is not None) == name.startswith("kept")
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_rank_without_classes_has_nothing_to_say(sampled: bool) -> None:
+    rows = filled(7 if sampled else 0, 32)
+    taking = Taking(torch.empty(0, dtype=torch.int64) if sampled else None, torch.full((5,), -1))
+    products = Products(unit_rows=True, dtype=torch.float32, chunk=29, workspace=1 << 20)
+    x, summand = F.normalize(torch.ones(5, 32)), Summand(Linear(16.0), None, False, 16.0)
+    found, taken, ready = fused.statistics(rows, taking, x, products, summand), [], []
+    assert torch.equal(found.sums, torch.zeros(5, 1))
+    vectors = [torch.ones(5)] * 4
+
+    def sink(part: Part, gradient: RowGradient) -> None:
+        taken.append(part)
+
+    by_x = fused.backward(rows, taking, x, products, summand, *vectors, sink, ready.append, found.kept)
+    assert torch.equal(by_x, torch.zeros(5, 32))
+    assert len(ready) == 1 and not taken
+
+
 def test_rows_beyond_two_to_the_31st_number() -> None:
     size, count = 512, 4_200_000
     # Never touched but for some rows, so the system gives no memory for the others.
