@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from recognition import config as configuration
+from recognition.hardware import cores
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -75,7 +76,7 @@ def start(config: configuration.Distributed, threads: int = 0) -> Ranks:
         store=None if numbers else dist.HashStore(),  # type: ignore[attr-defined]
         device_id=device if device.type == "cuda" else None,
     )
-    torch.set_num_threads(threads or max(1, _cores() // local_world))
+    torch.set_num_threads(threads or max(1, cores() // local_world))
     _keep_freed_memory()
     return Ranks(rank, world, local_rank, local_world, device)
 
@@ -270,10 +271,6 @@ def _keep_freed_memory() -> None:
     glibc gives memory back by thresholds that grow with the largest block that is freed, up to 32 MiB (mallopt(3)).
     """
     torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _checked(sizes: Sequence[int], world: int) -> list[int]:

@@ -126,7 +126,7 @@ class Trainer:
             world=ranks.world,
             device=ranks.device,
             image_size=config.backbone.image_size,
-            channels_last=config.backbone.channels_last,
+            channels_last=config.backbone.channels_last is True,
             start_step=self.step * config.training.accumulation,
             quarantine=self.folder.quarantine,
         )

@@ -130,8 +130,11 @@ class Data(Section):
     """A .rec file with its .idx, a folder that holds `train.rec`, or a folder of identity folders."""
     cache: Path | None = None
     """Where the index goes when the data's own folder is read-only. Default: the user's cache folder."""
+    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    """What decodes and changes images. `auto`: NVIDIA DALI where it is installed, else torchvision, which gives the
+    same images but for rounding, and is slower."""
     threads: PositiveInt = 2
-    """DALI's worker threads per process."""
+    """Threads per process that decode."""
     prefetch: PositiveInt = 2
     """Batches decoded ahead, and threads that read ahead: more of them hide a slow storage."""
     augment: Augment = Augment()
@@ -172,12 +175,14 @@ class Backbone(Section):
     """Dropout in the neck."""
     weights: InputPath | None = None
     """State dict to start from: ours, or InsightFace's `backbone.pth` for IResNet and MobileFaceNet."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """`bfloat16`: autocast; parameters stay float32 either way."""
-    channels_last: bool = True
-    """Memory format of images and convolutions."""
-    compile: bool = False
-    """Run the backbone through `torch.compile`."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of products and convolutions; parameters stay float32. `float16` scales the loss, so that small gradients do
+    not vanish. `auto`: bfloat16 where the hardware has units for it (NVIDIA from Ampere on; AMX, AVX-512 or Arm with
+    bfloat16), float16 on NVIDIA's Volta and Turing, else float32."""
+    channels_last: Literal["auto", True, False] = "auto"
+    """Memory format of images and convolutions. `auto`: what was measured to be faster on such hardware."""
+    compile: Literal["auto", True, False] = "auto"
+    """Run the backbone through `torch.compile`. `auto`: where it was measured to pay for its time."""
 
 
 class Training(Section):
@@ -199,6 +204,11 @@ class Training(Section):
     """Largest global norm of the backbone's gradient; 0: no clipping."""
     decay_norms_and_biases: bool = False
     """Whether norms' and biases' parameters decay too, as in arcface_torch."""
+    loss_scale: PositiveFloat = 65536.0
+    """What the loss is multiplied by at the start of a run in float16. A step in which a gradient overflows changes
+    nothing but to halve it."""
+    loss_scale_growth_steps: PositiveInt = 2000
+    """Steps in a row without an overflow after which the loss's scale doubles."""
     max_nonfinite_steps: PositiveInt = 20
     """A step whose loss is not finite changes nothing; after so many in a row the run stops."""
     threads: NonNegativeInt = 0

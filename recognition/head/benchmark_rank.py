@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recognition import config
 from recognition.distributed import shard_rows
-from recognition.head.chunks import product_type
+from recognition.hardware import product_type
 from recognition.head.naive import NaiveHead
 from recognition.head.plan import HeadPlan
 from recognition.head.sharded_softmax import build_head

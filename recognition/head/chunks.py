@@ -19,8 +19,6 @@ from torch import Tensor
 from recognition.head.negatives import Linear, Negatives
 from recognition.head.rows import Part, RowGradient, Rows
 
-DEFAULT_CHUNK = {"cpu": 1024, "cuda": 8192}
-"""Classes whose logits exist at a time, by device. On a CPU those of a few hundred samples stay near a core."""
 _LARGEST_EXPONENT = 64.0
 _LARGEST_BOUND = 120.0
 _FEW = 16  # one in so many, up to which single products are cheaper than a matrix product
@@ -243,14 +241,6 @@ def finite_shift(shift: Tensor) -> Tensor:
 def rescaling(shift: Tensor, other: Tensor) -> Tensor:
     """What a sum of exp(z - shift) is to be multiplied by to be one of exp(z - other)."""
     return torch.exp(shift - finite_shift(other))
-
-
-def product_type(precision: str, device: torch.device) -> torch.dtype:
-    """The type of the matrix products' operands."""
-    if precision == "auto":
-        units = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if units else torch.float32
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def _products(rows: Rows, part: Part, operand: Tensor, x: Tensor, products: Products, columns: Tensor | None) -> Tensor:

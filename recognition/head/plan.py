@@ -12,7 +12,7 @@ import torch
 
 from recognition import config
 from recognition.distributed import shard_rows
-from recognition.head.chunks import DEFAULT_CHUNK, product_type
+from recognition.hardware import head_chunk, product_type
 from recognition.head.sampling import BLOCK as _SAMPLED_AT_A_TIME
 
 _NUMBER = {"float32": 4, "split": 4, "bfloat16": 2}
@@ -127,7 +127,10 @@ class HeadPlan:
     @property
     def _product(self) -> int:
         """Bytes of a number in the matrix products."""
-        return product_type(self.settings.precision, torch.device(self.device)).itemsize
+        precision = self.settings.precision
+        # Of GPUs, which need not be here, those from Ampere on are planned for.
+        planned = "bfloat16" if precision == "auto" and self.device == "cuda" else precision
+        return product_type(planned, torch.device(self.device)).itemsize
 
     @property
     def _workspace(self) -> int:
@@ -136,7 +139,7 @@ class HeadPlan:
             # The gradient by the products of three chunks, and all else of one, as large as there is room for.
             everything = self.taken * (3 * self.gathered * self._product + self.embedding_size * (self._product + 4))
             return min(self.settings.workspace_mib << 20, everything)
-        chunk = min((self.settings.chunk or DEFAULT_CHUNK[self.device]) * self.settings.subcenters, self.taken)
+        chunk = min((self.settings.chunk or head_chunk(self.device)) * self.settings.subcenters, self.taken)
         # Products, logits and gradient in float32, and the gradient once more where products are of another type.
         logits = self.gathered * chunk * (3 * 4 + (self._product if self._product != 4 else 0))
         in_place = self.settings.state == "float32" and self.settings.sample_rate == 1

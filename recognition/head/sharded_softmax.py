@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from recognition import config
+from recognition import config, hardware
 from recognition.distributed import shard_rows, start_reduce_scatter_rows
 from recognition.head import chunks, makers
 from recognition.head.auxiliary import Auxiliary
@@ -97,8 +97,8 @@ class ShardedSoftmax(nn.Module):
         self._maker = makers.choose(settings.kernels, device)
         self.products = chunks.Products(
             unit_rows=self.loss.unit_rows,
-            dtype=chunks.product_type(settings.precision, device),
-            chunk=settings.chunk or chunks.DEFAULT_CHUNK[device.type],
+            dtype=hardware.product_type(settings.precision, device),
+            chunk=settings.chunk or hardware.head_chunk(device.type),
             workspace=None if settings.chunk else settings.workspace_mib << 20,
             centers=settings.subcenters,
             sharp=min(_SHARP_LOGIT / (self.loss.scale or _SHARP_SCALE), _SHARP_LOGIT / _SHARP_SCALE),

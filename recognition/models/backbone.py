@@ -19,6 +19,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from recognition import hardware
 from recognition.config import Backbone as BackboneConfig
 from recognition.config import UserError
 from recognition.models import insightface
@@ -71,7 +72,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.image_size = config.image_size
         self.embedding_size = config.embedding_size
-        self.mixed_precision = config.precision == "bfloat16"
+        config = hardware.resolve_backbone(config, torch.device("cpu"))
+        self.precision = hardware.DTYPES[config.precision]
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.trunk, features = _build_trunk(config)
         # Maps of square images are square, which tells [b,h,w,C] from [b,C,h,w]; tokens are [b,n,C].
@@ -86,9 +88,9 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor, *, float32: bool = False) -> Tensor:
         """Embed images [b,3,H,W] float32 in [-1,1] as [b,D] float32; with `float32`, without autocast."""
-        device = images.device.type
+        device, mixed = images.device.type, self.precision != torch.float32 and not float32
         images = images.contiguous(memory_format=self.memory_format)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.mixed_precision and not float32):
+        with torch.autocast(device, dtype=self.precision, enabled=mixed):
             features = self.trunk(images)
         with torch.autocast(device, enabled=False):
             return self.neck(self._as_map(features).float())
@@ -113,7 +115,7 @@ def build_backbone(config: BackboneConfig, seed: int = 0) -> Backbone:
         backbone = Backbone(config)
     if config.weights is not None:
         load_weights(backbone, config.weights)
-    if config.compile:
+    if config.compile is True:
         backbone.trunk.compile()
     return backbone
 

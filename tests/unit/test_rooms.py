@@ -11,6 +11,7 @@ ROOMS = {"data", "models", "head", "evaluation", "deploy"}
 LEVELS = [
     {"toml"},
     {"config"},
+    {"hardware"},
     {"distributed", "tracking"},
     {"checkpoint", "optimizer", *ROOMS},
     {"run_folder"},

@@ -1,0 +1,205 @@
+"""What a process computes on, and what the settings that say `auto` become there.
+
+This is the one place where hardware decides a default. A run resolves its settings once, shows them, and records them
+in its checkpoints and in the card of its ONNX file. The measurements behind the choices are in docs/measurements.
+"""
+
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from recognition.config import Backbone, Config, UserError
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""torch's types by the names that settings give them."""
+
+_AMPERE, _VOLTA = (8, 0), (7, 0)
+_CHUNK = {"cpu": 1024, "cuda": 8192}
+_HAVE_BFLOAT16 = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A processor or a card."""
+
+    name: str
+    """As it calls itself."""
+    units: str
+    """What it computes with: instruction set, or compute capability."""
+    precision: Precision
+    """The fastest type whose matrix products and convolutions have units of their own, float32 if no other has."""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.units})"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings without any `auto`, and why they are what they are."""
+
+    config: Config
+    hardware: Hardware
+    notes: tuple[str, ...] = ()
+    """What the user should know: sentences."""
+
+    def facts(self) -> dict[str, Any]:
+        """What checkpoints and the card record, as JSON values by name."""
+        backbone, head = self.config.backbone, self.config.head
+        return {
+            "device": str(self.hardware),
+            "backbone.precision": backbone.precision,
+            "backbone.channels_last": backbone.channels_last,
+            "backbone.compile": backbone.compile,
+            "head.precision": head.precision,
+            "head.chunk": head.chunk,
+            "training.threads": self.config.training.threads,
+            "data.loader": self.config.data.loader,
+        }
+
+
+def of(device: torch.device) -> Hardware:
+    """Ask what `device` has."""
+    if device.type == "cuda":
+        return _card(device)
+    if device.type == "mps":
+        return Hardware(_processor_name(), "Metal", "float32")
+    units = {"DEFAULT": "no vector units that torch uses", "AVX512": "AVX-512"}
+    capability = torch.backends.cpu.get_cpu_capability()
+    native = _has_bfloat16()
+    label = units.get(capability, capability) + (" with bfloat16" if native else "")
+    return Hardware(_processor_name(), label, "bfloat16" if native else "float32")
+
+
+def resolve(
+    config: Config, device: torch.device, *, local_world: int = 1, before: Mapping[str, Any] | None = None
+) -> Resolved:
+    """Replace every `auto` of `config` by what suits `device`, which `local_world` processes share the processor of.
+
+    `before`: the `facts` of the checkpoint that the run goes on from; its precisions stay where nothing else is asked
+    for. Raises UserError where `device` cannot compute in the precision that is asked for or stays.
+    """
+    hardware, before, notes = of(device), before or {}, []
+    backbone, head = config.backbone, config.head
+    for name, asked in (("backbone.precision", backbone.precision), ("head.precision", head.precision)):
+        kept, best = before.get(name), best_precision(name, hardware)
+        if asked == "auto" and kept not in (None, best):
+            _refuse_unable(name, kept, hardware, device)
+            notes.append(
+                f"{name}: the run goes on in {kept}, as it began; {hardware} would take {best} ({name}={best} does so)"
+            )
+        elif asked != "auto" and kept not in (None, asked):
+            notes.append(f"{name}: the run began in {kept} and goes on in {asked}")
+        chosen = asked if asked != "auto" else kept or best
+        _refuse_unable(name, chosen, hardware, device)
+        if asked != "auto" and chosen != "float32" and best == "float32":
+            notes.append(f"{name}: {hardware} has no units for {chosen} and emulates it; float32 may be much faster")
+        if name == "backbone.precision":
+            backbone = backbone.model_copy(update={"precision": chosen})
+        else:
+            head = head.model_copy(update={"precision": chosen, "chunk": head.chunk or head_chunk(device.type)})
+    backbone = resolve_backbone(backbone, device)
+    threads = config.training.threads or max(1, cores() // local_world)
+    training = config.training.model_copy(update={"threads": threads})
+    data = config.data.model_copy(update={"loader": loader(config.data.loader)})
+    resolved = config.model_copy(update={"backbone": backbone, "head": head, "training": training, "data": data})
+    return Resolved(resolved, hardware, tuple(notes))
+
+
+def resolve_backbone(backbone: Backbone, device: torch.device) -> Backbone:
+    """Replace every `auto` of the backbone's settings by what suits `device`."""
+    precision = of(device).precision if backbone.precision == "auto" else backbone.precision
+    return backbone.model_copy(
+        update={
+            "precision": precision,
+            "channels_last": True if backbone.channels_last == "auto" else backbone.channels_last,
+            "compile": False if backbone.compile == "auto" else backbone.compile,
+        }
+    )
+
+
+def best_precision(name: str, hardware: Hardware) -> str:
+    """What `auto` of the setting `name` is on `hardware`: the head has no products in float16."""
+    if name == "head.precision" and hardware.precision == "float16":
+        return "float32"
+    return hardware.precision
+
+
+def product_type(precision: str, device: torch.device) -> torch.dtype:
+    """Type of the operands of the head's matrix products."""
+    return DTYPES[best_precision("head.precision", of(device)) if precision == "auto" else precision]
+
+
+def head_chunk(device_type: str) -> int:
+    """Classes whose logits exist at a time. On a CPU those of a few hundred samples stay near a core."""
+    return _CHUNK.get(device_type, _CHUNK["cpu"])
+
+
+def loader(asked: str) -> str:
+    """Who makes the batches: `dali`, or `torchvision` where DALI is not installed.
+
+    Raises UserError where DALI is asked for and is not there.
+    """
+    there = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if asked == "dali" and not there:
+        raise UserError(
+            "data.loader is dali, which is not installed: it exists for Linux on x86-64 "
+            "(pip install nvidia-dali-cuda130); data.loader=torchvision does without it"
+        )
+    if asked == "auto":
+        return "dali" if there else "torchvision"
+    return asked
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _card(device: torch.device) -> Hardware:
+    name = torch.cuda.get_device_name(device)
+    if torch.version.hip is not None:
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Hardware(name, "ROCm", "bfloat16" if native else "float16")
+    capability = torch.cuda.get_device_capability(device)
+    precision: Precision = "bfloat16" if capability >= _AMPERE else "float16" if capability >= _VOLTA else "float32"
+    return Hardware(name, "compute capability {}.{}".format(*capability), precision)
+
+
+def _has_bfloat16() -> bool:
+    """Whether the processor has units for bfloat16 that oneDNN uses.
+
+    oneDNN's own answer counts AVX-512 without such units too; torch's list of capabilities does not obey
+    ONEDNN_MAX_CPU_ISA, which caps oneDNN: all three are asked.
+    """
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported() or not any(name in cap for name in _HAVE_BFLOAT16):
+        return False
+    return any(has and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
+
+
+def _refuse_unable(name: str, precision: str | None, hardware: Hardware, device: torch.device) -> None:
+    """Raise UserError where a card cannot compute in `precision` at all; processors emulate what they lack."""
+    if device.type == "cuda" and precision == "bfloat16" and hardware.precision != "bfloat16":
+        instead = best_precision(name, hardware)
+        raise UserError(f"{name} is bfloat16, which {hardware} cannot compute: set {name}={instead}, in a run too")
+
+
+def _processor_name() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
