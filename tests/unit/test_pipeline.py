@@ -273,7 +273,7 @@ def test_a_batch_stays_what_it_was(images: Images, opened: Open) -> None:
 
 def operators(pipeline: Pipeline) -> set[str]:
     next(pipeline)
-    return {name.decode() for name in re.findall(rb"__([A-Z][A-Za-z]+)_\d", pipeline._graph.serialize())}
+    return {name.decode() for name in re.findall(rb"__([A-Z][A-Za-z]+)_\d", pipeline._maker._graph.serialize())}
 
 
 def test_what_is_switched_off_is_not_in_the_graph(images: Images, opened: Open) -> None:
@@ -356,7 +356,7 @@ def test_a_failure_that_is_no_images_fault_is_not_hidden(images: Images, opened:
     quarantine = tmp_path / "quarantine.jsonl"
     pipeline = opened(images, quarantine=quarantine)
     next(pipeline)
-    pipeline._graph = Broken()
+    pipeline._maker._graph = Broken()
     with pytest.raises(RuntimeError, match="out of memory"):
         next(pipeline)
     assert not quarantine.exists()
