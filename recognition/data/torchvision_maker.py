@@ -27,6 +27,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "JPEG2000")
 """What is decoded, by Pillow's names: what DALI decodes too."""
 
 _TOGETHER = 8  # images that one thread changes at a time: their levels fit in a core's cache
+_HALF_RANGE = 127.5
 
 
 class TorchvisionMaker:
@@ -98,7 +99,7 @@ def _make(inputs: Inputs, part: slice, images: Tensor) -> None:
     for place, encoded, resize in zip(decoded, inputs.encoded[part], numbers["resize"], strict=True):
         place[:] = resized(decode(encoded), size) if resize else decode(encoded)
     images.copy_(changed(torch.from_numpy(decoded).permute(0, 3, 1, 2), numbers))
-    functional.normalize(images, [127.5] * 3, [127.5] * 3, inplace=True)
+    images.sub_(_HALF_RANGE).div_(_HALF_RANGE)
 
 
 def resized(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
