@@ -216,8 +216,10 @@ def _has_bfloat16() -> bool:
         return False  # torch for macOS comes without oneDNN
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases cannot tell
-    return any(has and name.endswith("bf16") for name, has in capabilities.items())
+    if hasattr(torch.cpu, "get_capabilities"):
+        return any(has and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
+    # Older releases of torch cannot tell of Arm.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _refuse_unable(name: str, precision: str | None, hardware: Hardware) -> None:
