@@ -13,9 +13,10 @@ LEVELS = [
     {"config"},
     {"hardware"},
     {"distributed", "tracking"},
+    {"processes"},
     {"checkpoint", "optimizer", *ROOMS},
     {"run_folder"},
-    {"trainer", "benchmark"},
+    {"trainer", "benchmark", "doctor"},
 ]
 
 
