@@ -149,6 +149,11 @@ class Tracker:
         if self.is_main:
             logger.info("%s", text)
 
+    def warn(self, text: str) -> None:
+        """A line that the reader should not miss."""
+        if self.is_main:
+            logger.warning("%s", text)
+
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Time spent in here, verifying or saving, counts neither for img/s nor for the ETA. Not to be nested."""

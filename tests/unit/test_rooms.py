@@ -14,7 +14,7 @@ LEVELS = [
     {"hardware"},
     {"distributed", "tracking"},
     {"processes"},
-    {"checkpoint", "optimizer", *ROOMS},
+    {"checkpoint", "loss_scale", "optimizer", *ROOMS},
     {"run_folder"},
     {"trainer", "benchmark", "doctor"},
 ]
