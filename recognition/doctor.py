@@ -131,11 +131,11 @@ def defaults(resolved: hardware.Resolved, ranks: int) -> list[Default]:
         "float16": f"{found} has units for it, and none for bfloat16",
         "bfloat16": f"{found} has units for it",
     }
-    compiler = ""
+    gain = "a CPU gains up to a fifth, after minutes" if found.device == "cpu" else "not measured: try true"
     reasons = {
         "backbone.precision": units[found.precision],
-        "backbone.channels_last": "convolutions were measured to be faster so",
-        "backbone.compile": compiler,
+        "backbone.channels_last": "faster for all backbones measured",
+        "backbone.compile": gain,
         "head.precision": units[hardware.best_precision("head.precision", found)],
         "head.chunk": "classes whose logits stay near a core" if found.device == "cpu" else "classes at a time",
         "training.threads": f"{hardware.cores()} cores over {ranks} processes",
@@ -339,6 +339,9 @@ def _on_software(resolved: hardware.Resolved, measured: Measured) -> list[str]:
         for name in CAPS[:3]
         if name in os.environ
     ]
+    lacking = hardware.compile_lacks(resolved.hardware.device)
+    if lacking is not None:
+        found.append(f"torch.compile lacks {lacking}: backbone.compile=true cannot be had")
     if resolved.config.data.loader == "torchvision":
         found.append(
             "DALI is not installed: torchvision decodes, "

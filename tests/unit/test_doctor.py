@@ -47,6 +47,7 @@ def _uncapped(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in doctor.CAPS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(hardware, "cores", lambda: 2)
+    monkeypatch.setattr(hardware, "compile_lacks", lambda device: None)
 
 
 def test_products_count_two_operations_a_term(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,3 +146,8 @@ def test_packages_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         "onnxruntime": "onnxruntime-gpu's",
     }
     assert set(found) == set(doctor.PACKAGES)
+
+
+def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "compile_lacks", lambda device: "the C++ compiler g++")
+    assert any("torch.compile lacks the C++ compiler g++" in line for line in _verdicts(HAS, GOOD))
