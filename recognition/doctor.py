@@ -136,7 +136,9 @@ def defaults(resolved: hardware.Resolved, ranks: int) -> list[Default]:
         "backbone.precision": units[found.precision],
         "backbone.channels_last": "faster for all backbones measured",
         "backbone.compile": gain,
-        "head.precision": units[hardware.best_precision("head.precision", found)],
+        "head.precision": "the head has no products in float16"
+        if found.precision == "float16"
+        else units[found.precision],
         "head.chunk": "classes whose logits stay near a core" if found.device == "cpu" else "classes at a time",
         "training.threads": f"{hardware.cores()} cores over {ranks} processes",
         "data.loader": "DALI is installed" if facts["data.loader"] == "dali" else "DALI is not installed",

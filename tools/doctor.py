@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Examine as the command line says; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    parser.add_argument("--ranks", type=_positive, help="processes on this machine (default: its GPUs, or 2)")
+    parser.add_argument("--ranks", type=_positive, help="processes on this machine (default: one a GPU, else 2)")
     parser.add_argument("--folder", type=Path, default=Path(), help="whose disk is measured (default: this one)")
     parser.add_argument("--quick", action="store_true", help="measure a tenth as long, which is less certain")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -50,7 +50,7 @@ def _examine(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--device: there is no CUDA device")
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    ranks = options.ranks or (torch.cuda.device_count() if on_gpu else 2)
+    ranks = options.ranks or (torch.cuda.device_count() if on_gpu else min(2, hardware.cores()))
     console = Console()
 
     system, packages = doctor.system(device), doctor.packages()
