@@ -19,7 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from recognition import config, doctor, hardware
+from recognition import config, doctor, hardware, measure
 from recognition.config import UserError
 
 
@@ -71,7 +71,7 @@ def _examine(options: argparse.Namespace) -> dict[str, Any]:
     threads = resolved.config.training.threads
     torch.set_num_threads(threads)
     with console.status("measuring"):
-        measured = doctor.measure(device, options.folder, ranks=ranks, effort=_effort(options))
+        measured = measure.measure(device, options.folder, ranks=ranks, effort=_effort(options))
     _print_measured(console, measured, threads)
     verdicts = doctor.verdicts(resolved, measured, ranks) or ["nothing is unusual"]
     for verdict in verdicts:
@@ -86,11 +86,11 @@ def _examine(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _effort(options: argparse.Namespace) -> doctor.Effort:
-    return doctor.QUICK if options.quick else doctor.Effort()
+def _effort(options: argparse.Namespace) -> measure.Effort:
+    return measure.QUICK if options.quick else measure.Effort()
 
 
-def _print_measured(console: Console, measured: doctor.Measured, threads: int) -> None:
+def _print_measured(console: Console, measured: measure.Measured, threads: int) -> None:
     on = f"{threads} threads" if threads > 1 else "1 thread"
     table: list[list[str]] = []
     convolutions = {(each.precision, each.channels_last): each for each in measured.convolutions}

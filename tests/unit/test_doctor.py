@@ -1,18 +1,15 @@
-"""What the doctor counts, and what it says of what was measured."""
+"""What the doctor says of a machine and of what was measured."""
 
 import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from recognition import doctor, hardware
-from recognition.config import Config, Data, UserError
-from recognition.doctor import Convolution, Disk, Exchange, Measured
+from recognition.config import Config, Data
 from recognition.hardware import Hardware
+from recognition.measure import Convolution, Disk, Exchange, Measured
 
-CPU = torch.device("cpu")
 HAS = Hardware("cpu", "a processor", "AVX-512 with bfloat16", "bfloat16")
 LACKS = Hardware("cpu", "a processor", "AVX2", "float32")
 
@@ -50,55 +47,6 @@ def _uncapped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "compile_lacks", lambda device: None)
 
 
-def test_products_count_two_operations_a_term(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(doctor._SIDE, "cpu", 32)
-    counts = []
-
-    def count(work, device, budget):
-        with FlopCounterMode(display=False) as counter:
-            work()
-        counts.append(counter.get_total_flops())
-        return 0.5
-
-    monkeypatch.setattr(doctor, "_seconds", count)
-    rates = doctor.products(CPU, 0.0)
-    assert list(rates) == ["float32", "bfloat16", "float16"]
-    assert list(rates.values()) == [count / 0.5 for count in counts]
-
-
-def test_convolutions_count_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_BATCH", 2)
-    counts, layouts = [], []
-
-    def count(work, device, budget):
-        with FlopCounterMode(display=False) as counter:
-            tensors = work()
-        counts.append(counter.get_total_flops())
-        images = tensors if isinstance(tensors, torch.Tensor) else tensors[0]
-        layouts.append((str(images.dtype), images.is_contiguous(memory_format=torch.channels_last)))
-        return 0.25
-
-    monkeypatch.setattr(doctor, "_seconds", count)
-    found = doctor.convolutions(CPU, 0.0)
-    assert [rate for each in found for rate in (each.forward, each.backward)] == [count / 0.25 for count in counts]
-    wanted = [(f"torch.{each.precision}", each.channels_last) for each in found for _ in range(2)]
-    assert layouts == wanted
-    assert {(each.precision, each.channels_last) for each in found} == {
-        (precision, layout) for precision in ("float32", "bfloat16") for layout in (True, False)
-    }
-
-
-def test_a_disk_is_left_as_it_was(tmp_path: Path) -> None:
-    found = doctor.disk(tmp_path, 1 << 20)
-    assert found.folder == str(tmp_path) and found.write > 0 and found.read > 0
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"missing: No such file or directory: .*--folder"):
-        doctor.disk(tmp_path / "missing", 1 << 20)
-
-
 def test_nothing_is_said_of_what_is_as_usual() -> None:
     assert _verdicts(HAS, GOOD) == []
 
@@ -116,6 +64,8 @@ def test_nothing_is_said_of_what_is_as_usual() -> None:
         (HAS, {"convolutions": _convolutions((3e11, 1e11), (1e11, 1e11))}, "try backbone.precision=float32"),
         (HAS, {"convolutions": _convolutions((1e11, 1e11), (1e11, 1.15e11))}, None),
         (HAS, {"convolutions": _convolutions((1e11, 1e11), (1e11, 1.5e11))}, "is 1.5x faster the other way"),
+        (HAS, {"load": 0.9}, None),
+        (HAS, {"load": 1.5}, "other work keeps 2 cores busy (load 1.5)"),
         (HAS, {"disk": Disk("/data", 1e9, 20e6)}, "/data is read at 20 MB/s"),
     ],
 )

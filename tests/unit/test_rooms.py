@@ -15,7 +15,7 @@ LEVELS = [
     {"distributed", "tracking"},
     {"processes"},
     {"checkpoint", "loss_scale", "optimizer", *ROOMS},
-    {"run_folder"},
+    {"run_folder", "measure"},
     {"trainer", "benchmark", "doctor"},
 ]
 
