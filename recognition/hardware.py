@@ -130,8 +130,8 @@ def resolve(
             notes.append(f"{name}: the run began in {kept} and goes on in {asked}")
         chosen = asked if asked != "auto" else kept or best
         _refuse_unable(name, chosen, hardware)
-        if asked != "auto" and chosen != "float32" and best == "float32":
-            notes.append(f"{name}: {hardware} has no units for {chosen} and emulates it; float32 may be much faster")
+        if hardware.device == "cpu" and asked != "auto" and chosen not in ("float32", best):
+            notes.append(f"{name}: {hardware} has no units for {chosen} and emulates it; {best} may be much faster")
         if name == "backbone.precision":
             backbone = backbone.model_copy(update={"precision": chosen})
         else:

@@ -329,8 +329,10 @@ class Trainer:
         parameters = sum(parameter.numel() for parameter in self.backbone.parameters())
         self.tracker.note(f"{index.num_images:,} images of {index.num_identities:,} identities: {index.path}")
         processes = "1 process" if ranks.world == 1 else f"{ranks.world} processes"
-        threads = f", {torch.get_num_threads()} threads each" if ranks.device.type == "cpu" else ""
-        self.tracker.note(f"{processes} on {self.resolved.hardware}{threads}")
+        threads = self.config.training.threads
+        self.tracker.note(
+            f"{processes} on {self.resolved.hardware}, each with {threads} CPU thread{'s' if threads > 1 else ''}"
+        )
         self.tracker.note(f"{self.config.backbone.name}, {parameters / 1e6:.1f} M parameters; {self.resolved}")
         for text in self.resolved.notes:
             self.tracker.warn(text)
