@@ -14,7 +14,7 @@ PACKAGES = {
     "torch": "nothing works without it",
     "torchvision": "nothing works without it",
     "timm": "nothing works without it",
-    "nvidia-dali": "images are decoded by torchvision",
+    "nvidia-dali": "Pillow and torchvision make the batches",
     "onnxruntime": "ONNX files cannot be verified",
     "triton": "the head is PyTorch's, slower on a GPU",
 }
@@ -57,7 +57,7 @@ def defaults(resolved: hardware.Resolved, ranks: int) -> list[Default]:
         if found.precision == "float16"
         else units[found.precision],
         "head.chunk": "classes whose logits stay near a core" if found.device == "cpu" else "classes at a time",
-        "training.threads": f"{hardware.cores()} cores over {ranks} processes",
+        "training.threads": f"{hardware.cores()} cores over {ranks} process{'es' if ranks > 1 else ''}",
         "data.loader": "DALI is installed" if facts["data.loader"] == "dali" else "DALI is not installed",
     }
     return [Default(name, facts[name], reason) for name, reason in reasons.items()]
@@ -149,8 +149,7 @@ def _on_software(resolved: hardware.Resolved, measured: Measured) -> list[str]:
         found.append(f"torch.compile lacks {lacking}: backbone.compile=true cannot be had")
     if resolved.config.data.loader == "torchvision":
         found.append(
-            "DALI is not installed: torchvision decodes, "
-            f"{measured.decoding['torchvision']:,.0f} faces a second and thread"
+            f"DALI is not installed: Pillow decodes, {measured.decoding['Pillow']:,.0f} faces a second and thread"
         )
     return found
 

@@ -26,7 +26,7 @@ def _convolutions(float32: tuple[float, float], bfloat16: tuple[float, float]) -
 GOOD = Measured(
     products={"float32": 1e11, "bfloat16": 3e11},
     convolutions=_convolutions((1e11, 0.9e11), (1.05e11, 1e11)),
-    decoding={"torchvision": 5000.0},
+    decoding={"Pillow": 5000.0},
     exchange=Exchange("gloo", 2, 1e9),
     disk=Disk("/data", 1e9, 1e9),
 )
@@ -79,7 +79,7 @@ def test_verdicts_on_what_is_installed_and_started(monkeypatch: pytest.MonkeyPat
     said = "\n".join(_verdicts(HAS, GOOD, ranks=3, loader="torchvision"))
     assert "ATEN_CPU_CAPABILITY=avx2" in said
     assert "3 processes share 2 cores" in said
-    assert "torchvision decodes, 5,000 faces a second" in said
+    assert "Pillow decodes, 5,000 faces a second" in said
 
 
 def test_packages_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
