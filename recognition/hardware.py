@@ -232,9 +232,14 @@ def _has_bfloat16() -> bool:
     ONEDNN_MAX_CPU_ISA, which caps oneDNN: all three are asked.
     """
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported() or not any(name in cap for name in _HAVE_BFLOAT16):
+    if not torch.backends.mkldnn.is_available() or not any(name in cap for name in _HAVE_BFLOAT16):
+        return False  # torch for macOS comes without oneDNN
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    return any(has and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
+    if hasattr(torch.cpu, "get_capabilities"):
+        return any(has and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
+    # Older releases of torch cannot tell of Arm.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _refuse_unable(name: str, precision: str | None, hardware: Hardware) -> None:

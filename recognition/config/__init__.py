@@ -249,7 +249,8 @@ class Distributed(Section):
     """Process groups."""
 
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """`auto`: NCCL when every process has a GPU, else gloo."""
+    """`auto`: NCCL when every process has a GPU, else gloo on the CPU; a run of one process on a Mac has its backbone
+    on the GPU (MPS) and its head on the CPU. `gloo` keeps all on the CPU."""
     init_timeout_seconds: PositiveInt = 300
     """Bound on a collective until the first step is done."""
     timeout_seconds: PositiveInt = 120

@@ -26,6 +26,7 @@ from recognition.config import UserError
 from recognition.data.face_identity import Identity, capture_parameters, identity_parameters
 from recognition.data.face_renderer import compress, draw, expose
 from recognition.data.recordio import InsightFaceWriter
+from recognition.hardware import cores
 
 __all__ = ["Identity", "contact_sheet", "encode", "identity_parameters", "render", "verification_pairs", "write_faces"]
 
@@ -188,7 +189,7 @@ def _pool(workers: int | None) -> Iterator[ProcessPoolExecutor | None]:
 
     A fresh start rather than a fork: the caller may hold threads and a GPU.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or cores()
     if workers == 1:
         yield None
         return
