@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from recognition import config as configuration
-from recognition.hardware import cores
+from recognition import hardware
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -45,13 +45,6 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this is the rank that writes and prints."""
         return self.rank == 0
-
-    def describe(self) -> str:
-        """The ranks and what they run on, for a person to read."""
-        processes = "1 process" if self.world == 1 else f"{self.world} processes"
-        if self.device.type == "cuda":
-            return f"{processes} on {torch.cuda.get_device_name(self.device)}"
-        return f"{processes} on the CPU, {torch.get_num_threads()} threads each"
 
 
 def start(config: configuration.Distributed, threads: int = 0) -> Ranks:
@@ -76,7 +69,7 @@ def start(config: configuration.Distributed, threads: int = 0) -> Ranks:
         store=None if numbers else dist.HashStore(),  # type: ignore[attr-defined]
         device_id=device if device.type == "cuda" else None,
     )
-    torch.set_num_threads(threads or max(1, cores() // local_world))
+    torch.set_num_threads(hardware.threads(threads, local_world))
     _keep_freed_memory()
     return Ranks(rank, world, local_rank, local_world, device)
 

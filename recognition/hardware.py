@@ -8,7 +8,7 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,8 @@ _HAVE_BFLOAT16 = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
 class Hardware:
     """A processor or a card."""
 
+    device: str
+    """torch's type of it: `cpu`, `cuda` or `mps`."""
     name: str
     """As it calls itself."""
     units: str
@@ -54,6 +56,15 @@ class Resolved:
     hardware: Hardware
     notes: tuple[str, ...] = ()
     """What the user should know: sentences."""
+
+    def __str__(self) -> str:
+        backbone = self.config.backbone
+        layout = "channels-last" if backbone.channels_last else "contiguous"
+        compiled = "compiled" if backbone.compile else "not compiled"
+        return (
+            f"backbone in {backbone.precision}, {layout}, {compiled}; head in {self.config.head.precision}; "
+            f"images by {self.config.data.loader}"
+        )
 
     def facts(self) -> dict[str, Any]:
         """What checkpoints and the card record, as JSON values by name."""
@@ -75,52 +86,63 @@ def of(device: torch.device) -> Hardware:
     if device.type == "cuda":
         return _card(device)
     if device.type == "mps":
-        return Hardware(_processor_name(), "Metal", "float32")
+        return Hardware("mps", _processor_name(), "Metal", "float32")
     units = {"DEFAULT": "no vector units that torch uses", "AVX512": "AVX-512"}
     capability = torch.backends.cpu.get_cpu_capability()
     native = _has_bfloat16()
     label = units.get(capability, capability) + (" with bfloat16" if native else "")
-    return Hardware(_processor_name(), label, "bfloat16" if native else "float32")
+    return Hardware("cpu", _processor_name(), label, "bfloat16" if native else "float32")
+
+
+def weakest(found: Sequence[Hardware]) -> Hardware:
+    """What several machines have in common: ranks that differ compute in a precision that all of them have."""
+    precisions = {each.precision for each in found}
+    precision: Precision = "bfloat16"
+    if len(precisions) > 1:
+        precision = "float16" if "float32" not in precisions and found[0].device == "cuda" else "float32"
+    else:
+        (precision,) = precisions
+    names, units = (sorted({getattr(each, field) for each in found}) for field in ("name", "units"))
+    return Hardware(found[0].device, " and ".join(names), " and ".join(units), precision)
 
 
 def resolve(
-    config: Config, device: torch.device, *, local_world: int = 1, before: Mapping[str, Any] | None = None
+    config: Config, hardware: Hardware, *, local_world: int = 1, before: Mapping[str, Any] | None = None
 ) -> Resolved:
-    """Replace every `auto` of `config` by what suits `device`, which `local_world` processes share the processor of.
+    """Replace every `auto` of `config` by what suits `hardware`, whose cores `local_world` processes share.
 
     `before`: the `facts` of the checkpoint that the run goes on from; its precisions stay where nothing else is asked
-    for. Raises UserError where `device` cannot compute in the precision that is asked for or stays.
+    for. Raises UserError where `hardware` cannot compute in the precision that is asked for or stays.
     """
-    hardware, before, notes = of(device), before or {}, []
+    before, notes = before or {}, []
     backbone, head = config.backbone, config.head
     for name, asked in (("backbone.precision", backbone.precision), ("head.precision", head.precision)):
         kept, best = before.get(name), best_precision(name, hardware)
         if asked == "auto" and kept not in (None, best):
-            _refuse_unable(name, kept, hardware, device)
+            _refuse_unable(name, kept, hardware)
             notes.append(
                 f"{name}: the run goes on in {kept}, as it began; {hardware} would take {best} ({name}={best} does so)"
             )
         elif asked != "auto" and kept not in (None, asked):
             notes.append(f"{name}: the run began in {kept} and goes on in {asked}")
         chosen = asked if asked != "auto" else kept or best
-        _refuse_unable(name, chosen, hardware, device)
-        if asked != "auto" and chosen != "float32" and best == "float32":
-            notes.append(f"{name}: {hardware} has no units for {chosen} and emulates it; float32 may be much faster")
+        _refuse_unable(name, chosen, hardware)
+        if hardware.device == "cpu" and asked != "auto" and chosen not in ("float32", best):
+            notes.append(f"{name}: {hardware} has no units for {chosen} and emulates it; {best} may be much faster")
         if name == "backbone.precision":
             backbone = backbone.model_copy(update={"precision": chosen})
         else:
-            head = head.model_copy(update={"precision": chosen, "chunk": head.chunk or head_chunk(device.type)})
-    backbone = resolve_backbone(backbone, device)
-    threads = config.training.threads or max(1, cores() // local_world)
-    training = config.training.model_copy(update={"threads": threads})
+            head = head.model_copy(update={"precision": chosen, "chunk": head.chunk or head_chunk(hardware.device)})
+    backbone = resolve_backbone(backbone, hardware)
+    training = config.training.model_copy(update={"threads": threads(config.training.threads, local_world)})
     data = config.data.model_copy(update={"loader": loader(config.data.loader)})
     resolved = config.model_copy(update={"backbone": backbone, "head": head, "training": training, "data": data})
     return Resolved(resolved, hardware, tuple(notes))
 
 
-def resolve_backbone(backbone: Backbone, device: torch.device) -> Backbone:
-    """Replace every `auto` of the backbone's settings by what suits `device`."""
-    precision = of(device).precision if backbone.precision == "auto" else backbone.precision
+def resolve_backbone(backbone: Backbone, hardware: Hardware) -> Backbone:
+    """Replace every `auto` of the backbone's settings by what suits `hardware`."""
+    precision = hardware.precision if backbone.precision == "auto" else backbone.precision
     return backbone.model_copy(
         update={
             "precision": precision,
@@ -163,6 +185,11 @@ def loader(asked: str) -> str:
     return asked
 
 
+def threads(asked: int, local_world: int) -> int:
+    """CPU threads of each of `local_world` processes: as many as are `asked` for; 0 shares out the cores evenly."""
+    return asked or max(1, cores() // local_world)
+
+
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -172,10 +199,10 @@ def _card(device: torch.device) -> Hardware:
     name = torch.cuda.get_device_name(device)
     if torch.version.hip is not None:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Hardware(name, "ROCm", "bfloat16" if native else "float16")
+        return Hardware("cuda", name, "ROCm", "bfloat16" if native else "float16")
     capability = torch.cuda.get_device_capability(device)
     precision: Precision = "bfloat16" if capability >= _AMPERE else "float16" if capability >= _VOLTA else "float32"
-    return Hardware(name, "compute capability {}.{}".format(*capability), precision)
+    return Hardware("cuda", name, "compute capability {}.{}".format(*capability), precision)
 
 
 def _has_bfloat16() -> bool:
@@ -190,9 +217,9 @@ def _has_bfloat16() -> bool:
     return any(has and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
 
 
-def _refuse_unable(name: str, precision: str | None, hardware: Hardware, device: torch.device) -> None:
+def _refuse_unable(name: str, precision: str | None, hardware: Hardware) -> None:
     """Raise UserError where a card cannot compute in `precision` at all; processors emulate what they lack."""
-    if device.type == "cuda" and precision == "bfloat16" and hardware.precision != "bfloat16":
+    if hardware.device == "cuda" and precision == "bfloat16" and hardware.precision != "bfloat16":
         instead = best_precision(name, hardware)
         raise UserError(f"{name} is bfloat16, which {hardware} cannot compute: set {name}={instead}, in a run too")
 

@@ -30,6 +30,8 @@ FREE_TO_CHANGE = (
     "head.precision",
     "head.chunk",
     "training.threads",
+    "training.loss_scale",
+    "training.loss_scale_growth_steps",
     "training.max_nonfinite_steps",
     "evaluation",
     "checkpoint",
@@ -143,7 +145,9 @@ def load_backbone(run: Path, which: Literal["last", "best"] = "last") -> tuple[B
         if found is None:
             raise UserError(f"{folder.checkpoints} holds no complete checkpoint")
         state = {name.removeprefix("backbone."): tensor for name, tensor in read_tensors(found, "backbone.").items()}
-        facts = {name: value for name, value in checkpoints.facts(found).items() if name != "config"}
+        facts = {
+            name: value for name, value in checkpoints.facts(found).items() if name not in ("config", "loss_scale")
+        }
     backbone.load_state_dict(state)
     return backbone.eval(), facts | {"backbone": settings.backbone.name, "loss": settings.head.loss.name}
 

@@ -61,6 +61,7 @@ class Tracker:
         self._clock = Clock()
         self._plain_at = -math.inf
         self._shown: set[str] = set()
+        self._estimated = False
         self._progress: Progress | None = None
         self._handlers: list[logging.Handler] = []
         self._closed = False
@@ -107,6 +108,10 @@ class Tracker:
         for name, number in numbers.items():
             self._writer.add_scalar(f"train/{name}", number, step)
         eta = None if rate is None else (self.total_steps - step) / rate
+        if eta is not None and not self._estimated and not is_last:
+            self._estimated = True
+            speed = f"{numbers['images_per_second']:,.1f} img/s"
+            logger.info("at %s, as the first steps go, training takes %s on this machine", speed, _about(eta))
         line = _line(step / self.steps_per_epoch, numbers, eta)
         if self._progress is not None:
             self._progress.start()
@@ -148,6 +153,11 @@ class Tracker:
         """A line for the reader, in the log and on the terminal."""
         if self.is_main:
             logger.info("%s", text)
+
+    def warn(self, text: str) -> None:
+        """A line that the reader should not miss."""
+        if self.is_main:
+            logger.warning("%s", text)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -245,6 +255,15 @@ def _line(epoch: float, numbers: Mapping[str, float], eta: float | None) -> str:
     forms = {"loss": "loss {:.4f}", "lr": "lr {:.3g}", "images_per_second": "{:,.1f} img/s"}
     parts = [f"epoch {epoch:.2f}", *(form.format(numbers[name]) for name, form in forms.items() if name in numbers)]
     return "  ".join(parts if eta is None else [*parts, f"ETA {timedelta(seconds=round(eta))}"])
+
+
+def _about(seconds: float) -> str:
+    """A time to come, no more exactly than it can be known."""
+    if seconds < 90:
+        return f"about {math.ceil(seconds / 10) * 10} seconds"
+    if seconds < 90 * 60:
+        return f"about {round(seconds / 60)} minutes"
+    return f"about {round(seconds / 3600)} hours" if seconds < 36 * 3600 else f"about {round(seconds / 86400)} days"
 
 
 def _rank() -> int:

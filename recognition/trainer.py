@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recognition import distributed
+from recognition import distributed, hardware
 from recognition.checkpoint import Checkpoints
 from recognition.config import Config, UserError
 from recognition.data.faces import write_faces
@@ -22,6 +22,7 @@ from recognition.distributed import Interrupt, Ranks
 from recognition.evaluation.pairs import PairSet, read_pairs
 from recognition.evaluation.verification import Verification, check_pairs, embed_pairs, verify
 from recognition.head import build_head
+from recognition.loss_scale import LossScale
 from recognition.models.backbone import BackboneEmbedder, average_running_statistics, build_backbone, seed_step
 from recognition.optimizer import (
     Schedule,
@@ -62,9 +63,18 @@ class Trainer:
     """A run in progress on one rank."""
 
     def __init__(self, config: Config, ranks: Ranks, interrupt: Interrupt) -> None:
-        self.config, self.ranks, self.interrupt = config, ranks, interrupt
+        self.ranks, self.interrupt, self.asked = ranks, interrupt, config
         self.folder = RunFolder(config.run.folder)
         _local_main_first(ranks, self.folder.create)
+        self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint.keep)
+        # What a run computes in, it goes on in: so its last checkpoint is looked at before anything is built.
+        self.checkpoint = self.checkpoints.find()
+        before = {} if self.checkpoint is None else self.checkpoints.facts(self.checkpoint)
+        machines = distributed.gather_objects(hardware.of(ranks.device))
+        self.resolved = hardware.resolve(
+            config, hardware.weakest(machines), local_world=ranks.local_world, before=before.get("resolved")
+        )
+        self.config = config = self.resolved.config
         if config.faces is not None:
             faces = config.faces.model_dump()
             _local_main_first(ranks, lambda: write_faces(config.data.path, **faces))
@@ -76,6 +86,8 @@ class Trainer:
         self.schedule = Schedule.of(config.training, self.index.num_images / config.training.global_batch)
 
         self.backbone = build_backbone(config.backbone, config.run.seed).to(ranks.device)
+        scaled = config.backbone.precision == "float16"
+        self.loss_scale = LossScale(config.training, ranks.device, enabled=scaled)
         self.head_group = None
         if config.distributed.head_group:
             self.head_group = distributed.new_group(config.distributed.init_timeout_seconds)
@@ -87,7 +99,8 @@ class Trainer:
             device=ranks.device,
             optimizer=config.head_optimizer,
             ranks_group=self.head_group,
-            fused=config.training.accumulation == 1,
+            # In float16 a step may be called off by the backbone's gradient, so the rows wait for it.
+            fused=config.training.accumulation == 1 and not scaled,
         )
         self.optimizer = build_optimizer(
             self.backbone, config.optimizer, decay_norms_and_biases=config.training.decay_norms_and_biases
@@ -103,11 +116,10 @@ class Trainer:
             )
         self.nonfinite_in_a_row = torch.zeros((), dtype=torch.int64, device=ranks.device)
 
-        self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint.keep)
         self.step = 0
-        self.step = self._resume()
+        self.step = self._resume(before)
         if ranks.is_main:
-            self.folder.keep_config(config)
+            self.folder.keep_config(self.asked)
         self.tracker = Tracker(
             self.folder.path,
             config.tracking,
@@ -189,25 +201,31 @@ class Trainer:
                     strength=strength,
                     sizes=self.sizes,
                     loss_weight=1 / passes,
+                    loss_scale=self.loss_scale.value,
                 )
-                output.loss.backward()
+                (output.loss * self.loss_scale.value).backward()
             loss += output.loss.detach()
             cosine += output.target_cosine / passes
             norm += embeddings.detach().norm(dim=1).mean() / passes
             finite &= output.finite
+        self.loss_scale.unscale(self.backbone.parameters())
         gradient_norm = clip_gradients(self.backbone.parameters(), config.clip_norm)
         finite &= gradient_norm.isfinite()
-        if passes > 1:
+        if self.head.row_sum is not None:
             self.head.apply_gradient(head_lr, finite, step=step)
         step_if_finite(self.optimizer, finite)
+        self.loss_scale.update(finite)
         self.nonfinite_in_a_row = torch.where(finite, 0, self.nonfinite_in_a_row + 1)
-        return {
+        values: dict[str, Tensor | float] = {
             "loss": loss,
             "lr": lr,
             "target_cosine": cosine,
             "embedding_norm": norm,
             "gradient_norm": gradient_norm,
         }
+        if self.loss_scale.enabled:
+            values["loss_scale"] = self.loss_scale.value
+        return values
 
     def _synchronised(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients are averaged over the ranks in the last pass of a step alone."""
@@ -218,7 +236,13 @@ class Trainer:
     def _stop_if_not_finite(self) -> None:
         in_a_row = int(self.nonfinite_in_a_row)
         if in_a_row:
-            log.warning("step %d: the loss was not finite in the last %d steps; nothing changed", self.step, in_a_row)
+            scaled = f"; the loss's scale is {float(self.loss_scale.value):g} now" if self.loss_scale.enabled else ""
+            log.warning(
+                "step %d: loss or gradient were not finite in the last %d steps, which changed nothing%s",
+                self.step,
+                in_a_row,
+                scaled,
+            )
         if in_a_row >= self.config.training.max_nonfinite_steps:
             raise UserError(
                 f"step {self.step}: the loss has not been finite for {in_a_row} steps. The weights are those of step "
@@ -265,19 +289,22 @@ class Trainer:
     def _facts(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "config": json.loads(self.config.model_dump_json()),
+            "config": json.loads(self.asked.model_dump_json()),
+            "resolved": self.resolved.facts(),
+            "loss_scale": self.loss_scale.state(),
             "fingerprint": self.index.fingerprint,
             "images": self.index.num_images,
             "identities": self.index.num_identities,
         }
 
-    def _resume(self) -> int:
-        """Load the newest checkpoint that verifies, if there is one; returns the step to go on from."""
-        found = self.checkpoints.find()
-        if found is None:
+    def _resume(self, before: dict[str, Any]) -> int:
+        """Load the checkpoint that was found, if there is one, whose facts are `before`; returns its step."""
+        if self.checkpoint is None:
             return 0
-        self.folder.refuse_if_changed(self.checkpoints.facts(found), self._facts())
-        return int(self.checkpoints.load(found, self._tensors())["step"])
+        self.folder.refuse_if_changed(before, self._facts())
+        self.checkpoints.load(self.checkpoint, self._tensors())
+        self.loss_scale.load(before.get("loss_scale", {}))
+        return int(before["step"])
 
     def _bound_collectives(self, seconds: float) -> None:
         distributed.set_timeout(seconds)
@@ -287,7 +314,7 @@ class Trainer:
     def _export(self, results: dict[str, Verification]) -> None:
         """Write the deployable and its card on the main rank; a failure there stops every rank."""
         self._bound_collectives(self.config.distributed.init_timeout_seconds)
-        facts = {name: value for name, value in self._facts().items() if name != "config"}
+        facts = {name: value for name, value in self._facts().items() if name not in ("config", "loss_scale")}
         facts |= {"backbone": self.config.backbone.name, "loss": self.config.head.loss.name}
         facts["verification"] = {name: result.to_json() for name, result in results.items()}
 
@@ -301,7 +328,14 @@ class Trainer:
         index, ranks, total = self.index, self.ranks, self.schedule.total_steps
         parameters = sum(parameter.numel() for parameter in self.backbone.parameters())
         self.tracker.note(f"{index.num_images:,} images of {index.num_identities:,} identities: {index.path}")
-        self.tracker.note(f"{self.config.backbone.name}, {parameters / 1e6:.1f} M parameters, on {ranks.describe()}")
+        processes = "1 process" if ranks.world == 1 else f"{ranks.world} processes"
+        threads = self.config.training.threads
+        self.tracker.note(
+            f"{processes} on {self.resolved.hardware}, each with {threads} CPU thread{'s' if threads > 1 else ''}"
+        )
+        self.tracker.note(f"{self.config.backbone.name}, {parameters / 1e6:.1f} M parameters; {self.resolved}")
+        for text in self.resolved.notes:
+            self.tracker.warn(text)
         self.tracker.note(
             f"{total:,} steps of {self.config.training.global_batch} images"
             + (f", from step {self.step:,} on" if self.step else "")

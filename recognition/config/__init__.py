@@ -177,8 +177,9 @@ class Backbone(Section):
     """State dict to start from: ours, or InsightFace's `backbone.pth` for IResNet and MobileFaceNet."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of products and convolutions; parameters stay float32. `float16` scales the loss, so that small gradients do
-    not vanish. `auto`: bfloat16 where the hardware has units for it (NVIDIA from Ampere on; AMX, AVX-512 or Arm with
-    bfloat16), float16 on NVIDIA's Volta and Turing, else float32."""
+    not vanish, and keeps a float32 gradient of the class weights until the backbone's is known. `auto`: bfloat16 where
+    the hardware has units for it (NVIDIA from Ampere on; AMX, AVX-512 or Arm with bfloat16), float16 on NVIDIA's Volta
+    and Turing, else float32."""
     channels_last: Literal["auto", True, False] = "auto"
     """Memory format of images and convolutions. `auto`: what was measured to be faster on such hardware."""
     compile: Literal["auto", True, False] = "auto"

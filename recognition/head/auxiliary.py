@@ -20,6 +20,7 @@ class Auxiliary:
         self._unit = not isinstance(settings.loss, config.Softmax | config.SphereFace)
         self._shard, self._group = shard, group
         self.centers = None if self._center is None else torch.zeros(len(shard), embedding_size, device=device)
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds, by classes."""
@@ -53,9 +54,20 @@ class Auxiliary:
             pairs = pairs + self._contrastive.weight * contrastive(squared, same, self._contrastive.margin)
         return loss + _times(pairs, dist.get_world_size(self._group))
 
-    def move(self, gathered: Tensor, labels: Tensor, norm: Tensor, skip: Tensor) -> None:
+    def add(self, gathered: Tensor, labels: Tensor, norm: Tensor) -> None:
+        """Keep a batch that the centres are to be moved by."""
+        if self.centers is not None and len(self.centers):
+            self._batches.append((gathered, labels, norm))
+
+    def apply(self, skip: Tensor) -> None:
+        """Move the centres by the batches that were added, unless `skip` (scalar, 1 or true), and start anew."""
+        for batch in self._batches:
+            self._move(*batch, skip.bool())
+        self._batches.clear()
+
+    def _move(self, gathered: Tensor, labels: Tensor, norm: Tensor, skip: Tensor) -> None:
         """Bring the centres nearer to the batch's embeddings (Wen et al. 2016, equation 4), unless `skip` (bool)."""
-        if self._center is None or self.centers is None or not len(self.centers):
+        if self._center is None or self.centers is None:
             return
         x = gathered.float() * norm[:, None] if self._unit else gathered.float()
         places = torch.where(self._own(labels), labels - self._shard.start, 0)

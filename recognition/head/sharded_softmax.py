@@ -125,6 +125,7 @@ class ShardedSoftmax(nn.Module):
         self.row_sum = None if fused else RowSum(self.rows)
         self._nonfinite = torch.zeros((), dtype=torch.bool, device=device)
         self._updates = 0
+        self._state_before: dict[str, Tensor] = {}
         self._aside = Aside(device)
 
     def state(self) -> dict[str, Tensor]:
@@ -195,9 +196,10 @@ class ShardedSoftmax(nn.Module):
             extra = self.auxiliary(x, unit, batch.labels, batch.x, batch.norm, batch.sizes) * loss_weight
         whole = loss + extra.detach()
         finite = whole.isfinite()
-        for name, value in before.items():
-            if learns:
-                self.loss.state[name].copy_(torch.where(finite, self.loss.state[name], value))
+        if learns:
+            self._restore(before, ~finite)
+            if self.row_sum is not None:
+                self._state_before = self._state_before or before
         if learns:
             updates = self._updates
 
@@ -217,8 +219,8 @@ class ShardedSoftmax(nn.Module):
     def apply_gradient(self, lr: float, finite: Tensor | None = None, *, step: int = 0, scale: float = 1.0) -> None:
         """Update the rows by `scale` times what the backward passes added up, and start anew. For `fused=False`.
 
-        Nothing changes where any of their losses, or `finite` (scalar bool, on the device), was not finite. Only rows
-        that took part in one of the passes change.
+        Where any of their losses, or `finite` (scalar bool, on the device), was not finite, nothing changes, and the
+        loss's state is again what it was before them. Only rows that took part in one of the passes change.
         """
         if self.row_sum is None:
             raise RuntimeError("a fused head applies its gradient in backward; build it with fused=False")
@@ -234,9 +236,17 @@ class ShardedSoftmax(nn.Module):
             bias = None if total.bias is None else total.bias[part] * scale
             self.optimizer.update(self.rows, part, total.weight[part] * scale, lr, skip, step, bias)
         self.scalars.apply(lr, skip, scale)
+        self.auxiliary.apply(skip)
+        self._restore(self._state_before, skip.bool())
+        self._state_before = {}
         total.clear()
         self._nonfinite.zero_()
         self._updates += 1
+
+    def _restore(self, state: dict[str, Tensor], where: Tensor) -> None:
+        """Set the loss's state back to `state`, if `where` (scalar bool)."""
+        for name, value in state.items():
+            self.loss.state[name].copy_(torch.where(where, value, self.loss.state[name]))
 
     def _look(self, batch: Gathered, strength: float, step: int, learns: bool) -> _Seen:
         """Go over this rank's classes, and learn from the other ranks what is to be known of theirs."""
@@ -324,8 +334,8 @@ class ShardedSoftmax(nn.Module):
 
         sink = None
         if update:
+            self.auxiliary.add(batch.x, batch.labels, batch.norm)
             sink = self._sink(lr, step, skip.float(), by_scalars, arriving)
-            self.auxiliary.move(batch.x, batch.labels, batch.norm, skip)
         self._maker.backward(
             self.rows,
             seen.taking,
@@ -352,6 +362,7 @@ class ShardedSoftmax(nn.Module):
             return self.row_sum.add
         self._updates += 1
         self.scalars.apply(lr, skip)
+        self.auxiliary.apply(skip)
         self.optimizer.begin(self.rows, step, lr, skip)
 
         def apply(part: Part, gradient: RowGradient) -> None:

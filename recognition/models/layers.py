@@ -49,7 +49,7 @@ class GroupedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [b,inputs,h,w] to [b,outputs,h/stride,w/stride]."""
-        if self.training and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        if self.training and x.dtype != torch.float32 and x.device.type == "cpu":
             with torch.autocast("cpu", enabled=False):
                 return super().forward(x.float()).to(x.dtype)
         return super().forward(x)

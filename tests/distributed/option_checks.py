@@ -46,6 +46,7 @@ def auxiliary() -> dict[str, float]:
             found += [errors_of_loss(output.loss, expected), error(gradient, some.grad)]
             if dense.centers is not None:
                 dense.move_centers(x[half], labels[half])
+                head.apply_gradient(0.0)  # which moves the centres too, and no row
                 centers = head.state()["centers"].full_tensor()
                 found.append(error(centers, dense.centers))
         errors[name] = max(found)

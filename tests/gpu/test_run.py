@@ -12,6 +12,7 @@ from recognition.config import Augment, Data, Head
 from recognition.data.faces import write_faces
 from recognition.data.index import open_index
 from recognition.head import build_head
+from recognition.loss_scale import LossScale
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,15 +93,33 @@ def test_steps_of_the_head_are_the_cpus(name: str) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=2e-2 if name == "bfloat16" else 1e-3, atol=1e-5)
 
 
-def run(faces: Path, folder: Path) -> bool:
+def test_the_scale_of_the_loss_is_decided_without_the_host() -> None:
+    device = torch.device("cuda")
+    scale = LossScale(config.Training(loss_scale=8.0, loss_scale_growth_steps=2), device, enabled=True)
+    parameter = torch.nn.Parameter(torch.ones(3, device=device))
+    parameter.grad = torch.full_like(parameter, 16.0)
+    flags = torch.tensor([True, False, True, True], device=device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scale.unscale([parameter])
+        for flag in flags:
+            scale.update(flag)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert parameter.grad.tolist() == [2.0] * 3
+    assert scale.state() == {"value": 8.0, "good_steps": 0}
+
+
+def run(faces: Path, folder: Path, precision: str) -> bool:
     overrides = [f"data.path={faces}", f"run.folder={folder}", "backbone.name=resnet10t", "training.epochs=4.0"]
     overrides += ["training.global_batch=40", "optimizer.lr=0.05", f"evaluation.pairs={faces / 'pairs.bin'}"]
     from recognition.trainer import train
 
-    return train(config.load(TINY, overrides))
+    return train(config.load(TINY, [*overrides, f"backbone.precision={precision}"]))
 
 
-def test_a_run_on_every_gpu_reaches_its_end_and_exports(faces: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["auto", "float16"])
+def test_a_run_on_every_gpu_reaches_its_end_and_exports(faces: Path, tmp_path: Path, precision: str) -> None:
     pytest.importorskip("nvidia.dali", reason="needs DALI")
-    assert all(launch_ranks(run, torch.cuda.device_count(), faces, tmp_path / "run", timeout=300))
+    assert all(launch_ranks(run, torch.cuda.device_count(), faces, tmp_path / "run", precision, timeout=300))
     assert (tmp_path / "run/model.onnx").exists()

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ranks import launch_ranks
-from recognition import config, trainer
-from recognition.checkpoint import Checkpoints, read_tensors
+from recognition import config, hardware, trainer
+from recognition.checkpoint import Checkpoints, read_manifest, read_tensors
 from recognition.data.faces import write_faces
 from recognition.deploy.embedder import OnnxEmbedder
 from recognition.evaluation.pairs import read_pairs
@@ -163,6 +163,14 @@ def test_the_file_that_is_shipped_verifies_as_the_checkpoint_does(faces: Path, t
     shipped = embed_pairs(OnnxEmbedder(tmp_path / "run/model.onnx"), pairs, 20)
     np.testing.assert_allclose(shipped, embedded, atol=1e-4)
     card = json.loads((tmp_path / "run/model.json").read_text())
+    found = Checkpoints(tmp_path / "run/checkpoints", 2).find()
+    assert found is not None
+    resolved = read_manifest(found).facts["resolved"]
+    assert card["resolved"] == resolved
+    assert resolved["device"] == str(hardware.of(torch.device("cpu")))
+    assert resolved["backbone.precision"] == "float32" and "auto" not in resolved.values()
+    told = (tmp_path / "run/log.txt").read_text()
+    assert f"2 processes on {resolved['device']}" in told and "backbone in float32, channels-last" in told
     result = verify(shipped, pairs.same)
     assert card["verification"]["pairs"]["accuracy"] == pytest.approx(result.accuracy)
     best, facts = load_backbone(tmp_path / "run", "best")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ranks import launch_ranks, run_ranks
-from recognition import distributed
+from recognition import distributed, hardware
 from recognition.config import Distributed, UserError
 from recognition.distributed import Interrupt, shard_rows, split
 
@@ -65,7 +65,7 @@ def test_one_process_needs_no_launcher(no_launcher, threads):
 
 
 def test_cores_are_shared_out(no_launcher, threads, monkeypatch):
-    monkeypatch.setattr(distributed, "_cores", lambda: 3)
+    monkeypatch.setattr(hardware, "cores", lambda: 3)
     distributed.start(Distributed(backend="gloo"), threads=0)
     distributed.stop()
     assert torch.get_num_threads() == 3

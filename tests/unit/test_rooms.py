@@ -13,7 +13,7 @@ LEVELS = [
     {"config"},
     {"hardware"},
     {"distributed", "tracking"},
-    {"checkpoint", "optimizer", *ROOMS},
+    {"checkpoint", "loss_scale", "optimizer", *ROOMS},
     {"run_folder"},
     {"trainer", "benchmark"},
 ]

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from recognition import tracking
 from recognition.config import Tracking, UserError
-from recognition.tracking import Clock, Tracker, peak_memory
+from recognition.tracking import Clock, Tracker, _about, peak_memory
 
 RESULT = {
     "accuracy": 0.9912,
@@ -291,7 +291,17 @@ def test_speed_and_remaining_time_leave_out_the_first_step_and_the_pauses(
                     now[0] += 1000.0
             track.log_step(step, {"loss": 1.0})
     assert records(tmp_path)[-1]["images_per_second"] == pytest.approx(64 / 2)
-    assert "32.0 img/s  ETA 0:33:20" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "32.0 img/s  ETA 0:33:20" in told
+    assert told.count("training takes about 33 minutes on this machine") == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.2, "10 seconds"), (61, "70 seconds"), (400, "7 minutes"), (8040, "2 hours"), (200_000, "2 days")],
+)
+def test_a_time_to_come_is_told_no_more_exactly_than_it_is_known(seconds: float, told: str) -> None:
+    assert _about(seconds) == f"about {told}"
 
 
 def test_speed_is_that_of_the_last_records(monkeypatch: pytest.MonkeyPatch) -> None:
