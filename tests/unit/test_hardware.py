@@ -8,7 +8,7 @@ import torch
 
 from recognition import config, hardware
 from recognition.config import Config, UserError
-from recognition.hardware import Hardware, resolve
+from recognition.hardware import Hardware, Resolved
 
 TINY = Path(__file__).resolve().parents[1] / "integration" / "tiny.toml"
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -43,6 +43,10 @@ def settings(*overrides: str) -> Config:
     return config.load(TINY, ["head.precision=auto", *overrides])
 
 
+def resolve(settings: Config, device: torch.device, **options: Any) -> Resolved:
+    return hardware.resolve(settings, hardware.of(device), **options)
+
+
 AVX2 = ("AVX2", False, {"avx2": True, "avx512_f": False, "avx512_bf16": False, "amx_bf16": False})
 SKYLAKE = ("AVX512", True, {"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False})
 ZEN4 = ("AVX512", True, {"avx512_f": True, "avx512_bf16": True, "amx_bf16": False})
@@ -70,7 +74,7 @@ CARDS = {
 def test_processors(machine: Machine, name: str) -> None:
     (capability, onednn, capabilities), precision, units = PROCESSORS[name]
     machine.processor(capability, onednn, **capabilities)
-    assert hardware.of(CPU) == Hardware("Processor", units, precision)  # type: ignore[arg-type]
+    assert hardware.of(CPU) == Hardware("cpu", "Processor", units, precision)  # type: ignore[arg-type]
     assert str(hardware.of(CPU)) == f"Processor ({units})"
     resolved = resolve(settings(), CPU)
     assert (resolved.config.backbone.precision, resolved.config.head.precision) == (precision, precision)
@@ -82,7 +86,7 @@ def test_processors(machine: Machine, name: str) -> None:
 def test_cards(machine: Machine, name: str) -> None:
     card, precision = CARDS[name]
     machine.card(*card)
-    assert hardware.of(GPU) == Hardware(card[0], "compute capability {}.{}".format(*card[1:]), precision)  # type: ignore[arg-type]
+    assert hardware.of(GPU) == Hardware("cuda", card[0], "compute capability {}.{}".format(*card[1:]), precision)  # type: ignore[arg-type]
     resolved = resolve(settings(), GPU)
     # The head has no products in float16.
     head = "float32" if precision == "float16" else precision
@@ -96,11 +100,11 @@ def test_cards_of_amd(machine: Machine, monkeypatch: pytest.MonkeyPatch, native:
     machine.card("AMD Instinct", 9, 4)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
-    assert hardware.of(GPU) == Hardware("AMD Instinct", "ROCm", "bfloat16" if native else "float16")
+    assert hardware.of(GPU) == Hardware("cuda", "AMD Instinct", "ROCm", "bfloat16" if native else "float16")
 
 
 def test_apples_gpu(machine: Machine) -> None:
-    assert hardware.of(torch.device("mps")) == Hardware("Processor", "Metal", "float32")
+    assert hardware.of(torch.device("mps")) == Hardware("mps", "Processor", "Metal", "float32")
 
 
 @pytest.mark.parametrize(
@@ -216,6 +220,36 @@ def test_a_run_in_float16_goes_on_in_float16_on_a_newer_card(machine: Machine) -
     resolved = resolve(settings(), GPU, before=before)
     assert (resolved.config.backbone.precision, resolved.config.head.precision) == ("float16", "float32")
     assert len(resolved.notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "precision"),
+    [
+        (["Ampere", "Hopper"], "bfloat16"),
+        (["Ampere", "Volta"], "float16"),
+        (["Turing", "Volta"], "float16"),
+        (["Hopper", "Pascal"], "float32"),
+        (["Pascal", "Volta"], "float32"),
+    ],
+)
+def test_different_cards_compute_in_what_all_of_them_have(machine: Machine, names: list[str], precision: str) -> None:
+    found = []
+    for name in names:
+        machine.card(*CARDS[name][0])
+        found.append(hardware.of(GPU))
+    for order in (found, found[::-1]):
+        together = hardware.weakest(order)
+        assert (together.device, together.precision) == ("cuda", precision)
+        assert all(each.name in str(together) and each.units in str(together) for each in found)
+    assert hardware.weakest(found[:1] * 3) == found[0]
+
+
+def test_different_processors_compute_in_what_all_of_them_have(machine: Machine) -> None:
+    found = []
+    for capability, onednn, capabilities in (ZEN4, AVX2):
+        machine.processor(capability, onednn, **capabilities)
+        found.append(hardware.of(CPU))
+    assert hardware.weakest(found) == Hardware("cpu", "Processor", "AVX-512 with bfloat16 and AVX2", "float32")
 
 
 @pytest.mark.parametrize(
