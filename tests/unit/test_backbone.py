@@ -39,7 +39,7 @@ FAMILIES = {  # and the smallest image that leaves more than a few positions
     "mobilefacenet": 32,
 }
 PART = 1e-2
-"""Of the loss, by which a step changes it: a thousand times what float32 rounds off, and little beside the curvature."""
+"""Of the loss, by which a step changes it: a thousand times what float32 rounds off it, and too little to bend it."""
 
 
 def family(name: str, precision: str) -> Backbone:
