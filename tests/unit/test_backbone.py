@@ -98,6 +98,7 @@ def test_neck_equals_its_formula(kind: str) -> None:
     y = y.mean((2, 3)) if kind == "pool" else y.reshape(6, -1)
     expected = standardise(y @ neck.linear.weight.detach().numpy().astype(np.float64).T, (0,))
     actual = neck(torch.from_numpy(x).float())
+    # Float32 against float64; dividing by the deviation of six samples may magnify 1e-6 by some tens.
     np.testing.assert_allclose(actual.detach().numpy(), expected, atol=1e-4)
     assert not neck.output_norm.weight.requires_grad
 
@@ -176,6 +177,7 @@ def test_precision() -> None:
         assert torch.equal(mixed(x, float32=True), expected)
     assert actual.dtype == torch.float32
     assert not torch.equal(actual, expected)
+    # bfloat16 keeps 8 binary digits: 4e-3 a layer make 1e-2 in ten, and 1 - cosine half the square of it.
     assert functional.cosine_similarity(actual, expected).min() > 0.999
     types: list[torch.dtype] = []
     mixed.neck.linear.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
@@ -190,6 +192,7 @@ def test_memory_format_changes_no_value() -> None:
     first = build_backbone(small(channels_last=False, precision="float32")).eval()
     assert last.trunk.layer2[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
+        # The same sums in another order, through ten layers of float32.
         torch.testing.assert_close(last(x), first(x), rtol=1e-4, atol=1e-5)
 
 
@@ -214,6 +217,7 @@ def test_embedder() -> None:
     with torch.no_grad():
         expected = backbone(torch.from_numpy(plain).float(), float32=True).numpy()
         mixed = backbone(torch.from_numpy(plain).float()).numpy()
+    # The pixels are divided in float64 here, which changes the last digit of some.
     np.testing.assert_allclose(embeddings, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(BackboneEmbedder(backbone)(faces), mixed)
     assert not backbone.training

@@ -27,14 +27,14 @@ def test_a_header_that_is_no_python_is_damage(data: Path, caplog: pytest.LogCapt
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("ranges", (0, 1 << 63, 9)), ("ranges", (7, 0, 9)), ("starts", 1 << 40)],
+    ("name", "place", "value"),
+    [("ranges", 3, (0, 1 << 63, 9)), ("ranges", 3, (7, 0, 9)), ("starts", 4, 1 << 40)],
     ids=["offset", "file", "start"],
 )
-def test_a_place_in_no_file_is_named(data: Path, name: str, value: object) -> None:
+def test_a_place_in_no_file_is_named(data: Path, name: str, place: int, value: object) -> None:
     path = open_index(data).folder / f"{name}.npy"
     array = np.load(path)
-    array[3] = value
+    array[place] = value
     np.save(path, array)
     index = open_index(data)
     assert index.read(0) == b"image 0"
