@@ -176,6 +176,7 @@ def test_the_baseline_differs_in_what_it_should_alone() -> None:
     assert ours["channels last"] and not baseline["channels last"]
     assert ours["own layers"] and not baseline["own layers"] and baseline["torch's layers"]
     assert ours["moved"] and baseline["moved"]
+    # bfloat16 beside float32: 4e-3 of an embedding, times the scale, of a loss of about 60; 0.3 % was found.
     assert ours["loss"] == pytest.approx(baseline["loss"], rel=0.02)
 
 
