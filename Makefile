@@ -5,7 +5,11 @@ BIN := .venv/bin
 READY := .venv/.ready
 STARTED := $(shell date +%s)
 
-.PHONY: setup demo test lint format pins clean
+# What `make soak` runs: kills (ROUNDS=20), fuzzing (SECONDS=60 for each kind of file), faces; SEED=0 for the first two.
+SOAK ?= kills fuzzing faces
+export ROUNDS SECONDS SEED
+
+.PHONY: setup demo test soak lint format pins clean
 
 setup: $(READY)
 
@@ -20,8 +24,13 @@ $(READY): pyproject.toml requirements/dev.txt requirements/uv.txt
 demo: $(READY)
 	$(BIN)/python tools/demo.py --started $(STARTED)
 
+# A worker for each core takes a file at a time, whose tests share what is slow to set up.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
+# What is long and need not be shown for every change.
+soak: $(READY)
+	$(BIN)/python -m pytest -ra $(SOAK:%=tests/soak/%.py)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

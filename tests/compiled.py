@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,22 +52,46 @@ def compiling(arch: int) -> Iterator[list[Resources]]:
         yield found
 
 
-def in_child(path: Path, function: str, argument: Any, folder: Path) -> Any:
-    """What `function` of the file `path` returns for `argument`, as JSON, from a process where Triton compiles anew.
+class Child:
+    """A process where Triton compiles anew; what `function` of the file `path` yields for `argument`, as JSON.
 
-    `folder` is for Triton's files. Raises AssertionError with the process's output if it fails.
+    It starts at once and does not wait for who iterates over this. `folder` is for Triton's files and the output.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS.parent), str(TESTS), os.getenv("PYTHONPATH")]))
-    code = (
-        "import json, runpy, sys; path, function, argument = sys.argv[1:];"
-        "print(json.dumps(runpy.run_path(path)[function](json.loads(argument))))"
-    )
-    command = [sys.executable, "-c", code, str(path), function, json.dumps(argument)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+
+    def __init__(self, path: Path, function: str, argument: Any, folder: Path) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {"TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+        places = [str(TESTS.parent), str(TESTS), os.getenv("PYTHONPATH")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
+        code = (
+            "import json, runpy, sys; path, function, argument = sys.argv[1:];"
+            "[print(json.dumps(each), flush=True) for each in runpy.run_path(path)[function](json.loads(argument))]"
+        )
+        command = [sys.executable, "-c", code, str(path), function, json.dumps(argument)]
+        self.output, self.errors = folder / "output", folder / "errors"
+        with self.output.open("w") as out, self.errors.open("w") as errors:
+            self.process = subprocess.Popen(command, env=environment, stdout=out, stderr=errors)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Raises AssertionError with the process's errors if it fails."""
+        line = ""
+        with self.output.open() as lines:
+            while True:
+                ended = self.process.poll() is not None
+                line += lines.readline()
+                if line.endswith("\n"):
+                    yield json.loads(line)
+                    line = ""
+                elif ended:
+                    break
+                else:
+                    time.sleep(0.02)
+        assert self.process.returncode == 0, self.errors.read_text()[-4000:]
+
+    def close(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.process.wait()
 
 
 def _read(compiled: Any) -> Resources:

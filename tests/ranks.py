@@ -2,10 +2,11 @@
 
 import multiprocessing
 import os
-import socket
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,18 +38,28 @@ def _rank(
 def _launched(function: Callable[..., Any], rank: int, world: int, port: int, results: Any, args: tuple) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # The ranks meet at a store of their launcher's, whose port nobody else can take meanwhile.
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     try:
         results.put((rank, function(*args), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
 
 
+@contextmanager
+def launched(function: Callable[..., Any], world: int, *args: Any) -> Iterator["Launch"]:
+    """Ranks started as torchrun would: the function finds the launcher's variables and makes the group itself."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with _started(_launched, function, world, store.port, args) as launch:
+        yield launch
+
+
 def launch_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 90) -> list[Any]:
     """As `run_ranks`, but as torchrun would: the function finds the launcher's variables and makes the group itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return _collect(_launched, function, world, port, args, timeout)
+    with launched(function, world, *args) as launch:
+        return launch.collect(timeout)
 
 
 def run_ranks(
@@ -60,29 +71,46 @@ def run_ranks(
     Raises AssertionError with the traceback of the first rank that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        return _collect(_rank, function, world, (backend, str(Path(folder) / "store")), args, timeout)
+        meeting = (backend, str(Path(folder) / "store"))
+        with _started(_rank, function, world, meeting, args) as launch:
+            return launch.collect(timeout)
 
 
-def _collect(
-    target: Callable[..., None], function: Callable[..., Any], world: int, meeting: Any, args: tuple, timeout: float
-) -> list[Any]:
+@dataclass
+class Launch:
+    """Ranks at work."""
+
+    processes: list[Any]
+    results: Any
+
+    def collect(self, timeout: float) -> list[Any]:
+        """What each rank returns, in rank order, once all are done."""
+        returned: dict[int, Any] = {}
+        world = len(self.processes)
+        for _ in range(world):
+            rank, value, error = self.results.get(timeout=timeout)
+            assert error is None, f"rank {rank} of {world} failed:\n{error}"
+            returned[rank] = value
+        for process in self.processes:
+            process.join(timeout=timeout)
+        return [returned[rank] for rank in range(world)]
+
+
+@contextmanager
+def _started(
+    target: Callable[..., None], function: Callable[..., Any], world: int, meeting: Any, args: tuple
+) -> Iterator[Launch]:
     results = _context.Queue()
     processes = [
         _context.Process(target=target, args=(function, rank, world, meeting, results, args), daemon=True)
         for rank in range(world)
     ]
-    for process in processes:
-        process.start()
     try:
-        returned: dict[int, Any] = {}
-        for _ in range(world):
-            rank, value, error = results.get(timeout=timeout)
-            assert error is None, f"rank {rank} of {world} failed:\n{error}"
-            returned[rank] = value
         for process in processes:
-            process.join(timeout=timeout)
+            process.start()
+        yield Launch(processes, results)
     finally:
         for process in processes:
-            process.kill()
-            process.join()
-    return [returned[rank] for rank in range(world)]
+            if process.pid is not None:
+                process.kill()
+                process.join()

@@ -153,6 +153,8 @@ class Faces(Section):
     """Images of each."""
     pairs: PositiveInt = 1200
     """Verification pairs, half of them genuine."""
+    image_size: PositiveInt = 112
+    """Height and width of the images, in pixels."""
     seed: NonNegativeInt = 0
     """Key of all that is drawn."""
 

@@ -22,6 +22,8 @@ from recognition.data.files import Files, Names
 from recognition.data.store import RANGE, Content, digest
 
 _FOLDER = ".recognition-index"
+_NO_PLACE = (IndexError, OverflowError, StopIteration, ValueError)
+"""What numbers that are no place in any file lead to: opening does not go through all of an index to find them."""
 
 Progress = Callable[[int, int], None]
 
@@ -65,6 +67,15 @@ class Index:
         """The encoded image. Raises UserError, naming the sample, where its file is gone or has become shorter."""
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)}")
+        try:
+            return self._read(sample)
+        except UserError:
+            raise
+        except _NO_PLACE as error:
+            message = f"{self.folder}: the index is damaged at sample {sample} ({error}): delete it, and make it anew"
+            raise UserError(message) from None
+
+    def _read(self, sample: int) -> bytes:
         pieces = []
         for row in range(self.starts[sample], self.starts[sample + 1]):
             number, offset, length = self.ranges[row].item()

@@ -165,7 +165,12 @@ def _read(folder: Path, facts: dict[str, Any]) -> Content:
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # NumPy lets the errors of Python's own parser through, which reads its headers
+        raise ValueError(f"{path.name}: {error}") from None
     if array.dtype != dtype or array.ndim != 1 or not len(array):
         raise ValueError(f"{path.name} holds {array.dtype} {array.shape}")
     return np.asarray(array)

@@ -8,26 +8,27 @@ import numpy as np
 import pytest
 from dense_head import D, dense_training, make
 from dense_losses import LOSSES
-from head_checks import EVERY_BATCH, batches, everything, refusals, resharded
+from head_checks import EVERY_BATCH, batches, part, refusals, resharded
 
 from ranks import run_ranks
 from recognition import config
 
 WORLDS = [1, 2, 3, 4]
-# The first test of a world waits for all that its ranks do.
-pytestmark = pytest.mark.timeout(300)
+EXACT, TRAINED, BFLOAT16 = 1e-5, 1e-4, 1e-2
+"""Errors, relative to the largest number. float32 rounds to 6e-8, of a logit of 64 and its exponential 4e-6;
+1.6e-6 were found. Six steps carry each error on. bfloat16 rounds to 4e-3, which sums of many numbers average out."""
 
 
 @cache
-def attempt(world: int) -> list[dict[str, Any]] | AssertionError:
+def attempt(world: int, name: str) -> list[dict[str, Any]] | AssertionError:
     try:
-        return run_ranks(everything, world, str(_folder), timeout=280)
+        return run_ranks(part, world, name, str(_folder))
     except AssertionError as failure:
         return failure
 
 
-def results(world: int) -> list[dict[str, Any]]:
-    found = attempt(world)
+def results(world: int, name: str = "others") -> list[dict[str, Any]]:
+    found = attempt(world, name)
     if isinstance(found, AssertionError):
         raise found
     return found
@@ -47,36 +48,37 @@ each_world = pytest.mark.parametrize("world", WORLDS)
 
 @each_world
 def test_loss_and_gradients_are_the_papers(world: int) -> None:
-    for rank in results(world):
+    for rank in results(world, "float32"):
         others = len(LOSSES) - len(EVERY_BATCH)
         assert len(rank["float32"]) == len(EVERY_BATCH) * (len(batches(world)) + 1) + others * 3
-        wrong = {name: errors for name, errors in rank["float32"].items() if not max(errors) <= 1e-5}
+        wrong = {name: errors for name, errors in rank["float32"].items() if not max(errors) <= EXACT}
         assert not wrong
 
 
 @each_world
 def test_bfloat16_products_are_close(world: int) -> None:
-    for rank in results(world):
+    for rank in results(world, "bfloat16"):
         assert len(rank["bfloat16"]) == 2 * len(LOSSES)
         for name, errors in rank["bfloat16"].items():
             # The error of a logit, and so of its exponential, grows with the scale.
             scale = getattr(LOSSES[name.split()[0]].loss, "scale", 0.0)
-            assert 1e-6 < max(errors) <= 1e-2 * max(1, scale / 64), name
+            assert 1e-6 < max(errors) <= BFLOAT16 * max(1, scale / 64), name
 
 
 @each_world
 @pytest.mark.parametrize("name", LOSSES)
 def test_fused_update_is_torch_sgd(world: int, name: str) -> None:
     expected = dense_training(name)
-    for rank in results(world):
+    for rank in results(world, "training"):
         found = rank["training"][name]
         assert found.keys() == expected.keys()
         for key, value in expected.items():
-            assert np.abs(found[key] - value).max() <= 1e-4 * np.abs(value).max(), key
+            assert np.abs(found[key] - value).max() <= TRAINED * np.abs(value).max(), key
 
 
 @each_world
 def test_accumulation_is_the_large_batch(world: int) -> None:
+    # Both in float32: sums of the same numbers in another order.
     assert max(rank["accumulation"] for rank in results(world)) <= 1e-6
 
 
@@ -94,12 +96,12 @@ def test_only_sampled_rows_take_part(world: int) -> None:
             assert found["untouched"]
             assert found["changed"]
             assert found["count"] == 16
-            assert max(found["errors"]) <= 1e-5
+            assert max(found["errors"]) <= EXACT
 
 
 def test_under_ddp_the_backbone_gets_the_single_process_gradient() -> None:
     for rank in results(2):
-        assert max(rank["ddp"]) <= 1e-5
+        assert max(rank["ddp"]) <= EXACT
 
 
 @each_world
@@ -122,8 +124,8 @@ def test_rules(world: int) -> None:
         found = rank["rules"]
         assert f"label 9 of sample 2 in the batch of rank {world - 1} is outside 0..8" in found["label 0"]
         assert "label -1 of sample 2" in found["label 1"]
-        assert max(found["evaluation"]) <= 1e-5
-        assert max(found["autocast"]) <= 1e-5
+        assert max(found["evaluation"]) <= EXACT
+        assert max(found["autocast"]) <= EXACT
         for name in ("evaluation has no graph", "update=False", "frozen backbone", "no parameters"):
             assert found[name], name
 
@@ -134,6 +136,7 @@ def test_initial_rows_differ_and_do_not_depend_on_the_number_of_ranks() -> None:
         for rank in results(world):
             np.testing.assert_array_equal(rank["initial"], rows)
     assert len(np.unique(rows, axis=0)) == len(rows)
+    # Of 60,000 numbers with deviation 0.01, from a fixed seed: three standard errors, and seven.
     assert rows.mean() == pytest.approx(0, abs=5e-4 / 4)
     assert rows.std() == pytest.approx(0.01, rel=0.02)
 
@@ -143,7 +146,7 @@ def test_state_loads_in_place_at_another_number_of_ranks() -> None:
     # Two classes on three ranks: one shard is empty.
     for errors in run_ranks(resharded, 3, str(_folder)):
         assert len(errors) == 20
-        assert max(errors) <= 1e-5
+        assert max(errors) <= EXACT
 
 
 def test_needs_a_process_group() -> None:

@@ -41,6 +41,7 @@ def test_planned_memory_is_what_is_measured(name: str) -> None:
     plan = PLANS[name]
     [(peak, state)] = run_ranks(_measured, 1, plan)
     assert state == plan.state_bytes
+    # Beside tensors there are the buffers of the library that multiplies: up to 6 % here.
     assert sum(plan.memory.values()) == pytest.approx(peak, rel=0.1)
 
 

@@ -23,9 +23,12 @@ from recognition.run_folder import load_backbone
 
 TINY = Path(__file__).parent / "tiny.toml"
 STEPS = 6
+SAME_LOSS = 2e-5
+"""Relative error of losses whose sums are taken in another order: float32's 6e-8, of logits of 64, after six steps."""
 SETTINGS = (
     "run.seed=3",
     "backbone.name=resnet10t",
+    "backbone.image_size=32",
     "backbone.embedding_size=32",
     "backbone.precision=float32",
     "backbone.dropout=0.2",
@@ -60,13 +63,13 @@ class Linear(nn.Module):
 
     def __init__(self, embedding_size: int) -> None:
         super().__init__()
-        self.embedding_size, self.image_size = embedding_size, 112
-        self.projection = nn.Linear(3 * 14 * 14, embedding_size)
+        self.embedding_size, self.image_size = embedding_size, 32
+        self.projection = nn.Linear(3 * 8 * 8, embedding_size)
         nn.init.normal_(self.projection.weight, std=0.05, generator=torch.Generator().manual_seed(0))
         nn.init.zeros_(self.projection.bias)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.projection(nn.functional.avg_pool2d(images, 8).flatten(1))
+        return self.projection(nn.functional.avg_pool2d(images, 4).flatten(1))
 
 
 def run(overrides: list[str], signal_at: int | None = None, linear: bool = False) -> dict:
@@ -138,11 +141,11 @@ def test_every_number_of_ranks_trains_alike_and_continues_the_others_run(faces: 
     assert len(set(reference)) == STEPS
     for world in (2, 4):
         launch_ranks(run, world, settings(faces, tmp_path / f"{world}"), None, True)
-        np.testing.assert_allclose(losses(tmp_path / f"{world}"), reference, rtol=2e-5)
+        np.testing.assert_allclose(losses(tmp_path / f"{world}"), reference, rtol=SAME_LOSS)
     launch_ranks(run, 4, settings(faces, tmp_path / "mixed"), 2, True)
     launch_ranks(run, 1, settings(faces, tmp_path / "mixed"), 4, True)
     launch_ranks(run, 3, settings(faces, tmp_path / "mixed"), None, True)
-    np.testing.assert_allclose(losses(tmp_path / "mixed"), reference, rtol=2e-5)
+    np.testing.assert_allclose(losses(tmp_path / "mixed"), reference, rtol=SAME_LOSS)
 
 
 def run_without_dali(overrides: list[str]) -> list[str]:
@@ -163,20 +166,24 @@ def test_a_system_without_dali_trains_alike(faces: Path, tmp_path: Path) -> None
 def test_accumulated_passes_equal_the_large_batch(faces: Path, tmp_path: Path) -> None:
     launch_ranks(run, 2, settings(faces, tmp_path / "whole"), None, True)
     launch_ranks(run, 2, settings(faces, tmp_path / "passes", "training.accumulation=3"), None, True)
-    np.testing.assert_allclose(losses(tmp_path / "passes"), losses(tmp_path / "whole"), rtol=2e-5)
+    np.testing.assert_allclose(losses(tmp_path / "passes"), losses(tmp_path / "whole"), rtol=SAME_LOSS)
     whole, passes = tensors(tmp_path / "whole"), tensors(tmp_path / "passes")
     for name in ("head.weight", "backbone.projection.weight"):
-        np.testing.assert_allclose(passes[name], whole[name], rtol=1e-3, atol=1e-6, err_msg=name)
+        # Of the largest number, as the losses: what is near zero is a difference of larger ones.
+        largest = np.abs(whole[name]).max()
+        np.testing.assert_allclose(passes[name], whole[name], rtol=0, atol=SAME_LOSS * largest, err_msg=name)
 
 
 def test_the_file_that_is_shipped_verifies_as_the_checkpoint_does(faces: Path, tmp_path: Path) -> None:
-    overrides = settings(faces, tmp_path / "run", f"evaluation.pairs={faces / 'pairs.bin'}", "export.enabled=true")
+    changes = (f"evaluation.pairs={faces / 'pairs.bin'}", "backbone.image_size=112", "export.enabled=true")
+    overrides = settings(faces, tmp_path / "run", *changes)
     launch_ranks(run, 2, overrides)
     pairs = read_pairs(faces / "pairs.bin")
     backbone, facts = load_backbone(tmp_path / "run")
     assert facts["step"] == STEPS and facts["identities"] == 15
     embedded = embed_pairs(BackboneEmbedder(backbone, float32=True), pairs, 20)
     shipped = embed_pairs(OnnxEmbedder(tmp_path / "run/model.onnx"), pairs, 20)
+    # ONNX Runtime's float32 against torch's: some 1e-6 of embeddings whose numbers are about 1.
     np.testing.assert_allclose(shipped, embedded, atol=1e-4)
     card = json.loads((tmp_path / "run/model.json").read_text())
     found = Checkpoints(tmp_path / "run/checkpoints", 2).find()

@@ -3,9 +3,8 @@
 What does not fit into registers is kept in memory, which makes a kernel several times slower and shows in no result.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from compiled import Resources, compiling, in_child
+from compiled import Child, Resources, compiling
 
 from recognition import config
 from recognition.head.chunks import Products, Summand, Taking
@@ -44,7 +43,6 @@ class Case:
 
 
 CURRICULAR = Curricular(64.0, torch.tensor(0.3))
-pytestmark = pytest.mark.timeout(300)
 CASES = {
     "linear": Case(),
     "kept": Case(kept=True),
@@ -69,27 +67,28 @@ WIDE = "more than registers hold"
 ON_A10 = ["linear", "rows in float32", "products in float32"]
 
 
-def compile_all(arch: int) -> list[tuple[str, str, dict[str, Any]]]:
-    """In a process where Triton compiles: device, case and resources of every kernel."""
+def compile_all(arch: int) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """In a process where Triton compiles: device, case and the kernels' resources, of one case after the other."""
     from recognition.head import fused
 
     torch.set_num_threads(1)
-    found = []
     with compiling(arch) as resources, mock.patch.object(fused, "multiply", lambda a, b: torch.zeros(len(a), len(b.T))):
-        for device in DEVICES[arch]:
-            with mock.patch.object(fused, "_name", lambda x, device=device: device):
-                for name in CASES if device != A10 else ON_A10:
-                    resources.clear()
-                    launch_products(CASES[name])
-                    found += [(device, name, asdict(each)) for each in resources]
-        for name in UPDATES:
+        for device, name in compiled_for(arch):
             resources.clear()
-            launch_update(*UPDATES[name])
-            found += [(device, name, asdict(each)) for each in resources]
-        resources.clear()
-        launch_wide()
-        found += [(device, WIDE, asdict(each)) for each in resources]
-    return found
+            if name in CASES:
+                with mock.patch.object(fused, "_name", lambda x, device=device: device):
+                    launch_products(CASES[name])
+            elif name in UPDATES:
+                launch_update(*UPDATES[name])
+            else:
+                launch_wide()
+            yield device, name, [asdict(each) for each in resources]
+
+
+def compiled_for(arch: int) -> list[tuple[str, str]]:
+    """Devices and cases, in their order."""
+    tiled = [(device, name) for device in DEVICES[arch] for name in (CASES if device != A10 else ON_A10)]
+    return tiled + [(next(iter(DEVICES[arch])), name) for name in (*UPDATES, WIDE)]
 
 
 def launch_products(case: Case) -> None:
@@ -163,65 +162,59 @@ SPILLED = {(80, "curricular, running maximum, sampled", "emit_kernel"): 72}
 """Bytes per thread that are in memory, not in registers, where there are any: here with Triton 3.6 alone."""
 
 
-All = dict[tuple[int, str, str, str], Resources]
+class Compiler:
+    """A process that compiles for one architecture, and what it has said so far."""
+
+    def __init__(self, arch: int, folder: Path) -> None:
+        self.child = Child(Path(__file__), "compile_all", arch, folder)
+        self.said = iter(self.child)
+        self.known: dict[tuple[str, str], dict[str, Resources]] = {}
+
+    def resources(self, device: str, case: str) -> dict[str, Resources]:
+        """By kernel."""
+        while (device, case) not in self.known:
+            *key, found = next(self.said)
+            self.known[tuple(key)] = {each["kernel"]: Resources(**each) for each in found}
+        return self.known[device, case]
 
 
 @pytest.fixture(scope="module")
-def resources(tmp_path_factory: pytest.TempPathFactory) -> All:
-    """By architecture, device, case and kernel."""
+def compilers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Compiler]]:
+    """Side by side, by architecture."""
     if find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     from triton.backends import backends
 
     if "nvidia" not in backends:
         pytest.skip("this Triton does not compile for NVIDIA's GPUs")
-    folders = [tmp_path_factory.mktemp(f"sm_{arch}") for arch in DEVICES]
-    with ThreadPoolExecutor() as pool:
-        compiled = list(pool.map(partial(in_child, Path(__file__), "compile_all"), DEVICES, folders))
-    return {
-        (arch, device, case, values["kernel"]): Resources(**values)
-        for arch, each in zip(DEVICES, compiled, strict=True)
-        for device, case, values in each
-    }
+    found = {arch: Compiler(arch, tmp_path_factory.mktemp(f"sm_{arch}")) for arch in DEVICES}
+    yield found
+    for compiler in found.values():
+        compiler.child.close()
 
 
-def test_every_kernel_was_compiled_for_every_device(resources: All) -> None:
-    tiled = [(A100, name) for name in CASES] + [(A10, name) for name in ON_A10] + [(H100, name) for name in CASES]
-    assert [(device, case) for _, device, case, name in resources if name == "statistics_kernel"] == tiled
-    emitted = [(device, case) for device, case in tiled if not CASES[case].kept]
-    assert [(device, case) for _, device, case, name in resources if name == "emit_kernel"] == emitted
-    updates = [(arch, name) for arch in DEVICES for name in UPDATES]
-    assert [(arch, case) for arch, _, case, name in resources if name == "update_kernel"] == updates
-
-
-def test_what_does_not_fit_into_registers_is_seen(resources: All) -> None:
-    for (_, _, case, _), found in resources.items():
-        assert case != WIDE or found.stack > 0
-
-
-def test_numbers_stay_in_registers_and_within_the_table(resources: All) -> None:
-    beyond = {}
-    for (arch, device, case, kernel), found in resources.items():
-        if case == WIDE:
-            continue
+@pytest.mark.parametrize(
+    ("arch", "device", "case"), [(arch, device, case) for arch in DEVICES for device, case in compiled_for(arch)]
+)
+def test_what_the_kernels_take_of_a_gpu(compilers: dict[int, Compiler], arch: int, device: str, case: str) -> None:
+    found = compilers[arch].resources(device, case)
+    if case == WIDE:
+        # What does not fit into registers is seen.
+        assert all(each.stack > 0 for each in found.values())
+        return
+    if case in UPDATES:
+        assert "update_kernel" in found
+    else:
+        assert ("statistics_kernel" in found, "emit_kernel" in found) == (True, not CASES[case].kept)
+    for kernel, each in found.items():
         place = (kernel == "emit_kernel") + 2 * (arch == 90)
         registers, shared = UPDATE_BOUND if kernel == "update_kernel" else BOUNDS[case][place]
-        within = found.registers <= registers and found.shared <= shared * KIB
-        if not within or found.stack > SPILLED.get((arch, case, kernel), 0):
-            beyond[device, case, kernel] = found
-    assert not beyond, "\n".join(map(str, beyond.items()))
-
-
-def test_a_block_has_as_much_shared_memory(resources: All) -> None:
-    for (arch, device, _, _), found in resources.items():
-        assert found.shared <= DEVICES[arch][device]
-
-
-def test_matrix_units_multiply_bfloat16_and_never_float32(resources: All) -> None:
-    for (arch, _, case, kernel), found in resources.items():
-        if case not in CASES:
-            assert found.matrix == ""
+        assert each.registers <= registers and each.shared <= shared * KIB, each
+        assert each.stack <= SPILLED.get((arch, case, kernel), 0), each
+        assert each.shared <= DEVICES[arch][device], "more than a block may have"
+        if case in UPDATES:
+            assert each.matrix == ""
         elif CASES[case].products == torch.float32:
-            assert found.matrix == "", "rounded to tf32"
+            assert each.matrix == "", "rounded to tf32"
         else:
-            assert found.matrix.split(" ")[0] == {80: "mma", 90: "wgmma"}[arch], kernel
+            assert each.matrix.split(" ")[0] == {80: "mma", 90: "wgmma"}[arch], kernel

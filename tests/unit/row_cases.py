@@ -72,6 +72,7 @@ def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def near(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
+    """Float32 against float64, of the largest number too: 6e-8 for each of the operations of a few steps."""
     scale = expected.abs().max().item()
     np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=tolerance, atol=tolerance * scale)
 

@@ -55,7 +55,7 @@ def differences(head: DenseHead, loss: Callable[[DenseHead, Tensor], Tensor], x:
 
 def close(found: list[Tensor], expected: list[Tensor], rtol: float = 1e-5, atol: float = 1e-6) -> None:
     for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one.numpy(), other.numpy(), rtol, atol)
+        np.testing.assert_allclose(one.numpy(), other.numpy(), rtol, atol)  # 1e-16 of a loss of 30, over 2e-6
 
 
 # One embedding of length 2 at angle 0, its class at 60 degrees, and three other classes.

@@ -106,6 +106,7 @@ SOME_OF_A_MILLION = [11158, 11164, 284404]
 
 
 def test_groups_stand_anywhere_equally_often() -> None:
+    # By a hash in integers: what the statistic comes to is the same everywhere and every time.
     size = 4
     found = Groups(ASCENDING, size, 1)
     orders = in_groups(found, size, range(4000))

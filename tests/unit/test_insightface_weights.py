@@ -43,6 +43,7 @@ def test_reproduces_insightface(network: str, shared_data: Path, tmp_path: Path)
     images = torch.from_numpy(np.sin(0.001 * np.arange(2 * 3 * 112 * 112)).reshape(2, 3, 112, 112)).float()
     with torch.inference_mode():
         embeddings = backbone(images).numpy()
+    # Float32 here and where the files were made, through up to 50 layers: 2e-6 was found, of numbers of about 1.
     assert np.abs(embeddings - expected).max() < 1e-4
     assert not backbone.neck.output_norm.weight.requires_grad
 

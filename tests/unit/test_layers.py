@@ -24,6 +24,7 @@ def test_prelu_has_the_gradient_of_torch(memory_format: torch.memory_format) -> 
         output = module(argument)
         results.append((output, *torch.autograd.grad(output, (argument, module.weight), gradient)))
     for ours, theirs in zip(*results, strict=True):
+        # The slopes' gradient is summed in float32.
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
@@ -52,4 +53,5 @@ def test_running_statistics_are_averaged_over_the_ranks() -> None:
         before = [old for old, _ in ranks]
         assert not np.allclose(before[0], before[1])
         for _, after in ranks:
+            # A sum of three and a division in float32.
             np.testing.assert_allclose(after, np.mean(before, axis=0, dtype=np.float64), rtol=1e-5, atol=1e-7)

@@ -68,6 +68,7 @@ def expected() -> dict[str, Any]:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_equals_cosface_and_sgd_in_float64(world: int, expected: dict[str, Any]) -> None:
     found = run_ranks(_trained, world, config.SGD(momentum=0.9, weight_decay=0.01))
+    # Float32 against float64: 6e-8 of logits of 16, and of what three steps make of them.
     for own in found:
         np.testing.assert_allclose(own["losses"], expected["losses"], rtol=1e-5)
     gradients = np.concatenate([own["gradients"] for own in found], axis=1)

@@ -6,6 +6,7 @@ from scipy.stats import chisquare
 
 from recognition.data.order import GOLDEN, batch_positions, keyed_hash, mix, permute, permute_by_keys, samples_at
 
+# Samples are drawn by a hash in integers, so that what a statistic comes to is the same everywhere and every time.
 EPOCHS = np.arange(100_000)
 
 

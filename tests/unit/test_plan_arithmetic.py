@@ -118,6 +118,7 @@ def test_counts_a_backbone_as_it_is() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         embeddings = backbone(torch.zeros(8, 3, 32, 32))
     assert cost.forward_flops * 8 == flops
+    # What a layer keeps is counted by its kind, and some keep a little more, such as means and masks.
     assert cost.copied_bytes + cost.activation_bytes * 8 == pytest.approx(sum(kept.values()), rel=0.15)
     assert embeddings.shape == (8, 24)
 
@@ -228,4 +229,5 @@ def test_peak_memory_sees_what_is_freed_again(sampled: bool, monkeypatch, tmp_pa
     other = held + 1
     time.sleep(0.05)
     del held, other
+    # Beside 128 MB, what the interpreter and its threads take meanwhile.
     assert memory.peak() == pytest.approx(2 * size, rel=0.1)

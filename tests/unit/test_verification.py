@@ -146,9 +146,10 @@ def test_scale_of_an_embedding_does_not_matter_and_zero_is_no_division():
 
 def test_six_thousand_pairs_are_quick():
     embeddings, same = random_pairs(6000, 9, size=512)
-    start = time.perf_counter()
+    start = time.process_time()
     verify(embeddings.astype(np.float32), same)
-    assert time.perf_counter() - start < 20
+    # A second or two of this process alone; every threshold for every fold anew would take minutes.
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize(
