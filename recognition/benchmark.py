@@ -1,19 +1,24 @@
 """Measures training on one device, whose data are there already: images per second of a backbone under the head.
 
-Three trainings take turns, under the same load of the machine: the package's own, bfloat16 channels-last and compiled;
+`measure_grid` says what each precision, layout and torch.compile give: the defaults rest on it. `measure` compares:
+three trainings take turns, under the same load of the machine: the package's own, bfloat16 channels-last and compiled;
 the same without a compiler; and the baseline, which is how arcface_torch trains: float16 autocast with a GradScaler (on
 a CPU, which has no fast convolutions in float16: float32), NCHW, torch's layers and optimizer. All three have this
 package's head, so what tells them apart is the backbone's.
 """
 
+import itertools
+import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
 
-from recognition import config
+from recognition import config, hardware
 from recognition.distributed import split
 from recognition.head import build_head
 from recognition.models.backbone import build_backbone
@@ -42,6 +47,26 @@ _WARM_UP = 4
 _ROUNDS = 4
 _SGD = config.SGD(lr=0.01)
 _CLIP_NORM = 5.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train a backbone, and how fast it is."""
+
+    precision: str
+    channels_last: bool
+    compiled: bool
+    images_per_second: float
+    """Median over the rounds."""
+    compile_seconds: float | None = None
+    """How much longer the first step took than later ones; None where nothing is compiled."""
+    pays_after_images: int | None = None
+    """How many images take as long with the compilation as in the fastest variant that is not compiled; None where
+    that one is faster."""
+
+    def to_json(self) -> dict[str, str | bool | float | int | None]:
+        """The fields by name."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -135,6 +160,52 @@ def measure(
         mfu=None if peak is None else flops * ours / peak,
         memory_bytes=memory,
     )
+
+
+def measure_grid(
+    backbone: config.Backbone,
+    device: torch.device,
+    *,
+    batch: int,
+    classes: int,
+    steps: int,
+    precisions: Sequence[hardware.Precision],
+    layouts: Sequence[bool] = (True, False),
+    compiler: str | None = "inductor",
+) -> list[Variant]:
+    """Measure `steps` training steps of each variant, all in turns, after a warm-up, with `batch` images in a step.
+
+    `layouts`: values of channels-last. `compiler`: torch.compile's backend; None: eager variants alone. What earlier
+    compilations left on disk is not used. A process group of one has to exist. Raises UserError where the memory does
+    not suffice or a loss is not finite.
+    """
+    ways = list(itertools.product(precisions, layouts, (False,) if compiler is None else (False, True)))
+    seconds: list[list[float]] = [[] for _ in ways]
+    first: list[float] = []
+    try:
+        with fresh_cache():
+            trainings = []
+            for precision, channels_last, compiled in ways:
+                chosen = {"precision": precision, "channels_last": channels_last, "compile": False}
+                training = Training(backbone.model_copy(update=chosen), device, batch, classes)
+                if compiled:
+                    training.backbone.trunk.compile(backend=compiler)
+                first.append(training.take(1))
+                training.take(1)
+                trainings.append(training)
+            for block in split(steps, min(steps, _ROUNDS)):
+                for training, found in zip(trainings, seconds, strict=True):
+                    found.append(training.take(block) / block)
+    except torch.OutOfMemoryError as error:
+        raise config.UserError(f"the GPU's memory has run out: take a smaller batch\n{error}") from None
+    steady = [statistics.median(found) for found in seconds]
+    eager = min(each for (*_, compiled), each in zip(ways, steady, strict=True) if not compiled)
+    variants = []
+    for way, step, start in zip(ways, steady, first, strict=True):
+        spent = max(0.0, start - step) if way[2] else None
+        pays = None if spent is None or step >= eager else math.ceil(batch * spent / (eager - step))
+        variants.append(Variant(*way, batch / step, spent, pays))
+    return variants
 
 
 class Training:

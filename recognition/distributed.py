@@ -40,6 +40,13 @@ class Ranks:
     local_rank: int
     local_world: int
     device: torch.device
+    """Where the images and the backbone are."""
+
+    @property
+    def head_device(self) -> torch.device:
+        """Where the head is, and all that ranks exchange: `device`, but on Apple's GPUs, for which there are no
+        collectives, the CPU."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
 
     @property
     def is_main(self) -> bool:
@@ -57,7 +64,7 @@ def start(config: configuration.Distributed, threads: int = 0) -> Ranks:
     """
     numbers = _launcher_numbers()
     rank, world, local_rank, local_world = numbers or (0, 1, 0, 1)
-    device = _device(config.backend, local_rank, local_world)
+    device = _device(config.backend, local_rank, local_world, alone=world == 1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -244,7 +251,10 @@ def _launcher_numbers() -> tuple[int, int, int, int] | None:
     return rank, world, local_rank, local_world
 
 
-def _device(backend: str, local_rank: int, local_world: int) -> torch.device:
+def _device(backend: str, local_rank: int, local_world: int, *, alone: bool) -> torch.device:
+    """The device of a process; `alone`: it is the only one of the run."""
+    if backend == "auto" and alone and torch.backends.mps.is_available():
+        return torch.device("mps")
     gpus = torch.cuda.device_count()
     if backend == "nccl" and gpus < local_world:
         raise configuration.UserError(

@@ -7,7 +7,10 @@ in its checkpoints and in the card of its ONNX file. The measurements behind the
 import importlib.util
 import os
 import platform
+import shlex
+import shutil
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +137,11 @@ def resolve(
         else:
             head = head.model_copy(update={"precision": chosen, "chunk": head.chunk or head_chunk(hardware.device)})
     backbone = resolve_backbone(backbone, hardware)
+    lacking = compile_lacks(hardware.device) if backbone.compile else None
+    if lacking is not None:
+        raise UserError(
+            f"backbone.compile is true, and torch.compile lacks {lacking}: install it, or set backbone.compile=false"
+        )
     training = config.training.model_copy(update={"threads": threads(config.training.threads, local_world)})
     data = config.data.model_copy(update={"loader": loader(config.data.loader)})
     resolved = config.model_copy(update={"backbone": backbone, "head": head, "training": training, "data": data})
@@ -157,6 +165,18 @@ def best_precision(name: str, hardware: Hardware) -> str:
     if name == "head.precision" and hardware.precision == "float16":
         return "float32"
     return hardware.precision
+
+
+def compile_lacks(device: str) -> str | None:
+    """What torch.compile needs on torch's type `device` and this machine does not have; None where all is there."""
+    if device == "cuda":
+        return None if importlib.util.find_spec("triton") else "Triton (pip install triton)"
+    # Its kernels for a processor are C++ with Python's headers; which compiler it takes is its own rule.
+    compiler = shlex.split(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+    if not compiler or shutil.which(compiler[0]) is None:
+        return f"the C++ compiler {' '.join(compiler)}"
+    headers = Path(sysconfig.get_paths()["include"])
+    return None if (headers / "Python.h").exists() else f"Python's headers in {headers} (python3-dev)"
 
 
 def product_type(precision: str, device: torch.device) -> torch.dtype:
@@ -212,9 +232,14 @@ def _has_bfloat16() -> bool:
     ONEDNN_MAX_CPU_ISA, which caps oneDNN: all three are asked.
     """
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported() or not any(name in cap for name in _HAVE_BFLOAT16):
+    if not torch.backends.mkldnn.is_available() or not any(name in cap for name in _HAVE_BFLOAT16):
+        return False  # torch for macOS comes without oneDNN
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    return any(has and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
+    if hasattr(torch.cpu, "get_capabilities"):
+        return any(has and name.endswith("bf16") for name, has in torch.cpu.get_capabilities().items())
+    # Older releases of torch cannot tell of Arm.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _refuse_unable(name: str, precision: str | None, hardware: Hardware) -> None:

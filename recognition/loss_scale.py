@@ -29,7 +29,7 @@ class LossScale:
         """Divide the gradients by the scale, in place."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if self.enabled and gradients:
-            torch._foreach_mul_(gradients, 1 / self.value)
+            torch._foreach_mul_(gradients, (1 / self.value).to(gradients[0].device))
 
     def update(self, finite: Tensor) -> None:
         """Take note of a step: `finite` (scalar bool, on the device) says whether all its gradients were."""

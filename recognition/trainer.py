@@ -87,7 +87,7 @@ class Trainer:
 
         self.backbone = build_backbone(config.backbone, config.run.seed).to(ranks.device)
         scaled = config.backbone.precision == "float16"
-        self.loss_scale = LossScale(config.training, ranks.device, enabled=scaled)
+        self.loss_scale = LossScale(config.training, ranks.head_device, enabled=scaled)
         self.head_group = None
         if config.distributed.head_group:
             self.head_group = distributed.new_group(config.distributed.init_timeout_seconds)
@@ -96,7 +96,7 @@ class Trainer:
             self.index.num_identities,
             config.backbone.embedding_size,
             seed=config.run.seed,
-            device=ranks.device,
+            device=ranks.head_device,
             optimizer=config.head_optimizer,
             ranks_group=self.head_group,
             # In float16 a step may be called off by the backbone's gradient, so the rows wait for it.
@@ -114,7 +114,7 @@ class Trainer:
                 gradient_as_bucket_view=True,
                 bucket_cap_mb=config.distributed.bucket_mib,
             )
-        self.nonfinite_in_a_row = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self.nonfinite_in_a_row = torch.zeros((), dtype=torch.int64, device=ranks.head_device)
 
         self.step = 0
         self.step = self._resume(before)
@@ -183,9 +183,10 @@ class Trainer:
         set_lr(self.optimizer, lr)
         strength = self.schedule.margin_strength(step, self.config.head.margin_warmup_epochs)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=self.ranks.device)
-        cosine, norm = torch.zeros_like(loss), torch.zeros_like(loss)
-        finite = torch.ones((), dtype=torch.bool, device=self.ranks.device)
+        device, head_device = self.ranks.device, self.ranks.head_device
+        loss, cosine = torch.zeros((), device=head_device), torch.zeros((), device=head_device)
+        norm = torch.zeros((), device=device)
+        finite = torch.ones((), dtype=torch.bool, device=head_device)
         for micro_step in range(step * passes, (step + 1) * passes):
             batch = next(self.pipeline)
             if micro_step == 0:
@@ -194,8 +195,8 @@ class Trainer:
             with self._synchronised(last=micro_step == (step + 1) * passes - 1):
                 embeddings = self.replica(batch.images)
                 output = self.head(
-                    embeddings,
-                    batch.labels,
+                    embeddings.to(head_device),
+                    batch.labels.to(head_device),
                     lr=head_lr,
                     step=step,
                     strength=strength,
@@ -210,10 +211,10 @@ class Trainer:
             finite &= output.finite
         self.loss_scale.unscale(self.backbone.parameters())
         gradient_norm = clip_gradients(self.backbone.parameters(), config.clip_norm)
-        finite &= gradient_norm.isfinite()
+        finite &= gradient_norm.isfinite().to(head_device)
         if self.head.row_sum is not None:
             self.head.apply_gradient(head_lr, finite, step=step)
-        step_if_finite(self.optimizer, finite)
+        step_if_finite(self.optimizer, finite.to(device))
         self.loss_scale.update(finite)
         self.nonfinite_in_a_row = torch.where(finite, 0, self.nonfinite_in_a_row + 1)
         values: dict[str, Tensor | float] = {
@@ -269,7 +270,7 @@ class Trainer:
         start = sum(sizes[: self.ranks.rank])
         part = range(start, start + sizes[self.ranks.rank])
         local = torch.from_numpy(embed_pairs(embedder, pairs, self.config.evaluation.batch, part))
-        embeddings = distributed.all_gather_rows(local.to(self.ranks.device), sizes)
+        embeddings = distributed.all_gather_rows(local.to(self.ranks.head_device), sizes)
         return verify(embeddings.cpu().numpy(), pairs.same)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""Measure the data pipeline: images per second that it reads, decodes, augments and puts on the device."""
+"""Measure the data pipeline: images per second that it reads, decodes, augments and puts on the device.
+
+A CPU-second is one of all threads of the process together.
+"""
 
 import argparse
 import json
@@ -12,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from recognition import hardware
 from recognition.config import Augment, Data, UserError
 from recognition.data.index import Index, open_index
 from recognition.data.pipeline import Pipeline
@@ -37,18 +41,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a data set, as in data.path")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--loader",
+        nargs="+",
+        choices=("auto", "dali", "torchvision"),
+        default=["auto"],
+        help="as in data.loader; several take turns, and are compared (default: auto)",
+    )
     parser.add_argument("--batch", type=int, default=256, help="images (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="batches, after a warm-up (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="of the decoder on the CPU (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="that decode on the CPU (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args(arguments)
-    found = {}
+    found: dict[str, float] = {}
     try:
+        loaders = list(dict.fromkeys(map(hardware.loader, options.loader)))
         with tempfile.TemporaryDirectory() as cache:
             index = open_index(options.data, Path(cache))
             for name, augment in AUGMENTS.items():
-                found[f"{name}_images_per_second"] = rate = _rate(index, augment, options)
-                print(f"{name:<16} {rate:,.0f} img/s, batch {options.batch}, on {options.device}")
+                rates = [_rates(index, augment, loader, options) for loader in loaders]
+                for loader, (per_second, per_cpu_second) in zip(loaders, rates, strict=True):
+                    prefix = name if len(loaders) == 1 else f"{loader}_{name}"
+                    found[f"{prefix}_images_per_second"] = per_second
+                    found[f"{prefix}_images_per_cpu_second"] = per_cpu_second
+                    print(
+                        f"{name:<12} {loader:<12} {per_second:>7,.0f} img/s, {per_cpu_second:>7,.0f} per CPU-second"
+                        f" ({per_second / rates[0][0]:.2f} x, {per_cpu_second / rates[0][1]:.2f} x {loaders[0]}),"
+                        f" batch {options.batch}, on {options.device}"
+                    )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -57,11 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _rate(index: Index, augment: Augment, options: argparse.Namespace) -> float:
-    """Images per second."""
+def _rates(index: Index, augment: Augment, loader: str, options: argparse.Namespace) -> tuple[float, float]:
+    """Images per second, and per CPU-second."""
     pipeline = Pipeline(
         index,
-        Data(path=options.data, threads=options.threads, augment=augment),
+        Data(path=options.data, threads=options.threads, augment=augment, loader=loader),
         seed=0,
         batch=options.batch,
         rank=0,
@@ -74,11 +94,12 @@ def _rate(index: Index, augment: Augment, options: argparse.Namespace) -> float:
         for _ in range(_WARM_UP):
             next(pipeline)
         _wait(options.device)
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         for _ in range(options.steps):
             next(pipeline)
         _wait(options.device)
-        return options.batch * options.steps / (time.perf_counter() - start)
+        images = options.batch * options.steps
+        return images / (time.perf_counter() - start), images / (time.process_time() - cpu_start)
     finally:
         pipeline.close()
 

@@ -18,6 +18,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for train.rec, train.idx and pairs.bin")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="key of all that is drawn (default 0)")
     parser.add_argument("--pairs", type=int, default=1200, metavar="P", help="verification pairs (default 1200)")
+    parser.add_argument("--image-size", type=int, default=112, metavar="H", help="pixels a side (default 112)")
     parser.add_argument("--workers", type=int, metavar="W", help="processes (default: as many as cores)")
     parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="also draw a picture of some of the faces")
     arguments = parser.parse_args()
@@ -32,6 +33,7 @@ def main() -> int:
                 images=arguments.images,
                 pairs=arguments.pairs,
                 seed=arguments.seed,
+                image_size=arguments.image_size,
                 workers=arguments.workers,
             )
             print(f"{arguments.output}: {arguments.identities} identities x {arguments.images} images")

@@ -153,6 +153,8 @@ class Faces(Section):
     """Images of each."""
     pairs: PositiveInt = 1200
     """Verification pairs, half of them genuine."""
+    image_size: PositiveInt = 112
+    """Height and width of the images, in pixels."""
     seed: NonNegativeInt = 0
     """Key of all that is drawn."""
 
@@ -249,7 +251,8 @@ class Distributed(Section):
     """Process groups."""
 
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """`auto`: NCCL when every process has a GPU, else gloo."""
+    """`auto`: NCCL when every process has a GPU, else gloo on the CPU; a run of one process on a Mac has its backbone
+    on the GPU (MPS) and its head on the CPU. `gloo` keeps all on the CPU."""
     init_timeout_seconds: PositiveInt = 300
     """Bound on a collective until the first step is done."""
     timeout_seconds: PositiveInt = 120

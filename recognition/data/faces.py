@@ -4,13 +4,14 @@ An image is a function of (seed, identity, image) alone: neither the order nor t
 machine its bytes are always the same; elsewhere another NumPy or Pillow may round a pixel differently.
 """
 
+import functools
 import json
 import logging
 import os
 import pickle
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -24,8 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from recognition.config import UserError
 from recognition.data.face_identity import Identity, capture_parameters, identity_parameters
-from recognition.data.face_renderer import compress, draw, expose
+from recognition.data.face_renderer import SIZE, compress, draw, expose
 from recognition.data.recordio import InsightFaceWriter
+from recognition.hardware import cores
 
 __all__ = ["Identity", "contact_sheet", "encode", "identity_parameters", "render", "verification_pairs", "write_faces"]
 
@@ -53,9 +55,12 @@ def render(seed: int, identity: int, image: int) -> np.ndarray:
     return expose(draw(identity_parameters(seed, identity), capture), capture)
 
 
-def encode(seed: int, identity: int, image: int) -> bytes:
-    """The same image as a JPEG file, of a quality that varies with the image."""
-    return compress(render(seed, identity, image), capture_parameters(seed, identity, image))
+def encode(seed: int, identity: int, image: int, size: int = SIZE) -> bytes:
+    """The same image, resized to `size` pixels a side, as a JPEG file of a quality that varies with the image."""
+    pixels = render(seed, identity, image)
+    if size != SIZE:
+        pixels = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
+    return compress(pixels, capture_parameters(seed, identity, image))
 
 
 def verification_pairs(seed: int, pairs: int, identities: int) -> tuple[list[tuple[int, int]], list[bool]]:
@@ -95,6 +100,7 @@ def write_faces(
     images: int,
     pairs: int = 1200,
     seed: int = 0,
+    image_size: int = SIZE,
     pair_identities: int = 200,
     workers: int | None = None,
     progress: bool = True,
@@ -102,12 +108,14 @@ def write_faces(
     """Render a training set `train.rec` with its index and `pairs.bin`, a verification set of identities not in it.
 
     `identities` times `images` go into the training set in InsightFace's layout; `pairs` pairs are drawn from
-    `pair_identities` others, the same ones whatever the training set. `workers` processes render, by default as many
-    as there are cores. A folder that holds these very faces is left as it is, an unfinished or other rendering is
-    replaced. Raises UserError for numbers that make no set, and for a folder whose files are not ours to overwrite.
+    `pair_identities` others, the same ones whatever the training set. Images have `image_size` pixels a side.
+    `workers` processes render, by default as many as there are cores. A folder that holds these very faces is left as
+    it is, an unfinished or other rendering is replaced. Raises UserError for numbers that make no set, and for a folder
+    whose files are not ours to overwrite.
     """
-    if not (0 < identities <= UNSEEN and images > 0 and seed >= 0):
-        raise UserError(f"cannot render {identities} identities x {images} images with seed {seed}")
+    if not (0 < identities <= UNSEEN and images > 0 and seed >= 0 and image_size > 0):
+        size = f"{image_size} x {image_size} pixels"
+        raise UserError(f"cannot render {identities} identities x {images} images of {size} with seed {seed}")
     tested, same = verification_pairs(seed, pairs, pair_identities)
     parameters = {
         "version": VERSION,
@@ -116,6 +124,7 @@ def write_faces(
         "images": images,
         "pairs": pairs,
         "pair_identities": pair_identities,
+        "image_size": image_size,
     }
     if _is_finished(folder, parameters):
         _log.info("%s holds these faces already", folder)
@@ -127,14 +136,15 @@ def write_faces(
     parts = [range(start, min(start + _CHUNK, images)) for start in range(0, images, _CHUNK)]
     trained = ([(identity, image) for image in part] for identity in range(identities) for part in parts)
     verified = [tested[start : start + _CHUNK] for start in range(0, len(tested), _CHUNK)]
+    encode_all = functools.partial(_encode_all, seed, image_size)
     with _pool(workers) as pool, _counter("faces", identities * images + len(tested), progress) as advance:
         with InsightFaceWriter(folder) as writer:
-            for names, encoded in _rendered(pool, seed, trained):
+            for names, encoded in _rendered(pool, encode_all, trained):
                 for (identity, _), image in zip(names, encoded, strict=True):
                     writer.add(identity, image)
                 advance(len(names))
         files: list[bytes] = []
-        for names, encoded in _rendered(pool, seed, verified):
+        for names, encoded in _rendered(pool, encode_all, verified):
             files += encoded
             advance(len(names))
     _write(folder / _PAIRS, pickle.dumps((files, same), protocol=4))
@@ -174,8 +184,8 @@ def _write(path: Path, data: bytes) -> None:
     temporary.replace(path)
 
 
-def _encode_all(seed: int, names: list[tuple[int, int]]) -> list[bytes]:
-    return [encode(seed, identity, image) for identity, image in names]
+def _encode_all(seed: int, size: int, names: list[tuple[int, int]]) -> list[bytes]:
+    return [encode(seed, identity, image, size) for identity, image in names]
 
 
 def _leave_interrupts_to_the_parent() -> None:
@@ -188,7 +198,7 @@ def _pool(workers: int | None) -> Iterator[ProcessPoolExecutor | None]:
 
     A fresh start rather than a fork: the caller may hold threads and a GPU.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or cores()
     if workers == 1:
         yield None
         return
@@ -201,16 +211,18 @@ def _pool(workers: int | None) -> Iterator[ProcessPoolExecutor | None]:
 
 
 def _rendered(
-    pool: ProcessPoolExecutor | None, seed: int, tasks: Iterable[list[tuple[int, int]]]
+    pool: ProcessPoolExecutor | None,
+    encode_all: Callable[[list[tuple[int, int]]], list[bytes]],
+    tasks: Iterable[list[tuple[int, int]]],
 ) -> Iterator[tuple[list[tuple[int, int]], list[bytes]]]:
-    """The tasks and their JPEG files in order, a few tasks ahead of the one who writes them."""
+    """The tasks and the JPEG files that `encode_all` makes of them, in order, a few ahead of their writer."""
     if pool is None:
         for names in tasks:
-            yield names, _encode_all(seed, names)
+            yield names, encode_all(names)
         return
     waiting: deque[tuple[list[tuple[int, int]], Future[list[bytes]]]] = deque()
     for names in tasks:
-        waiting.append((names, pool.submit(_encode_all, seed, names)))
+        waiting.append((names, pool.submit(encode_all, names)))
         if len(waiting) > 64:
             names, future = waiting.popleft()
             yield names, future.result()

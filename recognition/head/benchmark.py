@@ -1,30 +1,23 @@
 """Measures a head: seconds, memory and floating-point operations of training steps on random embeddings.
 
-Ranks are processes of this module's own, which wait on a pipe between the steps they are told to take. So the plain
-head can be measured in turns with the fused one, under the same load of the machine, each with a memory of its own.
+The plain head can be measured in turns with the fused one, each in processes of its own.
 """
 
 import contextlib
-import multiprocessing
-import os
-import socket
+import functools
 import statistics
-import traceback
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing import connection as pipes
-from typing import Any
 
 import torch
 
 from recognition import config, distributed
 from recognition.head.benchmark_rank import Bench, Rates, Step, available_memory
 from recognition.head.plan import HeadPlan
+from recognition.processes import OutOfMemory, Processes, processes
 
 REFERENCE_STEPS = 3
 _WARM_UP = 2
 _REFERENCE_WARM_UP = 1
-_TIMEOUT_SECONDS = 3600
 _USABLE = 0.9
 
 
@@ -114,7 +107,7 @@ def measure(
                 plain.call("take", _REFERENCE_WARM_UP)
                 reference_times = _slowest(plain.call("take", REFERENCE_STEPS))
                 reference_peak = max(plain.call("peak_bytes"))
-        except _OutOfMemory:
+        except OutOfMemory:
             beyond = plain_bytes(plan)
 
     step = statistics.median(each.seconds for each in times)
@@ -148,99 +141,16 @@ def plain_bytes(plan: HeadPlan) -> int:
     return int(4 * plan.embedding_size * (4 * plan.shard + 3 * taken) + 4 * 4 * plan.gathered * taken)
 
 
-class _OutOfMemory(config.UserError):
-    """A GPU's memory has run out."""
-
-
-class _Processes:
-    """One process per rank, each with a `Bench`, which do what they are told."""
-
-    def __init__(self, plan: HeadPlan, threads: int, plain: bool) -> None:
-        # Imports take seconds, so they are made once, and forked: by a process that has used neither threads nor a GPU.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["recognition.head.benchmark_rank"])
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self._connections: list[Any] = []
-        self._processes = []
-        for rank in range(plan.ranks):
-            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            environment |= {"WORLD_SIZE": str(plan.ranks), "LOCAL_WORLD_SIZE": str(plan.ranks)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, environment, plan, threads, plain), daemon=True)
-            process.start()
-            there.close()
-            self._connections.append(here)
-            self._processes.append(process)
-
-    def call(self, name: str, *arguments: Any) -> list[Any]:
-        """Have every rank's `Bench` do it; what each returned, in rank order."""
-        for connection in self._connections:
-            # Why a process is gone is found out below.
-            with contextlib.suppress(BrokenPipeError):
-                connection.send((name, arguments))
-        answers: dict[Any, Any] = {}
-        while len(answers) < len(self._connections):
-            for connection in pipes.wait([each for each in self._connections if each not in answers]):
-                answers[connection] = self._answer(self._connections.index(connection))
-        return [answers[connection] for connection in self._connections]
-
-    def close(self) -> None:
-        """End the processes."""
-        for connection in self._connections:
-            connection.close()
-        for process in self._processes:
-            process.join(timeout=2)
-            process.kill()
-            process.join()
-
-    def _answer(self, rank: int) -> Any:
-        try:
-            kind, value = self._connections[rank].recv()
-        except (EOFError, ConnectionResetError):
-            self._processes[rank].join()
-            status = self._processes[rank].exitcode
-            hint = "; the memory may have run out: try fewer classes" if status == -9 else ""
-            raise config.UserError(f"the process of rank {rank} ended with status {status}{hint}") from None
-        if kind == "memory":
-            raise _OutOfMemory(value)
-        if kind == "mistake":
-            raise config.UserError(value)
-        if kind == "failure":
-            raise RuntimeError(f"rank {rank} failed:\n{value}")
-        return value
-
-
-@contextlib.contextmanager
-def _processes(plan: HeadPlan, threads: int, *, plain: bool) -> Iterator[_Processes]:
-    processes = _Processes(plan, threads, plain)
-    try:
-        yield processes
-    finally:
-        processes.close()
-
-
-def _serve(connection: Any, environment: dict[str, str], plan: HeadPlan, threads: int, plain: bool) -> None:
-    """What a rank's process does: build a `Bench`, then answer one call after the other."""
-    os.environ |= environment
-    settings = config.Distributed(
-        backend="nccl" if plan.device == "cuda" else "gloo", init_timeout_seconds=_TIMEOUT_SECONDS
+def _processes(plan: HeadPlan, threads: int, *, plain: bool) -> contextlib.AbstractContextManager[Processes]:
+    """One process per rank, each with a `Bench`."""
+    return processes(
+        plan.ranks,
+        functools.partial(Bench, plan, plain=plain),
+        device=plan.device,
+        threads=threads,
+        less="fewer classes",
+        preload="recognition.head.benchmark_rank",
     )
-    try:
-        bench = Bench(plan, distributed.start(settings, threads).device, plain=plain)
-        while True:
-            name, arguments = connection.recv()
-            connection.send(("result", getattr(bench, name)(*arguments)))
-    except (EOFError, KeyboardInterrupt):
-        distributed.stop()
-    except torch.OutOfMemoryError as error:
-        connection.send(("memory", f"the GPU's memory has run out: try fewer classes\n{error}"))
-    except config.UserError as error:
-        connection.send(("mistake", str(error)))
-    except Exception:
-        connection.send(("failure", traceback.format_exc()))
 
 
 def _slowest(times: list[list[Step]]) -> list[Step]:

@@ -5,7 +5,7 @@ import importlib.util
 import io
 import json
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ranks import launch_ranks, run_ranks
-from recognition import config
-from recognition.benchmark import Baseline, Float16, Training, peak_flops
+from recognition import benchmark, config
+from recognition.benchmark import Baseline, Float16, Training, Variant, peak_flops
 from recognition.models.backbone import build_backbone
 from recognition.models.layers import GroupedConv2d, PReLU
 
@@ -89,6 +89,59 @@ def test_benchmark(compiler: str) -> None:
     assert found["mfu"] == pytest.approx(found["flops_per_second"] / 0.5e12)
     assert f"{found['baseline_ratio']:.2f} than the baseline" in text
     assert f"{found['mfu']:.1%} of 0.5 TFLOP/s" in text
+
+
+@pytest.mark.timeout(300)
+def test_grid() -> None:
+    status, text, errors = _run(*TINY, "--grid", "--compiler", "aot_eager", "--layouts", "channels-last", "--json")
+    assert status == 0, errors
+    found = json.loads(text.splitlines()[-1])
+    ways = [(each["precision"], each["channels_last"], each["compiled"]) for each in found]
+    assert ways == [(precision, True, compiled) for precision in ("float32", "bfloat16") for compiled in (False, True)]
+    eager = max(each["images_per_second"] for each in found if not each["compiled"])
+    for each in found:
+        assert each["images_per_second"] > 0
+        assert f"{each['images_per_second']:,.1f}" in text
+        if not each["compiled"]:
+            assert each["compile_seconds"] is None and each["pays_after_images"] is None
+        elif each["images_per_second"] <= eager:
+            assert each["pays_after_images"] is None
+        else:
+            gained = 1 / eager - 1 / each["images_per_second"]
+            assert each["pays_after_images"] == pytest.approx(each["compile_seconds"] / gained, abs=1)
+
+
+class _Scripted:
+    """A training of one second a step: twice as long contiguous, half as long compiled, after 12 seconds."""
+
+    def __init__(self, settings: config.Backbone, device: torch.device, batch: int, classes: int) -> None:
+        assert settings.compile is False and (batch, classes) == (8, 20)
+        self.settings, self.compiled, self.begun = settings, False, False
+        self.backbone = SimpleNamespace(trunk=SimpleNamespace(compile=self._compile))
+
+    def _compile(self, backend: str) -> None:
+        assert backend == "inductor"
+        self.compiled = True
+
+    def take(self, count: int) -> float:
+        seconds = count * (1.0 if self.settings.channels_last else 2.0) * (0.5 if self.compiled else 1.0)
+        first = 0.0 if self.begun or not self.compiled else 12.0
+        self.begun = True
+        return seconds + first
+
+
+def test_a_compilation_pays_against_the_fastest_eager_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "Training", _Scripted)
+    variants = benchmark.measure_grid(
+        config.Backbone(), torch.device("cpu"), batch=8, classes=20, steps=5, precisions=["bfloat16"]
+    )
+    assert variants == [
+        Variant("bfloat16", channels_last=True, compiled=False, images_per_second=8.0),
+        # 12 seconds, at half a second saved for 8 images.
+        Variant("bfloat16", True, True, 16.0, compile_seconds=12.0, pays_after_images=192),
+        Variant("bfloat16", channels_last=False, compiled=False, images_per_second=4.0),
+        Variant("bfloat16", False, True, 8.0, compile_seconds=12.0, pays_after_images=None),
+    ]
 
 
 def _trainings() -> list[dict[str, Any]]:
@@ -170,3 +223,9 @@ def test_mistakes_are_told(arguments: list[str], message: str) -> None:
     status, _, errors = _run(*TINY, *arguments)
     assert status == 2
     assert message in errors
+
+
+def test_a_recipe_that_is_not_there_is_named() -> None:
+    status, _, errors = _main(["--recipe", "missing.toml"])
+    assert status == 2
+    assert "missing.toml: No such file" in errors

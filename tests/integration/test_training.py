@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,21 @@ def test_every_number_of_ranks_trains_alike_and_continues_the_others_run(faces: 
     launch_ranks(run, 1, settings(faces, tmp_path / "mixed"), 4, True)
     launch_ranks(run, 3, settings(faces, tmp_path / "mixed"), None, True)
     np.testing.assert_allclose(losses(tmp_path / "mixed"), reference, rtol=SAME_LOSS)
+
+
+def run_without_dali(overrides: list[str]) -> list[str]:
+    """Train where DALI cannot be imported; returns what of it was."""
+    sys.modules["nvidia.dali"] = None  # type: ignore[assignment]
+    run(overrides, None, True)
+    return [name for name, module in sys.modules.items() if name.startswith("nvidia.dali") and module is not None]
+
+
+def test_a_system_without_dali_trains_alike(faces: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    flips = "data.augment={flip = 0.5}"
+    launch_ranks(run, 2, settings(faces, tmp_path / "with", flips), None, True)
+    assert launch_ranks(run_without_dali, 2, settings(faces, tmp_path / "without", flips)) == [[], []]
+    np.testing.assert_allclose(losses(tmp_path / "without"), losses(tmp_path / "with"), rtol=2e-5)
 
 
 def test_accumulated_passes_equal_the_large_batch(faces: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from ranks import launch_ranks, run_ranks
 from recognition import distributed, hardware
 from recognition.config import Distributed, UserError
-from recognition.distributed import Interrupt, shard_rows, split
+from recognition.distributed import Interrupt, Ranks, shard_rows, split
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -111,11 +111,24 @@ def test_nccl_without_gpus_is_refused(no_launcher, monkeypatch):
 
 def test_processes_that_share_gpus_run_on_the_cpu(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert distributed._device("auto", 1, 2) == torch.device("cuda", 1)
-    assert distributed._device("gloo", 1, 2) == torch.device("cpu")
+    assert distributed._device("auto", 1, 2, alone=False) == torch.device("cuda", 1)
+    assert distributed._device("gloo", 1, 2, alone=False) == torch.device("cpu")
     assert not caplog.records
-    assert distributed._device("auto", 1, 3) == torch.device("cpu")
+    assert distributed._device("auto", 1, 3, alone=False) == torch.device("cpu")
     assert "3 processes share 2 GPUs" in caplog.text
+
+
+def test_one_process_on_a_mac_has_its_backbone_on_the_gpu_and_its_head_on_the_cpu(monkeypatch):
+    cpu, mps = torch.device("cpu"), torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert distributed._device("auto", 0, 1, alone=True) == cpu
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert distributed._device("auto", 0, 1, alone=True) == mps
+    assert distributed._device("gloo", 0, 1, alone=True) == cpu
+    assert distributed._device("auto", 1, 2, alone=False) == cpu
+    assert Ranks(0, 1, 0, 1, mps).head_device == cpu
+    for device in (cpu, torch.device("cuda", 1)):
+        assert Ranks(0, 1, 0, 1, device).head_device == device
 
 
 def _started_from_environment():

@@ -164,5 +164,5 @@ def test_lazy_bfloat16_decays_as_float32() -> None:
         weight -= 0.02 * momentum
     assert 1 - weight > 0.02
     kept = (rows.read(slice(None)).double() * start).sum() / start.square().sum()
-    # 32,768 numbers, each rounded at random to 2^-9 of itself at most some forty times: about 7e-5 in all, and four times that.
+    # 32,768 numbers, each rounded at random to 2^-9 of itself up to forty times: about 7e-5 in all; four times that.
     assert kept == pytest.approx(weight, abs=3e-4)

@@ -13,9 +13,10 @@ LEVELS = [
     {"config"},
     {"hardware"},
     {"distributed", "tracking"},
+    {"processes"},
     {"checkpoint", "loss_scale", "optimizer", *ROOMS},
-    {"run_folder"},
-    {"trainer", "benchmark"},
+    {"run_folder", "measure"},
+    {"trainer", "benchmark", "doctor"},
 ]
 
 

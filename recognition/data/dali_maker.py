@@ -1,0 +1,159 @@
+"""Images by NVIDIA DALI: encoded bytes and augmentation numbers go into its graph, normalised tensors come out.
+
+Nothing else imports DALI, and this module is imported only where DALI makes the images.
+"""
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import do_not_convert
+
+from recognition.data.augment import MEAN_GRAY
+from recognition.data.maker import Inputs, Making
+
+
+class DaliMaker:
+    """See `Maker`. Images are decoded on the GPU where `making.device` is one, else by `making.threads` CPU threads."""
+
+    def __init__(self, inputs: Iterator[Inputs], making: Making) -> None:
+        first = next(inputs)
+        self._inputs, self._making = chain([first], inputs), making
+        self._copied: tuple[Any, torch.cuda.Event] | None = None
+        self._probe: _Probe | None = None
+        self._graph: Any = _graph(
+            self._source,
+            {name: (_DALI_TYPES[array.dtype.name], array.ndim - 1) for name, array in first.arrays.items()},
+            decoder=self._decoder,
+            image_size=making.image_size,
+            layout="HWC" if making.channels_last else "CHW",
+            **self._resources(making.batch, making.ahead),
+        )
+
+    def next(self) -> torch.Tensor:
+        """The next step's images."""
+        (images,) = self._graph.run()
+        # DALI's buffer is a batch's own for as long as someone refers to it, so on the CPU nothing is copied.
+        tensor = torch.utils.dlpack.from_dlpack(images.as_tensor())
+        if self._making.device.type == "cuda":
+            # A GPU may get to the copy long after the host has moved on: the buffer is held until it has.
+            if self._copied:
+                self._copied[1].synchronize()
+            tensor, source = tensor.clone(), tensor
+            event = torch.cuda.Event()
+            event.record()
+            self._copied = (source, event)
+        return tensor.permute(0, 3, 1, 2) if self._making.channels_last else tensor
+
+    def decodes(self, encoded: bytes) -> bool:
+        """Whether an image can be decoded."""
+        if self._probe is None:
+            self._graph = None  # whose memory may be needed
+            self._probe = _Probe(self._decoder, self._resources(1, 1))
+        return self._probe.decodes(encoded)
+
+    def close(self) -> None:
+        """Free the graph."""
+        if self._copied:
+            self._copied[1].synchronize()
+        self._graph = self._copied = self._probe = None
+
+    @property
+    def _decoder(self) -> str:
+        return "mixed" if self._making.device.type == "cuda" else "cpu"
+
+    def _resources(self, batch: int, depth: int) -> dict[str, Any]:
+        device = self._making.device
+        on_gpu = device.type == "cuda"
+        current = torch.cuda.current_device() if on_gpu and device.index is None else device.index
+        return {
+            "batch_size": batch,
+            "num_threads": self._making.threads,
+            "device_id": current if on_gpu else None,
+            "prefetch_queue_depth": depth,
+        }
+
+    def _source(self) -> list[Any]:
+        inputs = next(self._inputs)
+        return [[np.frombuffer(each, np.uint8) for each in inputs.encoded], *inputs.arrays.values()]
+
+
+_DALI_TYPES = {"bool": types.BOOL, "int32": types.INT32, "float32": types.FLOAT}
+
+
+@pipeline_def(enable_conditionals=True)
+def _graph(
+    source: Any,
+    inputs: dict[str, tuple[Any, int]],
+    decoder: str,
+    image_size: int,
+    layout: str,
+) -> Any:
+    """The graph. `inputs` are the arrays that come with the encoded images, name: (type, number of axes).
+
+    DALI rewrites this function, so that an `if` on what is in the graph decides for each image by itself.
+    """
+    encoded, numbers = _sources(source, inputs)
+    images = fn.decoders.image(encoded, device=decoder, output_type=types.RGB)
+    if numbers["resize"]:
+        images = fn.resize(images, size=[image_size, image_size])
+    if "matrix" in numbers:
+        images = fn.warp_affine(images, matrix=numbers["matrix"])  # beyond the border, the border's pixels go on
+    if "color" in numbers:
+        images = fn.coord_transform(images, MT=numbers["color"], dtype=types.UINT8)
+    if "erase_shape" in numbers:
+        images = fn.erase(
+            images, anchor=numbers["erase_anchor"], shape=numbers["erase_shape"], axis_names="HW", fill_value=MEAN_GRAY
+        )
+    return fn.crop_mirror_normalize(
+        images,
+        mirror=numbers.get("flip", 0),
+        mean=[127.5] * 3,
+        std=[127.5] * 3,
+        dtype=types.FLOAT,
+        output_layout=layout,
+    )
+
+
+@do_not_convert
+def _sources(source: Any, inputs: dict[str, tuple[Any, int]]) -> tuple[Any, dict[str, Any]]:
+    encoded, *arrays = fn.external_source(
+        source=source,
+        num_outputs=1 + len(inputs),
+        dtype=[types.UINT8, *(dtype for dtype, _ in inputs.values())],
+        ndim=[1, *(axes for _, axes in inputs.values())],
+    )
+    return encoded, dict(zip(inputs, arrays, strict=True))
+
+
+class _Probe:
+    """Decodes images one at a time to tell whether they can be."""
+
+    def __init__(self, decoder: str, resources: dict[str, Any]) -> None:
+        self._decoder, self._resources = decoder, resources
+        self._encoded = b""
+        self._graph: Any = None
+
+    def decodes(self, encoded: bytes) -> bool:
+        self._encoded = encoded
+        if self._graph is None:
+            self._graph = _decoding_graph(self._source, self._decoder, **self._resources)
+        try:
+            self._graph.run()
+        except RuntimeError:
+            self._graph = None  # a graph that failed once is of no more use
+            return False
+        return True
+
+    def _source(self) -> list[NDArray[np.uint8]]:
+        return [np.frombuffer(self._encoded, np.uint8)]
+
+
+@pipeline_def
+def _decoding_graph(source: Any, decoder: str) -> Any:
+    encoded = fn.external_source(source=source, dtype=types.UINT8, ndim=1)
+    return fn.decoders.image(encoded, device=decoder, output_type=types.RGB)
