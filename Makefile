@@ -24,9 +24,9 @@ $(READY): pyproject.toml requirements/dev.txt requirements/uv.txt
 demo: $(READY)
 	$(BIN)/python tools/demo.py --started $(STARTED)
 
-# A worker for each core takes a file at a time, whose tests share what is slow to set up.
+# A worker for each core takes a file at a time, whose tests share what is slow to set up; the long ones come first.
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # What is long and need not be shown for every change.
 soak: $(READY)

@@ -8,6 +8,7 @@ The .idx file holds lines of `key<TAB>offset`.
 """
 
 import struct
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,12 +129,14 @@ def _size(rec: Path) -> int:
 def _read_idx(idx: Path) -> tuple[np.ndarray, np.ndarray]:
     """Keys and positions: int64 [N] each."""
     way_out = "Copy it again, or remove it: the .rec file is then read from end to end."
-    if not idx.stat().st_size:
-        raise UserError(f"{idx}: is empty. {way_out}")
     try:
-        table = np.loadtxt(idx, dtype=np.int64, comments=None, ndmin=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it holds no data is said below
+            table = np.loadtxt(idx, dtype=np.int64, comments=None, ndmin=2)
     except ValueError as error:
         raise UserError(f"{idx}: not lines of key and offset ({error}). {way_out}") from None
+    if not len(table):
+        raise UserError(f"{idx}: is empty. {way_out}")
     if table.shape[1] != 2:
         raise UserError(f"{idx}: not lines of key and offset ({table.shape[1]} columns). {way_out}")
     return table[:, 0].copy(), table[:, 1].copy()

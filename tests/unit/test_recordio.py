@@ -239,6 +239,7 @@ def test_damaged_bytes_are_refused(tmp_path):
         ("10 zero\n", r"small\.idx: not lines of key and offset"),
         ("10\n11\n", r"small\.idx: not lines of key and offset"),
         ("", r"small\.idx: is empty"),
+        ("\n \n", r"small\.idx: is empty"),
     ],
 )
 def test_an_idx_of_another_file_is_refused(tmp_path, idx, message):
