@@ -109,7 +109,7 @@ def resolve(
         if name == "backbone.precision":
             backbone = backbone.model_copy(update={"precision": chosen})
         else:
-            head = head.model_copy(update={"precision": chosen, "chunk": head.chunk or head_chunk(device.type)})
+            head = head.model_copy(update={"precision": chosen})
     backbone = resolve_backbone(backbone, device)
     threads = config.training.threads or max(1, cores() // local_world)
     training = config.training.model_copy(update={"threads": threads})

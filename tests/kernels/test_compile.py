@@ -16,8 +16,8 @@ import torch
 from compiled import Resources, compiling, in_child
 
 from recognition import config
-from recognition.head.chunks import Products, Summand, Taking
 from recognition.head.negatives import Curricular, DividedAngle, Filtered, Linear, Negatives, Sphere2
+from recognition.head.products import Products, Summand, Taking
 from recognition.head.rows import RowGradient, Rows, State
 
 BATCH, CLASSES, SIZE = 1024, 4096, 512
