@@ -64,7 +64,6 @@ class Resolved:
             "backbone.channels_last": backbone.channels_last,
             "backbone.compile": backbone.compile,
             "head.precision": head.precision,
-            "head.chunk": head.chunk,
             "training.threads": self.config.training.threads,
             "data.loader": self.config.data.loader,
         }

@@ -29,6 +29,7 @@ FREE_TO_CHANGE = (
     "backbone.channels_last",
     "head.precision",
     "head.chunk",
+    "head.workspace_mib",
     "training.threads",
     "training.max_nonfinite_steps",
     "evaluation",

@@ -44,6 +44,8 @@ def statistics(rows: Rows, taking: Taking, x: Tensor, products: Products, summan
         room -= e.nbytes
         if room >= 0:
             kept.exponentials.append(e)
+        elif not e.is_cuda:
+            products.spare.append(e)
     return Statistics(sums, torch.full_like(sums[:, 0], summand.offset or 0.0), kept)
 
 
@@ -73,15 +75,19 @@ def backward(
         return gradient
     of_target = torch.where(factor == 0, 0, of_target / factor).to(x.dtype)
     weighted = (x * factor[:, None]).to(x.dtype)
-    exponentials = iter(kept.exponentials)
+    exponentials = kept.exponentials[::-1]
+    kept.exponentials.clear()
     for start, count, part in taking.parts(rows, products):
         places, weight = taking.targets_in(start, count), None
-        e = next(exponentials, None)
-        if e is None:
+        if exponentials:
+            e = exponentials.pop()
+        else:
             weight, operand = rows.read_with_operand(part, products.dtype)
             e = _exponentials(rows, part, operand, x, products, summand, places)
         put_at(e, places, of_target)
         sink(part, RowGradient(e, weighted, weight=weight, inverse_norm=rows.inverse_norm[part]))
+        if not e.is_cuda:
+            products.spare.append(e)
     return gradient
 
 
@@ -103,4 +109,7 @@ def _exponentials(
     put_at(z, places, 0.0)
     if sums is not None:
         sums += z.sum(1, keepdim=True)
-    return z.mul_(rows.inverse_norm[part]).to(x.dtype)
+    # Where a former step had as much.
+    spare = products.spare.pop() if products.spare else z.new_empty(0, dtype=x.dtype)
+    e = spare.view(-1)[: z.numel()].view_as(z) if spare.numel() >= z.numel() else torch.empty_like(z, dtype=x.dtype)
+    return torch.mul(z, rows.inverse_norm[part], out=e)

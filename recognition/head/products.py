@@ -51,6 +51,11 @@ class Products:
     """Cosines beyond this are computed anew in float32 where a product comes rounded to bfloat16, as on a CPU. Below,
     the rounding is not larger than that of the operands."""
 
+    @cached_property
+    def spare(self) -> list[Tensor]:
+        """Memory of a former step, to be kept again: on a CPU, to have it mapped anew takes longer than to fill it."""
+        return []
+
 
 @dataclass(frozen=True)
 class Summand:
