@@ -78,7 +78,6 @@ class Resolved:
             "backbone.channels_last": backbone.channels_last,
             "backbone.compile": backbone.compile,
             "head.precision": head.precision,
-            "head.chunk": head.chunk,
             "training.threads": self.config.training.threads,
             "data.loader": self.config.data.loader,
         }
@@ -135,7 +134,7 @@ def resolve(
         if name == "backbone.precision":
             backbone = backbone.model_copy(update={"precision": chosen})
         else:
-            head = head.model_copy(update={"precision": chosen, "chunk": head.chunk or head_chunk(hardware.device)})
+            head = head.model_copy(update={"precision": chosen})
     backbone = resolve_backbone(backbone, hardware)
     lacking = compile_lacks(hardware.device) if backbone.compile else None
     if lacking is not None:

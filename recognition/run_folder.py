@@ -29,6 +29,7 @@ FREE_TO_CHANGE = (
     "backbone.channels_last",
     "head.precision",
     "head.chunk",
+    "head.workspace_mib",
     "training.threads",
     "training.loss_scale",
     "training.loss_scale_growth_steps",

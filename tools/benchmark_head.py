@@ -13,9 +13,10 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 from pydantic import ValidationError
 
-from recognition import config
+from recognition import config, hardware
 from recognition.config import UserError
 from recognition.head.benchmark import REFERENCE_STEPS, Details, Result, measure
 from recognition.head.plan import HeadPlan
@@ -88,9 +89,13 @@ def _plan(options: argparse.Namespace) -> HeadPlan:
 
 def _show(plan: HeadPlan, result: Result, details: Details) -> None:
     sampled = f", {plan.settings.sample_rate:g} of them in a step" if plan.settings.sample_rate < 1 else ""
+    device = torch.device(plan.device)
+    product = hardware.product_type(plan.settings.precision, device)
     lines: list[tuple[str, Any]] = [
         ("head", f"{plan.settings.loss.name}, {plan.classes:,} classes of {plan.embedding_size} numbers{sampled}"),
         ("ranks", f"{plan.ranks} on {plan.device}, {plan.batch} images each"),
+        ("processor", str(hardware.of(device))),
+        ("products", f"in {str(product).removeprefix('torch.')}"),
         ("step", f"{_seconds(result.step_seconds)}, {result.images_per_second:,.0f} img/s over all ranks"),
         ("forward", _seconds(result.forward_seconds)),
         ("backward", f"{_seconds(result.backward_seconds)} with the update"),

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from recognition.config import UserError
 from recognition.head import tiles
-from recognition.head.chunks import Products, Summand, Taking
 from recognition.head.negatives import Curricular, Filtered, Linear
+from recognition.head.products import Products, Summand, Taking
 from recognition.head.rows import Rows, State
 from recognition.head.tiles import Kernel, Problem, Section, Tile, Work
 

@@ -52,7 +52,8 @@ class Head(Section):
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What goes over the class weights. `auto`: Triton's kernels on NVIDIA's GPUs from Ampere on, elsewhere PyTorch."""
     workspace_mib: PositiveInt = 256
-    """MiB that the kernels' backward pass may take for a chunk, where `chunk` does not say how large one is."""
+    """MiB for what the backward pass takes over from the forward pass, and for a chunk of the kernels' backward pass.
+    Where `chunk` is given, nothing is taken over."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Head":

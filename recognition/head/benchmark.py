@@ -37,10 +37,13 @@ class Result:
     state_bytes: int
     """Rows, norms and moments."""
     flops_per_second: float
-    """Of one rank: the four matrix products, as `HeadPlan.flops` counts them, over the step's seconds."""
+    """Of one rank: the four matrix products, as `HeadPlan.flops` counts them, over the step's seconds. Of a head that
+    keeps exponentials, and takes only three of the four, this may be more than the machine does."""
     floor_seconds: float
-    """What no head can beat: the time of the products or of the bytes that have to move (`HeadPlan.traffic`) at the
-    rates that the ranks reached in this run, whichever is longer, as if the two overlapped perfectly."""
+    """The time of the four products or of the bytes that have to move (`HeadPlan.traffic`) at the rates that the ranks
+    reached in this run, whichever is longer, as if the two overlapped perfectly. No head that computes the logits twice
+    can beat it; one that keeps their exponentials takes three of the four products, so three quarters of the products'
+    time are what it cannot beat. The ratio stays that to all four, so that heads can be compared."""
     floor_ratio: float
     """Step over floor."""
     reference_step_seconds: float | None = None

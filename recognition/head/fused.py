@@ -13,17 +13,6 @@ import triton
 from torch import Tensor
 
 from recognition.head import kernels, tiles
-from recognition.head.chunks import (
-    Products,
-    Ready,
-    Sink,
-    Statistics,
-    Summand,
-    Taking,
-    finite_shift,
-    multiply,
-    rescaling,
-)
 from recognition.head.negatives import (
     Circled,
     Curricular,
@@ -33,6 +22,17 @@ from recognition.head.negatives import (
     Linear,
     Negatives,
     Sphere2,
+)
+from recognition.head.products import (
+    Products,
+    Ready,
+    Sink,
+    Statistics,
+    Summand,
+    Taking,
+    finite_shift,
+    multiply,
+    rescaling,
 )
 from recognition.head.rows import Part, RowGradient, Rows
 
@@ -197,7 +197,7 @@ def _from_kept(
     weighted = (x * factor[:, None]).to(x.dtype)
     for columns_of, part in parts:
         if sink is not None:
-            sink(part, RowGradient(kept[:, columns_of], weighted, projected=True))
+            sink(part, RowGradient(kept[:, columns_of], weighted, inverse_norm=rows.inverse_norm[part]))
     return gradient
 
 

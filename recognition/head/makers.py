@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recognition import config
 from recognition.head import chunks
-from recognition.head.chunks import Statistics
+from recognition.head.products import Statistics
 
 _AMPERE = (8, 0)
 

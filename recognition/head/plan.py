@@ -60,7 +60,8 @@ class HeadPlan:
     @property
     def flops(self) -> int:
         """Floating-point operations of the four matrix products: logits, logits again in the backward pass, and the
-        gradients by embeddings and by rows, 2 B n D each. Nothing else is counted."""
+        gradients by embeddings and by rows, 2 B n D each. Nothing else is counted. A head that keeps the logits'
+        exponentials takes only three of the four."""
         return 8 * self.gathered * self.taken * self.embedding_size
 
     @property
@@ -152,4 +153,9 @@ class HeadPlan:
         if self.settings.state == "bfloat16":
             # Random bits: words, and what becomes of them.
             copies += 4 + 4
-        return logits + chunk * self.embedding_size * copies
+        kept = 0
+        if self.settings.chunk is None and self.settings.subcenters == 1 and self.settings.filter is None:
+            # Exponentials, of which some losses keep none; in float32, the rows' gradient and its product with them.
+            kept = min(self.settings.workspace_mib << 20, self.gathered * self.taken * self._product)
+            copies += 2 * 4
+        return logits + chunk * self.embedding_size * copies + kept

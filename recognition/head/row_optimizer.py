@@ -118,7 +118,7 @@ class RowOptimizer(ABC):
         """The same by the kernel."""
         along, projected = None, False
         if isinstance(gradient, RowGradient):
-            along, projected = gradient.along, gradient.projected
+            along, projected = gradient.along, gradient.inverse_norm is not None
             gradient = gradient.product()
         row_kernels.update(
             rows,
@@ -233,16 +233,12 @@ class RowSGD(RowOptimizer):
         self, tensors: list[Tensor], gradient: RowGradient | Tensor, lr: float, decay: float, count: Tensor | None
     ) -> None:
         values, momentum = tensors
-        if isinstance(gradient, RowGradient) and gradient.projected:
-            gradient = gradient.dense(values)
-        if not isinstance(gradient, RowGradient):
-            momentum.mul_(self.momentum).add_(gradient)
+        if isinstance(gradient, RowGradient):
+            gradient.add_to(momentum, values, self.momentum, decay)
         else:
-            gradient.add_product(momentum, self.momentum)
-        if isinstance(gradient, RowGradient) and gradient.along is not None:
-            momentum.addcmul_(values, (decay - gradient.along)[:, None])
-        elif decay:
-            momentum.add_(values, alpha=decay)
+            momentum.mul_(self.momentum).add_(gradient)
+            if decay:
+                momentum.add_(values, alpha=decay)
         values.add_(momentum, alpha=-lr)
 
     def _counted(self, before: Tensor) -> Tensor:

@@ -205,24 +205,31 @@ class RowGradient:
     """[n] float32: by the bias."""
     weight: Tensor | None = None
     """[n, D] float32: the rows as `Rows.read` gives them, where they are at hand; the taker may overwrite them."""
-    projected: bool = False
-    """Whether `along` is what makes the gradient orthogonal to the rows, instead of being given."""
+    inverse_norm: Tensor | None = None
+    """[n] float32: 1 / |w| of these rows, where `along` is what makes the gradient orthogonal to them and is not given.
+    """
 
     def dense(self, weight: Tensor) -> Tensor:
         """The gradient [n, D], float32, at the rows `weight` [n, D], float32."""
-        gradient, along = self.product().float(), self.along
-        if self.projected:
-            along = (gradient * weight).sum(1) / weight.square().sum(1).clamp(min=_SMALLEST_NORM**2)
+        gradient = self.product().float()
+        along = self._along(gradient, weight)
         if along is not None:
             gradient.addcmul_(weight, along[:, None], value=-1)
         return gradient
 
-    def add_product(self, total: Tensor, factor: float = 1.0) -> None:
-        """total = factor total + a^T x, in place; `total` [n, D] float32."""
-        if self.a.dtype == torch.float32:
+    def add_to(self, total: Tensor, weight: Tensor, factor: float = 1.0, decay: float = 0.0) -> None:
+        """total = factor total + gradient + decay w, in place, at the rows w; both are [n, D], float32."""
+        if self.inverse_norm is None and self.a.dtype == torch.float32:
             total.addmm_(self.a.T, self.x, beta=factor)
+            along = self.along
         else:
-            torch.add(self.product().float(), total, alpha=factor, out=total)
+            product = self.product().float()
+            torch.add(product, total, alpha=factor, out=total)
+            along = self._along(product, weight)
+        if along is not None:
+            total.addcmul_(weight, (decay - along)[:, None])
+        elif decay:
+            total.add_(weight, alpha=decay)
 
     def product(self) -> Tensor:
         """a^T x [n, D], summed in float32. On a CPU the sum of bfloat16 products comes out as bfloat16: a relative
@@ -231,6 +238,12 @@ class RowGradient:
         if self.a.is_cuda and self.a.dtype == torch.bfloat16:
             return torch.mm(self.a.T, self.x, out_dtype=torch.float32)
         return self.a.T @ self.x
+
+    def _along(self, product: Tensor, weight: Tensor) -> Tensor | None:
+        """`along` [n], from `product` where it is not given."""
+        if self.inverse_norm is None:
+            return self.along
+        return (product * weight).sum(1).mul_(self.inverse_norm.square())
 
 
 class RowSum:
@@ -249,12 +262,7 @@ class RowSum:
         """Add the gradient of `part` of the rows, which are as they were when it was taken."""
         total = take(self.weight, part)
         weight = self._rows.read(part) if gradient.weight is None else gradient.weight
-        if gradient.projected:
-            total += gradient.dense(weight)
-        else:
-            gradient.add_product(total)
-            if gradient.along is not None:
-                total.addcmul_(weight, gradient.along[:, None], value=-1)
+        gradient.add_to(total, weight)
         put(self.weight, part, total)
         if self.bias is not None and gradient.bias is not None:
             put(self.bias, part, take(self.bias, part) + gradient.bias)

@@ -23,6 +23,7 @@ from recognition.head.gathering import Gathered, gather
 from recognition.head.loss import Targets
 from recognition.head.losses import build_loss
 from recognition.head.negatives import Filtered
+from recognition.head.products import Kept, Products, Sink, Summand, Taking, finite_shift, rescaling, rows_of
 from recognition.head.row_optimizer import build_row_optimizer
 from recognition.head.rows import Part, RowGradient, Rows, RowSum
 from recognition.head.sampling import sample_rows
@@ -51,13 +52,13 @@ class _Seen:
     """What the backward pass needs of the forward pass, and what the loss is made of, [B] each but where it says so."""
 
     batch: Gathered
-    taking: chunks.Taking
-    summand: chunks.Summand
+    taking: Taking
+    summand: Summand
     total: Tensor
     log_sum: Tensor
     product: Tensor
     cosine: Tensor
-    kept: Tensor | None
+    kept: Kept | Tensor | None
     """Of this rank's classes, as the maker wants it."""
 
 
@@ -95,7 +96,7 @@ class ShardedSoftmax(nn.Module):
         self.seed, self.sample_rate, self.filter = seed, settings.sample_rate, settings.filter
         self.loss = build_loss(settings.loss, num_classes, seed=seed, device=device)
         self._maker = makers.choose(settings.kernels, device)
-        self.products = chunks.Products(
+        self.products = Products(
             unit_rows=self.loss.unit_rows,
             dtype=hardware.product_type(settings.precision, device),
             chunk=settings.chunk or hardware.head_chunk(device.type),
@@ -254,10 +255,10 @@ class ShardedSoftmax(nn.Module):
         classes = None
         if learns and self.sample_rate < 1:
             classes = sample_rows(batch.labels, self.num_classes, self.sample_rate, self.seed, step, self.shard)
-            self.optimizer.catch_up(self.rows, chunks.rows_of(classes, self.products.centers), step)
+            self.optimizer.catch_up(self.rows, rows_of(classes, self.products.centers), step)
         elif not learns:
             self.optimizer.settle(self.rows)
-        taking = chunks.Taking.of(batch.labels, self.shard, classes)
+        taking = Taking.of(batch.labels, self.shard, classes)
         loss, unit = self.loss, self.loss.unit_embeddings and self.loss.unit_rows
         own = list(chunks.targets(self.rows, taking, batch.x.float(), self.products)[: 1 if unit else 2])
         known = torch.stack(own, dim=1)
@@ -268,7 +269,7 @@ class ShardedSoftmax(nn.Module):
         for again in (False, True) if loss.sums_twice and learns else (True,):
             seen_targets = Targets(known[:, 0], batch.norm, strength, step)
             summand = self._summand(seen_targets, strength)
-            sums, shift, kept = self._sum(taking, batch.x, summand, learns)
+            sums, shift, kept = self._sum(taking, batch.x, summand, keep=learns and again)
             columns = [sums] if loss.targets_first else [sums, torch.stack(own, dim=1)]
             reduced = torch.cat(columns, dim=1)
             dist.all_reduce(reduced, group=self.group)
@@ -284,24 +285,24 @@ class ShardedSoftmax(nn.Module):
         log_sum = torch.zeros_like(product) if loss.logistic else torch.where(sums[:, 0] == 0, shift, total)
         return _Seen(batch, taking, summand, total, log_sum, product, cosine, kept)
 
-    def _summand(self, targets: Targets, strength: float) -> chunks.Summand:
+    def _summand(self, targets: Targets, strength: float) -> Summand:
         negatives, bound = self.loss.negatives(strength), self.loss.bound
         if self.filter is not None:
             negatives = Filtered(negatives, self.filter.threshold, self.filter.zero)
         anchor = self.loss.anchor(targets) if self.loss.targets_first else None
-        return chunks.Summand(negatives, anchor, self.loss.logistic, bound)
+        return Summand(negatives, anchor, self.loss.logistic, bound)
 
     def _sum(
-        self, taking: chunks.Taking, x: Tensor, summand: chunks.Summand, learns: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, taking: Taking, x: Tensor, summand: Summand, *, keep: bool
+    ) -> tuple[Tensor, Tensor, Kept | Tensor | None]:
         """This rank's sums over its negatives, shifted as all ranks' are, the shift [B], and what is kept."""
-        products = self.products if learns else replace(self.products, workspace=None)
+        products = self.products if keep else replace(self.products, workspace=None)
         own = self._maker.statistics(self.rows, taking, x, products, summand)
         if summand.logistic or summand.offset is not None:
             return own.sums, own.shift, own.kept
         shift = own.shift.clone()
         dist.all_reduce(shift, dist.ReduceOp.MAX, group=self.group)
-        return own.sums * chunks.rescaling(own.shift, shift)[:, None], chunks.finite_shift(shift), None
+        return own.sums * rescaling(own.shift, shift)[:, None], finite_shift(shift), None
 
     def _vectors(
         self, seen: _Seen, strength: float, step: int, loss_weight: float, *, differentiate: bool
@@ -352,7 +353,7 @@ class ShardedSoftmax(nn.Module):
         )
         return arriving[0]() * self.world, by_norm[batch.of(self.rank)] * self.world
 
-    def _sink(self, lr: float, step: int, skip: Tensor, by_scalars: list[Tensor], arriving: list[Any]) -> chunks.Sink:
+    def _sink(self, lr: float, step: int, skip: Tensor, by_scalars: list[Tensor], arriving: list[Any]) -> Sink:
         """What becomes of the gradients. Once the embeddings' is `arriving`, the rest has time beside the backbone's
         backward pass.
         """

@@ -36,6 +36,9 @@ from recognition.head.sampling import sample_rows
 # One of each kind of loss meets every batch; the others meet the first two.
 EVERY_BATCH = ("softmax", "sphereface", "arcface", "curricularface", "adacos", "adaface", "uce", "cosface-subcenters")
 
+# A softmax whose gradient is kept, one with a learned scale, and one that keeps nothing.
+KEPT = ("arcface", "adacos", "curricularface")
+
 
 def batches(world: int) -> dict[str, tuple[int, list[int], range | None]]:
     """Classes, samples of each rank, and where the labels come from (None: all classes)."""
@@ -62,7 +65,7 @@ def dense_loss(
 
 
 def against_reference(
-    precision: str, cases: dict[str, tuple[int, list[int], range | None]], kernels: str = "torch"
+    precision: str, cases: dict[str, tuple[int, list[int], range | None]], kernels: str = "torch", **options: Any
 ) -> dict[str, list[float]]:
     errors = {}
     order, size = (torch.inf, D) if precision == "float32" else (2, 512)
@@ -77,7 +80,7 @@ def against_reference(
                 margins = drawn_margins(settings.loss, 2, sum(sizes))
                 expected = dense.loss(x, labels, step=2, strength=strength, margins=margins)
                 expected.backward()
-                head = make(settings, classes, size=size, fused=False, precision=precision, kernels=kernels)
+                head = make(settings, classes, size=size, fused=False, precision=precision, kernels=kernels, **options)
                 fill(head, weight, bias)
                 output, gradient = run(head, x.detach(), labels, sizes, strength=strength, step=2)
                 assert head.row_sum is not None
@@ -327,6 +330,10 @@ def part(name: str, folder: str) -> dict[str, Any]:
             return {"bfloat16": against_reference("bfloat16", {"plain": (50, split(40, world), None)})}
         case "training":
             return {"training": {name: fused_training(name) for name in LOSSES}}
+        case "kept":
+            return {"kept": against_reference("float32", batches(world), chunk=None)}
+        case "kept training":
+            return {"kept training": {name: fused_training(name, chunk=None) for name in KEPT}}
     head = make(config.CosFace(), 2500, seed=8)
     found = {
         "initial": whole(head, head.rows.weight).numpy(),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dense_head import D, dense_training, make
 from dense_losses import LOSSES
-from head_checks import EVERY_BATCH, batches, part, refusals, resharded
+from head_checks import EVERY_BATCH, KEPT, batches, part, refusals, resharded
 
 from ranks import run_ranks
 from recognition import config
@@ -47,11 +47,12 @@ each_world = pytest.mark.parametrize("world", WORLDS)
 
 
 @each_world
-def test_loss_and_gradients_are_the_papers(world: int) -> None:
-    for rank in results(world, "float32"):
+@pytest.mark.parametrize("how", ["float32", "kept"])
+def test_loss_and_gradients_are_the_papers(world: int, how: str) -> None:
+    for rank in results(world, how):
         others = len(LOSSES) - len(EVERY_BATCH)
-        assert len(rank["float32"]) == len(EVERY_BATCH) * (len(batches(world)) + 1) + others * 3
-        wrong = {name: errors for name, errors in rank["float32"].items() if not max(errors) <= EXACT}
+        assert len(rank[how]) == len(EVERY_BATCH) * (len(batches(world)) + 1) + others * 3
+        wrong = {name: errors for name, errors in rank[how].items() if not max(errors) <= EXACT}
         assert not wrong
 
 
@@ -66,11 +67,13 @@ def test_bfloat16_products_are_close(world: int) -> None:
 
 
 @each_world
-@pytest.mark.parametrize("name", LOSSES)
-def test_fused_update_is_torch_sgd(world: int, name: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "name"), [*(("training", name) for name in LOSSES), *(("kept training", name) for name in KEPT)]
+)
+def test_fused_update_is_torch_sgd(world: int, how: str, name: str) -> None:
     expected = dense_training(name)
-    for rank in results(world, "training"):
-        found = rank["training"][name]
+    for rank in results(world, how):
+        found = rank[how][name]
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             assert np.abs(found[key] - value).max() <= TRAINED * np.abs(value).max(), key

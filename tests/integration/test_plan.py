@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ranks import run_ranks
-from recognition import config
+from recognition import config, hardware
 from recognition.head.benchmark_rank import Bench
 from recognition.head.plan import HeadPlan
 
@@ -83,6 +83,8 @@ def test_benchmark(tool: ModuleType, capsys) -> None:
     assert found["floor_ratio"] == pytest.approx(step / found["floor_seconds"])
     assert found["reference_ratio"] == pytest.approx(found["reference_step_seconds"] / step)
     assert "in turns" in text
+    assert str(hardware.of(torch.device("cpu"))) in text
+    assert "in float32" in text
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import torch
 from compiled import Child, Resources, compiling
 
 from recognition import config
-from recognition.head.chunks import Products, Summand, Taking
 from recognition.head.negatives import Curricular, DividedAngle, Filtered, Linear, Negatives, Sphere2
+from recognition.head.products import Products, Summand, Taking
 from recognition.head.rows import RowGradient, Rows, State
 
 BATCH, CLASSES, SIZE = 1024, 4096, 512

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recognition.head import chunks, fused, tiles
-from recognition.head.chunks import Products, Summand, Taking
 from recognition.head.negatives import Curricular, DividedAngle, Filtered, Linear
+from recognition.head.products import Products, Summand, Taking, rows_of
 from recognition.head.rows import Part, RowGradient, Rows
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the device")
@@ -49,7 +49,7 @@ def expected(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums, gradient by x, gradient by the rows that take part: autograd on all logits at once, in float64."""
     classes = torch.arange(len(rows) // products.centers) if taking.classes is None else taking.classes
-    part = chunks.rows_of(classes, products.centers)
+    part = rows_of(classes, products.centers)
     w, x = rows.read(part).double().requires_grad_(), x.double().requires_grad_()
     dots = x @ (F.normalize(w) if products.unit_rows else w).T
     if rows.bias is not None:

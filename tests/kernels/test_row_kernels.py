@@ -52,7 +52,7 @@ def make_gradient(form: str, values: Tensor, seed: int, *, bias: bool = False) -
     if form == "unformed":
         return one, formed(one, values)
     if form == "projected":
-        one = RowGradient(one.a, one.x, projected=True)
+        one = RowGradient(one.a, one.x, inverse_norm=torch.linalg.vector_norm(values, dim=1).reciprocal())
         along = torch.nn.functional.normalize(values.double(), dim=1)
         product = formed(one, values)
         return one, product - (product * along).sum(1, keepdim=True) * along

@@ -266,9 +266,24 @@ def test_a_gradient_is_formed(dtype: torch.dtype, tolerance: float, normalised: 
     assert dense.dtype == torch.float32
     np.testing.assert_allclose(dense.numpy(), formed(one, rows), rtol=tolerance, atol=tolerance)
     total = torch.ones(6, 8)
-    one.add_product(total, 0.5)
-    bare = formed(RowGradient(one.a, one.x), rows)
-    np.testing.assert_allclose(total.numpy(), 0.5 + bare, rtol=tolerance, atol=tolerance)
+    one.add_to(total, rows, 0.5, decay=0.25)
+    wanted = 0.5 + formed(one, rows) + 0.25 * rows.numpy()
+    np.testing.assert_allclose(total.numpy(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 0.03)], ids=["f32", "bf16"])
+def test_a_gradient_is_made_orthogonal_to_the_rows(dtype: torch.dtype, tolerance: float) -> None:
+    rows = torch.randn(6, 8)
+    one = gradient(30, rows, dtype, normalised=True)
+    product = formed(RowGradient(one.a, one.x), rows)
+    w = rows.double().numpy()
+    wanted = product - (product * w).sum(1, keepdims=True) / (w * w).sum(1, keepdims=True) * w
+    one = RowGradient(one.a, one.x, inverse_norm=torch.linalg.vector_norm(rows, dim=1).reciprocal())
+    scale = tolerance * np.abs(product).max()
+    np.testing.assert_allclose(one.dense(rows).numpy(), wanted, atol=scale)
+    total = torch.ones(6, 8)
+    one.add_to(total, rows, 0.5, decay=0.25)
+    np.testing.assert_allclose(total.numpy(), 0.5 + wanted + 0.25 * w, atol=scale)
 
 
 @pytest.mark.parametrize("state", STATES)
