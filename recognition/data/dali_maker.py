@@ -1,6 +1,6 @@
 """Images by NVIDIA DALI: encoded bytes and augmentation numbers go into its graph, normalised tensors come out.
 
-Nothing else imports DALI, and this module is imported only where DALI makes the images.
+DALI does not exist for every system: this module is imported only where it makes the images.
 """
 
 from collections.abc import Iterator
