@@ -132,7 +132,7 @@ class Data(Section):
     """Where the index goes when the data's own folder is read-only. Default: the user's cache folder."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     """What decodes and changes images. `auto`: NVIDIA DALI where it is installed, else torchvision, which gives the
-    same images but for rounding, and is slower."""
+    same images but for rounding, and decodes more slowly."""
     threads: PositiveInt = 2
     """Threads per process that decode."""
     prefetch: PositiveInt = 2
