@@ -90,7 +90,8 @@ def test_options_do_as_with_pytorch(results: list[dict[str, Any]], name: str) ->
     for rank in results:
         for ours, theirs in zip(rank["options"][f"{name} triton"], rank["options"][f"{name} torch"], strict=True):
             assert ours.shape == theirs.shape
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+            # Rounding: with a scale of 64 gradients are larger than the rows, which are about 1.
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=5e-6)
 
 
 def test_who_goes_over_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
