@@ -78,6 +78,7 @@ class Resolved:
             "backbone.channels_last": backbone.channels_last,
             "backbone.compile": backbone.compile,
             "head.precision": head.precision,
+            "head.chunk": head.chunk or head_chunk(self.hardware.device),
             "training.threads": self.config.training.threads,
             "data.loader": self.config.data.loader,
         }

@@ -136,8 +136,8 @@ def test_nothing_is_left_to_be_decided(machine: Machine, monkeypatch: pytest.Mon
     monkeypatch.setattr(hardware, "cores", lambda: 7)
     resolved = resolve(settings(), CPU, local_world=2)
     assert resolved.config.training.threads == 3
-    assert resolved.config.head.chunk == hardware.head_chunk("cpu") != hardware.head_chunk("cuda")
     facts = resolved.facts()
+    assert facts["head.chunk"] == hardware.head_chunk("cpu") != hardware.head_chunk("cuda")
     assert facts["device"] == "Processor (AVX2)"
     assert not {"auto", 0, None} & {value for value in facts.values() if not isinstance(value, bool)}
     assert resolve(resolved.config, CPU).config == resolved.config

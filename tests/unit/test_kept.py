@@ -12,12 +12,13 @@ from recognition.head.negatives import Curricular, Linear
 from recognition.head.products import Kept, Products, Summand, Taking
 from recognition.head.rows import Part, RowGradient, Rows
 
-CLASSES, SIZE, BATCH, CHUNK, SCALE = 131, 64, 37, 29, 96.0
+CLASSES, SIZE, BATCH, CHUNK = 131, 64, 37, 29
 CHUNK_BYTES = 4 * BATCH * CHUNK
-# Of float32 numbers: a logit of 96 is off by 1e-5, and so is its exponential.
+# Of float32 numbers: a logit of 96 is off by 1e-5, and so is its exponential. (With 16, nothing is subtracted from it.)
 TOLERANCE = 2e-5
 PRODUCTS = Products(unit_rows=True, dtype=torch.float32, chunk=CHUNK)
-SUMMAND = Summand(Linear(SCALE), None, False, SCALE)
+SUMMAND = Summand(Linear(96.0), None, False, 96.0)
+SMALL = Summand(Linear(16.0), None, False, 16.0)
 ROOM = {"nothing": 0, "two chunks": 3 * CHUNK_BYTES - 1, "all": 1 << 20}
 WHERE = ("anywhere", "one class", "another rank", "sampled")
 
@@ -56,12 +57,12 @@ def run(rows: Rows, taking: Taking, x: Tensor, products: Products, summand: Summ
     return {"log_sum": log_sum, "by_x": by_x, "by_rows": gradients}
 
 
-def expected(rows: Rows, taking: Taking, x: Tensor) -> dict[str, Tensor]:
+def expected(rows: Rows, taking: Taking, x: Tensor, scale: float = 96.0) -> dict[str, Tensor]:
     classes = torch.arange(CLASSES) if taking.classes is None else taking.classes
     w, x = rows.weight.double().requires_grad_(), x.double().requires_grad_()
     cosine = x @ F.normalize(w[classes]).T
     own = torch.arange(len(classes)) == taking.columns[:, None]
-    log_sum = (SCALE * cosine).masked_fill(own, -torch.inf).logsumexp(1)
+    log_sum = (scale * cosine).masked_fill(own, -torch.inf).logsumexp(1)
     by_sum, by_target = torch.linspace(0.1, 1, len(x)), torch.linspace(-1, -0.1, len(x))
     objective = (by_sum * log_sum).sum() + (by_target[:, None] * cosine * own).sum()
     by_x, by_rows = torch.autograd.grad(objective, (x, w))
@@ -70,9 +71,11 @@ def expected(rows: Rows, taking: Taking, x: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("room", ROOM)
-def test_gradients_are_those_of_all_logits(room: str, where: str) -> None:
+@pytest.mark.parametrize("summand", [SMALL, SUMMAND], ids=["16", "96"])
+def test_gradients_are_those_of_all_logits(summand: Summand, room: str, where: str) -> None:
     rows, taking, x = case(where)
-    found, wanted = run(rows, taking, x, replace(PRODUCTS, workspace=ROOM[room])), expected(rows, taking, x)
+    found = run(rows, taking, x, replace(PRODUCTS, workspace=ROOM[room]), summand)
+    wanted = expected(rows, taking, x, summand.bound or 0.0)
     for name, value in wanted.items():
         assert (found[name] - value).abs().max() <= TOLERANCE * value.abs().max(), name
 
