@@ -206,8 +206,12 @@ def _plan(options: argparse.Namespace) -> Plan:
     except ValidationError as error:
         mistakes = [f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg']}" for item in error.errors()]
         raise UserError("; ".join(mistakes)) from None
+    # As on the GPUs that are planned for, whatever this machine has.
     backbone = config.Backbone(
-        name=options.backbone, embedding_size=options.embedding_size, image_size=options.image_size
+        name=options.backbone,
+        embedding_size=options.embedding_size,
+        image_size=options.image_size,
+        precision="bfloat16",
     )
     head = HeadPlan(
         settings,

@@ -145,7 +145,7 @@ def test_a_compilation_pays_against_the_fastest_eager_variant(monkeypatch: pytes
 
 
 def _trainings() -> list[dict[str, Any]]:
-    settings = config.Backbone(name="mobilefacenet", image_size=32, embedding_size=16)
+    settings = config.Backbone(name="mobilefacenet", image_size=32, embedding_size=16, precision="bfloat16")
     found = []
     for kind in (Training, Baseline):
         torch.manual_seed(0)

@@ -40,7 +40,7 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faces")
-    write_faces(folder, identities=15, images=4, pairs=20, seed=1)
+    write_faces(folder, identities=15, images=4, pairs=20, seed=1, workers=1)
     return folder
 
 

@@ -50,7 +50,7 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faces")
-    write_faces(folder, identities=15, images=6, pairs=20, seed=1)
+    write_faces(folder, identities=15, images=6, pairs=20, seed=1, workers=1)
     return folder
 
 

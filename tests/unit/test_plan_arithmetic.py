@@ -92,7 +92,7 @@ def test_operations_and_wire() -> None:
 
 
 def test_counts_a_backbone_as_it_is() -> None:
-    settings = config.Backbone(name="resnet10t", image_size=32, embedding_size=24)
+    settings = config.Backbone(name="resnet10t", image_size=32, embedding_size=24, precision="bfloat16")
     cost = backbone_cost(settings)
     backbone = Backbone(settings)
     assert cost.parameters == sum(parameter.numel() for parameter in backbone.parameters())
