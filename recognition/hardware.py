@@ -246,7 +246,10 @@ def _refuse_unable(name: str, precision: str | None, hardware: Hardware) -> None
     """Raise UserError where a card cannot compute in `precision` at all; processors emulate what they lack."""
     if hardware.device == "cuda" and precision == "bfloat16" and hardware.precision != "bfloat16":
         instead = best_precision(name, hardware)
-        raise UserError(f"{name} is bfloat16, which {hardware} cannot compute: set {name}={instead}, in a run too")
+        raise UserError(
+            f"{name} is bfloat16, which {hardware} cannot compute: set {name}={instead}, in which a run that began in "
+            "bfloat16 goes on too"
+        )
 
 
 def _processor_name() -> str:

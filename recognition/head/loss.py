@@ -8,6 +8,7 @@ sum log(1 + exp(logit)). What a loss keeps between steps is in `state`, scalars 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -59,6 +60,11 @@ class Loss:
 
     def observe_sum(self, log_sum: Tensor, cosine: Tensor) -> None:
         """Likewise from the log of the first sum over the negatives, [B]."""
+
+    def restore(self, state: dict[str, Tensor], where: Tensor) -> None:
+        """Set the state back to `state`, where `where` (scalar bool) is true."""
+        for name, value in state.items():
+            self.state[name].copy_(torch.where(where, value, self.state[name]))
 
     def negatives(self, strength: float) -> Negatives:
         """What becomes of the other classes' cosines."""

@@ -198,10 +198,9 @@ class ShardedSoftmax(nn.Module):
         whole = loss + extra.detach()
         finite = whole.isfinite()
         if learns:
-            self._restore(before, ~finite)
+            self.loss.restore(before, ~finite)
             if self.row_sum is not None:
                 self._state_before = self._state_before or before
-        if learns:
             updates = self._updates
 
             def backward(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,16 +237,11 @@ class ShardedSoftmax(nn.Module):
             self.optimizer.update(self.rows, part, total.weight[part] * scale, lr, skip, step, bias)
         self.scalars.apply(lr, skip, scale)
         self.auxiliary.apply(skip)
-        self._restore(self._state_before, skip.bool())
+        self.loss.restore(self._state_before, skip.bool())
         self._state_before = {}
         total.clear()
         self._nonfinite.zero_()
         self._updates += 1
-
-    def _restore(self, state: dict[str, Tensor], where: Tensor) -> None:
-        """Set the loss's state back to `state`, if `where` (scalar bool)."""
-        for name, value in state.items():
-            self.loss.state[name].copy_(torch.where(where, value, self.loss.state[name]))
 
     def _look(self, batch: Gathered, strength: float, step: int, learns: bool) -> _Seen:
         """Go over this rank's classes, and learn from the other ranks what is to be known of theirs."""
