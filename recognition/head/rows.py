@@ -243,7 +243,7 @@ class RowGradient:
         """`along` [n], from `product` where it is not given."""
         if self.inverse_norm is None:
             return self.along
-        return (product * weight).sum(1).mul_(self.inverse_norm.square())
+        return torch.linalg.vecdot(product, weight).mul_(self.inverse_norm.square())
 
 
 class RowSum:
