@@ -334,7 +334,8 @@ class Trainer:
         self.tracker.note(
             f"{processes} on {self.resolved.hardware}, each with {threads} CPU thread{'s' if threads > 1 else ''}"
         )
-        self.tracker.note(f"{self.config.backbone.name}, {parameters / 1e6:.1f} M parameters; {self.resolved}")
+        self.tracker.note(f"{self.config.backbone.name}, {parameters / 1e6:.1f} M parameters")
+        self.tracker.note(str(self.resolved))
         for text in self.resolved.notes:
             self.tracker.warn(text)
         self.tracker.note(
