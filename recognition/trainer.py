@@ -72,7 +72,7 @@ class Trainer:
         before = {} if self.checkpoint is None else self.checkpoints.facts(self.checkpoint)
         machines = distributed.gather_objects(hardware.of(ranks.device))
         self.resolved = hardware.resolve(
-            config, hardware.weakest(machines), local_world=ranks.local_world, before=before.get("resolved")
+            config, hardware.weakest(machines), local_world=ranks.local_world, before=_resolved(before)
         )
         self.config = config = self.resolved.config
         if config.faces is not None:
@@ -342,6 +342,14 @@ class Trainer:
             f"{total:,} steps of {self.config.training.global_batch} images"
             + (f", from step {self.step:,} on" if self.step else "")
         )
+
+
+def _resolved(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint with these facts was computed in; one that does not say so has it in its settings."""
+    if "resolved" in facts or not facts:
+        return facts.get("resolved", {})
+    asked = {f"{name}.precision": facts["config"][name].get("precision") for name in ("backbone", "head")}
+    return {name: precision for name, precision in asked.items() if precision != "auto"}
 
 
 def _is_due(step: int, every: int, total: int) -> bool:

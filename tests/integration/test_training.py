@@ -215,6 +215,13 @@ def test_a_changed_run_is_not_continued_and_every_change_is_named(faces: Path, t
     assert (tmp_path / "run/config.toml").read_text() == before
 
 
+def test_a_checkpoint_that_does_not_say_its_precision_has_it_in_its_settings() -> None:
+    facts = {"config": {"backbone": {"precision": "bfloat16"}, "head": {"precision": "auto"}}}
+    assert trainer._resolved(facts) == {"backbone.precision": "bfloat16"}
+    assert trainer._resolved(facts | {"resolved": {"head.precision": "float32"}}) == {"head.precision": "float32"}
+    assert trainer._resolved({}) == {}
+
+
 def test_too_few_images_for_the_ranks_is_said(faces: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="leaves a rank 1 images"):
         launch_ranks(run, 2, settings(faces, tmp_path / "run", "training.global_batch=3"))
