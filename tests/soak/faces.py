@@ -16,8 +16,8 @@ import torch
 from recognition import hardware
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ACCURACY = 0.89
-"""Of 600 pairs, whose standard error is 1.3 points: runs that are as they should be reach 90 % and more."""
+ACCURACY = 0.87
+"""Of 600 pairs, whose standard error is 1.3 points: 90.3 and 88.8 % were found, which is two of them above."""
 
 
 @pytest.mark.timeout(0)
