@@ -134,18 +134,28 @@ def test_how_ranks_talk_does_not_matter(faces: Path, whole: Path, tmp_path: Path
     assert losses(tmp_path / "own") == losses(whole)
 
 
-def test_every_number_of_ranks_trains_alike_and_continues_the_others_run(faces: Path, tmp_path: Path) -> None:
-    launch_ranks(run, 1, settings(faces, tmp_path / "one"), None, True)
-    reference = losses(tmp_path / "one")
+@pytest.fixture(scope="module")
+def alone(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of one rank."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    launch_ranks(run, 1, settings(faces, folder), None, True)
+    found = losses(folder)
     # Each batch has a loss of its own, and so does each state of the backbone and the head.
-    assert len(set(reference)) == STEPS
-    for world in (2, 4):
-        launch_ranks(run, world, settings(faces, tmp_path / f"{world}"), None, True)
-        np.testing.assert_allclose(losses(tmp_path / f"{world}"), reference, rtol=SAME_LOSS)
+    assert len(set(found)) == STEPS
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_number_of_ranks_trains_alike(faces: Path, alone: list[float], tmp_path: Path, world: int) -> None:
+    launch_ranks(run, world, settings(faces, tmp_path / "run"), None, True)
+    np.testing.assert_allclose(losses(tmp_path / "run"), alone, rtol=SAME_LOSS)
+
+
+def test_every_number_of_ranks_continues_the_others_run(faces: Path, alone: list[float], tmp_path: Path) -> None:
     launch_ranks(run, 4, settings(faces, tmp_path / "mixed"), 2, True)
     launch_ranks(run, 1, settings(faces, tmp_path / "mixed"), 4, True)
     launch_ranks(run, 3, settings(faces, tmp_path / "mixed"), None, True)
-    np.testing.assert_allclose(losses(tmp_path / "mixed"), reference, rtol=SAME_LOSS)
+    np.testing.assert_allclose(losses(tmp_path / "mixed"), alone, rtol=SAME_LOSS)
 
 
 def run_without_dali(overrides: list[str]) -> list[str]:

@@ -188,6 +188,8 @@ def compilers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Co
     if "nvidia" not in backends:
         pytest.skip("this Triton does not compile for NVIDIA's GPUs")
     found = {arch: Compiler(arch, tmp_path_factory.mktemp(f"sm_{arch}")) for arch in DEVICES}
+    for arch, compiler in found.items():
+        compiler.resources(*compiled_for(arch)[0])  # the first waits for what they import
     yield found
     for compiler in found.values():
         compiler.child.close()
