@@ -31,6 +31,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 _AMPERE, _VOLTA = (8, 0), (7, 0)
 _CHUNK = {"cpu": 1024, "cuda": 8192}
+_WEAKEST_FIRST = ("float32", "float16", "bfloat16")  # what has units for one computes in those before it too
 _HAVE_BFLOAT16 = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
 
 
@@ -99,12 +100,7 @@ def of(device: torch.device) -> Hardware:
 
 def weakest(found: Sequence[Hardware]) -> Hardware:
     """What several machines have in common: ranks that differ compute in a precision that all of them have."""
-    precisions = {each.precision for each in found}
-    precision: Precision = "bfloat16"
-    if len(precisions) > 1:
-        precision = "float16" if "float32" not in precisions and found[0].device == "cuda" else "float32"
-    else:
-        (precision,) = precisions
+    precision = min((each.precision for each in found), key=_WEAKEST_FIRST.index)
     names, units = (sorted({getattr(each, field) for each in found}) for field in ("name", "units"))
     return Hardware(found[0].device, " and ".join(names), " and ".join(units), precision)
 

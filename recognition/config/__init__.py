@@ -183,9 +183,9 @@ class Backbone(Section):
     the hardware has units for it (NVIDIA from Ampere on; AMX, AVX-512 or Arm with bfloat16), float16 on NVIDIA's Volta
     and Turing, else float32."""
     channels_last: Literal["auto", True, False] = "auto"
-    """Memory format of images and convolutions. `auto`: what was measured to be faster on such hardware."""
+    """Memory format of images and convolutions. `auto`: channels-last."""
     compile: Literal["auto", True, False] = "auto"
-    """Run the backbone through `torch.compile`. `auto`: where it was measured to pay for its time."""
+    """Run the backbone through `torch.compile`: on a CPU it needs a C++ compiler, on a GPU Triton. `auto`: do not."""
 
 
 class Training(Section):

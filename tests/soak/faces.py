@@ -16,8 +16,8 @@ import torch
 from recognition import hardware
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ACCURACY = 0.87
-"""Of 600 pairs, whose standard error is 1.3 points: 90.3 and 88.8 % were found, which is two of them above."""
+ACCURACY = 0.89
+"""What is asked for, of 600 pairs, whose standard error is 1.3 points. Found: 90.3 % in bfloat16, 88.83 % in float32."""
 
 
 @pytest.mark.timeout(0)
