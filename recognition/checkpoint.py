@@ -12,7 +12,6 @@ writes is a pickle, so load only checkpoints you trust.
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from recognition.config import UserError
 from recognition.distributed import gather_objects
+from recognition.storage import sync, write_text
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -161,18 +161,18 @@ class Checkpoints:
                     f"rank 0 does not see {partial / name} as another rank wrote it: "
                     "the run's folder has to be on a file system that all nodes share"
                 )
-        _write_text(partial / MANIFEST, _encode(manifest))
+        write_text(partial / MANIFEST, _encode(manifest), on_disk=True)
         if final.exists():
             _discard(final)  # damaged, or else nothing would be written
         partial.rename(final)
-        _sync_folder(self.folder)
+        sync(self.folder)
 
     def _publish(self, newest: Path) -> None:
         """Point at a complete checkpoint, then remove those that are not among the newest.
 
         Damaged ones do not count, and stay to be looked at.
         """
-        _write_text(self.folder / "latest", newest.name + "\n")
+        write_text(self.folder / "latest", newest.name + "\n", on_disk=True)
         sound = [folder for folder in step_folders(self.folder) if folder not in self._damaged]
         for folder in set(sound[self.keep :]) - {newest}:
             try:
@@ -298,26 +298,6 @@ def _digest_of(tree: dict[str, Any]) -> str:
 def _encode(manifest: Manifest) -> str:
     tree = {"format": _FORMAT, **json.loads(json.dumps(asdict(manifest), allow_nan=False))}
     return json.dumps({**tree, "sha256": _digest_of(tree)}, indent=2, allow_nan=False) + "\n"
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and see it on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new name in a folder is on the disk only when the folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _discard(folder: Path) -> None:

@@ -117,7 +117,7 @@ class Schedule:
     """Updates before the peak; below `total_steps`."""
     steps_per_epoch: float
     """Updates per pass over the data; not a whole number as a rule."""
-    shape: Literal["polynomial", "cosine"] = "polynomial"
+    shape: Literal["polynomial", "cosine", "multistep"] = "polynomial"
     """How the rate falls from the peak, at t = warmup_steps, to zero at t = total_steps."""
     power: float = 1.0
     """Exponent of the polynomial."""

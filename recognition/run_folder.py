@@ -1,7 +1,6 @@
 """A run's output folder: what lies where, whether it may be resumed, and the backbone that it holds."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from recognition import config as configuration
 from recognition.checkpoint import Checkpoints, read_tensors
 from recognition.config import Config, UserError
 from recognition.models.backbone import Backbone, build_backbone
+from recognition.storage import replacing, write_text
 
 FREE_TO_CHANGE = (
     "run.folder",
@@ -118,9 +118,8 @@ class RunFolder:
         """Keep the backbone's state dict if `accuracy`, the mean over the sets, beats the best so far."""
         if accuracy <= self.best_accuracy():
             return
-        temporary = self.best.with_suffix(".tmp")
-        torch.save(backbone.state_dict(), temporary)
-        os.replace(temporary, self.best)
+        with replacing(self.best) as temporary:
+            torch.save(backbone.state_dict(), temporary)
         write_text(self.best.with_suffix(".json"), json.dumps({"step": step, "accuracy": accuracy}) + "\n")
 
 
@@ -151,13 +150,6 @@ def load_backbone(run: Path, which: Literal["last", "best"] = "last") -> tuple[B
         }
     backbone.load_state_dict(state)
     return backbone.eval(), facts | {"backbone": settings.backbone.name, "loss": settings.head.loss.name}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

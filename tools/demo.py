@@ -19,7 +19,8 @@ from recognition.evaluation.embedder import Embedder
 from recognition.evaluation.pairs import read_pairs
 from recognition.evaluation.verification import Verification, embed_pairs, verify
 from recognition.models.backbone import BackboneEmbedder
-from recognition.run_folder import RunFolder, load_backbone, write_text
+from recognition.run_folder import RunFolder, load_backbone
+from recognition.storage import write_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

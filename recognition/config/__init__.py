@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     NonNegativeFloat,
@@ -18,7 +17,9 @@ from pydantic import (
 )
 
 from recognition import toml
-from recognition.config.base import BelowOne, ConfigError, Fraction, InputPath, Section, UserError
+from recognition.config.backbone import Backbone
+from recognition.config.base import ConfigError, Fraction, InputPath, Section, UserError, as_list
+from recognition.config.data import Augment, Data, Faces
 from recognition.config.head import Head
 from recognition.config.losses import (
     UCE,
@@ -52,6 +53,8 @@ __all__ = [
     "AdaFace",
     "AdamW",
     "ArcFace",
+    "Augment",
+    "Backbone",
     "Center",
     "Circle",
     "Combined",
@@ -60,7 +63,9 @@ __all__ = [
     "Contrastive",
     "CosFace",
     "CurricularFace",
+    "Data",
     "ElasticFace",
+    "Faces",
     "Filter",
     "Head",
     "Loss",
@@ -78,16 +83,6 @@ __all__ = [
 ]
 
 
-def _scalar(value: Any) -> Any:
-    if not isinstance(value, bool | int | float | str):
-        raise ValueError("a number, a string, true or false is expected")
-    return value
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 class Run(Section):
     """Where a run lives and what its randomness is keyed by."""
 
@@ -95,97 +90,6 @@ class Run(Section):
     """Output folder; a run found there is resumed."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Key of everything random: order, augmentation, initial weights, dropout."""
-
-
-class Augment(Section):
-    """Random changes to a training image; all numbers are a function of (seed, epoch, sample), or (seed, position,
-    sample) where images of an identity stand together."""
-
-    flip: Fraction = 0.5
-    """Probability of a horizontal flip."""
-    shift: Fraction = 0.0
-    """Largest shift, as a fraction of the image's side, in either direction and along both axes."""
-    zoom: BelowOne = 0.0
-    """Largest relative change of scale, in either direction."""
-    rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Largest rotation, in either direction."""
-    brightness: Fraction = 0.0
-    """Largest relative change of brightness, in either direction."""
-    contrast: Fraction = 0.0
-    """Largest relative change of contrast, in either direction."""
-    saturation: Fraction = 0.0
-    """Largest relative change of saturation, in either direction."""
-    gray: Fraction = 0.0
-    """Probability of dropping the colour."""
-    erase: Fraction = 0.0
-    """Probability of painting a rectangle with the mean grey."""
-    erase_area: Fraction = 0.2
-    """Largest area of that rectangle, as a fraction of the image."""
-
-
-class Data(Section):
-    """The training set."""
-
-    path: InputPath
-    """A .rec file with its .idx, a folder that holds `train.rec`, or a folder of identity folders."""
-    cache: Path | None = None
-    """Where the index goes when the data's own folder is read-only. Default: the user's cache folder."""
-    loader: Literal["auto", "dali", "torchvision"] = "auto"
-    """What decodes and changes images. `auto`: NVIDIA DALI where it is installed, else torchvision, which gives the
-    same images but for rounding, and decodes more slowly."""
-    threads: PositiveInt = 2
-    """Threads per process that decode."""
-    prefetch: PositiveInt = 2
-    """Batches decoded ahead, and threads that read ahead: more of them hide a slow storage."""
-    augment: Augment = Augment()
-    """Random changes to the images."""
-    images_per_identity: PositiveInt = 1
-    """K, images of an identity that stand together in a batch, for losses on pairs; 1 is a plain random order. An
-    identity with fewer repeats some; epochs still count images."""
-
-
-class Faces(Section):
-    """Procedural faces, rendered into `data.path` by a run that finds none there: `train.rec` and `pairs.bin`."""
-
-    identities: PositiveInt
-    """Identities to train on."""
-    images: PositiveInt
-    """Images of each."""
-    pairs: PositiveInt = 1200
-    """Verification pairs, half of them genuine."""
-    image_size: PositiveInt = 112
-    """Height and width of the images, in pixels."""
-    seed: NonNegativeInt = 0
-    """Key of all that is drawn."""
-
-
-class Backbone(Section):
-    """The network from image to embedding."""
-
-    name: str = "iresnet50"
-    """Any timm model, with our own `iresnet18/34/50/100/200` and `mobilefacenet`."""
-    options: dict[str, Annotated[Any, AfterValidator(_scalar)]] = Field(default_factory=dict)
-    """Further keyword arguments of the timm model, for example `{drop_path_rate = 0.05}`."""
-    image_size: PositiveInt = 112
-    """Height and width of the input, in pixels."""
-    embedding_size: PositiveInt = 512
-    """Length of the embedding, D."""
-    neck: Literal["auto", "flatten", "pool", "linear"] = "auto"
-    """From feature map to embedding, each with a linear layer and BN last. `flatten`: BN, dropout, flatten before it;
-    `pool`: BN, mean, dropout; `linear`: flatten alone. `auto`: what the model asks for, else `flatten`."""
-    dropout: BelowOne = 0.0
-    """Dropout in the neck."""
-    weights: InputPath | None = None
-    """State dict to start from: ours, or InsightFace's `backbone.pth` for IResNet and MobileFaceNet."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of products and convolutions; parameters stay float32. `float16` scales the loss, so that small gradients do
-    not vanish, and keeps a float32 gradient of the class weights until the backbone's is known. `auto`: bfloat16 where
-    the hardware has units for it (NVIDIA from Ampere on; AMX, AVX-512 or Arm with bfloat16), float16 on NVIDIA's Volta
-    and Turing, else float32."""
-    channels_last: Literal["auto", True, False] = "auto"
-    """Memory format of images and convolutions. `auto`: channels-last."""
-    compile: Literal["auto", True, False] = "auto"
-    """Run the backbone through `torch.compile`: on a CPU it needs a C++ compiler, on a GPU Triton. `auto`: do not."""
 
 
 class Training(Section):
@@ -199,10 +103,18 @@ class Training(Section):
     """Forward and backward passes per update; `global_batch` is split over them."""
     warmup_epochs: NonNegativeFloat = 0.0
     """Epochs of linear warm-up; the first step already learns."""
-    schedule: Literal["polynomial", "cosine"] = "polynomial"
-    """How the learning rate falls to zero after the warm-up."""
+    schedule: Literal["polynomial", "cosine", "multistep"] = "polynomial"
+    """How the learning rate falls after the warm-up: to zero, or at `milestones`."""
     power: PositiveFloat = 1.0
     """Exponent of the polynomial."""
+    milestones: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] = ()
+    """Epochs at which `multistep` multiplies the rate by `gamma`, rising."""
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """What `multistep` multiplies by."""
+    extend: Literal["no", "stretch", "restart"] = "no"
+    """What a run with a checkpoint does when `epochs` is more than it had. `no`: it refuses. `stretch`: it goes on as
+    if it had had them from the beginning. `restart`: the learning rate starts again, warm-up included, and falls over
+    the epochs that were added."""
     clip_norm: NonNegativeFloat = 5.0
     """Largest global norm of the backbone's gradient; 0: no clipping."""
     decay_norms_and_biases: bool = False
@@ -221,7 +133,7 @@ class Training(Section):
 class Evaluation(Section):
     """Verification as training goes."""
 
-    pairs: Annotated[tuple[InputPath, ...], Field(strict=False), BeforeValidator(_as_list)] = ()
+    pairs: Annotated[tuple[InputPath, ...], Field(strict=False), BeforeValidator(as_list)] = ()
     """Verification sets: InsightFace `.bin` files, or LFW `pairs.txt` files beside their image folder."""
     every_steps: NonNegativeInt = 2000
     """Steps between verifications; 0: only at the end."""

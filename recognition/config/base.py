@@ -1,7 +1,7 @@
 """What all sections share: their base, the kinds of their fields, and the errors."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
@@ -20,6 +20,11 @@ def _must_exist(path: Path, info: ValidationInfo) -> Path:
         if rendered is None or not path.is_relative_to(rendered):
             raise ValueError(f"no such file or folder: {path}")
     return path
+
+
+def as_list(value: Any) -> Any:
+    """Take one string for a list of one."""
+    return [value] if isinstance(value, str) else value
 
 
 # A path that has to exist when a run starts; it is not looked for when an old run's settings are only read.

@@ -117,12 +117,12 @@ def _faults(folder):
     assert Checkpoints(folder, keep=2).find() == first
 
     # Rank 0 alone writes the manifest; here it cannot.
-    write = checkpoint._write_text
+    write = checkpoint.write_text
     if rank == 0:
-        checkpoint._write_text = _no_space
+        checkpoint.write_text = _no_space
     with pytest.raises(CheckpointError, match=r"rank 0: OSError: \[Errno 28\] no space"):
         checkpoints.save(20, tensors, FACTS)
-    checkpoint._write_text = write
+    checkpoint.write_text = write
     assert Checkpoints(folder, keep=2).find() == first
 
     # A folder that is not the same on all machines: rank 0 does not see what rank 1 wrote.
@@ -146,7 +146,7 @@ def _faults(folder):
         checkpoints.load(first, misfit)
 
 
-def _no_space(path, text):
+def _no_space(path, text, **options):
     raise OSError(28, "no space", str(path))
 
 
@@ -271,9 +271,9 @@ class Death(BaseException):
     [
         ((checkpoint, "_save_shards"), False),
         ((checkpoint, "_hash_files"), False),
-        ((checkpoint, "_write_text"), False),
+        ((checkpoint, "write_text"), False),
         ((pathlib.Path, "rename"), False),
-        ((checkpoint, "_sync_folder"), False),
+        ((checkpoint, "sync"), True),
         ((Checkpoints, "_publish"), True),
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else "",
@@ -302,7 +302,7 @@ def test_death_while_saving_leaves_a_whole_checkpoint(tmp_path, alone, monkeypat
 def _kill_while_saving(folder):
     distributed.start(Distributed(backend="gloo"), threads=1)
     Checkpoints(folder, keep=2).save(1, _tensors(1), {})
-    checkpoint._write_text = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    checkpoint.write_text = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     Checkpoints(folder, keep=2).save(2, _tensors(2), {})
 
 

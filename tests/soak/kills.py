@@ -44,7 +44,7 @@ SETTINGS = (
     "export.enabled=false",
 )
 _TOO_LATE = "complete before"
-PARTS_OF_A_SAVE = ("_save_shards", "_hash_files", "_write_text", "_sync_folder")
+PARTS_OF_A_SAVE = ("_save_shards", "_hash_files", "write_text", "sync")
 
 
 def run(overrides: list[str], dying: tuple[int, int, str, bool] | None = None) -> bool:
@@ -53,11 +53,11 @@ def run(overrides: list[str], dying: tuple[int, int, str, bool] | None = None) -
         _, save, part, before = dying
         original, calls = getattr(checkpoint, part), Counter[str]()
 
-        def kill(*arguments: Any) -> Any:
+        def kill(*arguments: Any, **options: Any) -> Any:
             calls[part] += 1
             if before and calls[part] >= save:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = original(*arguments)
+            result = original(*arguments, **options)
             if calls[part] >= save:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result

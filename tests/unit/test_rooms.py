@@ -10,13 +10,15 @@ ROOMS = {"data", "models", "head", "evaluation", "deploy"}
 # Each knows those below it; the rooms do not know each other, but that deploy and evaluation share the Embedder.
 LEVELS = [
     {"toml"},
-    {"config"},
-    {"hardware"},
-    {"distributed", "tracking"},
+    {"config", "storage"},
+    {"hardware", "images"},
+    {"distributed", "progress"},
+    {"tracking", "outputs"},
     {"processes"},
     {"checkpoint", "loss_scale", "optimizer", *ROOMS},
     {"run_folder", "measure"},
     {"trainer", "benchmark", "doctor"},
+    {"program"},
 ]
 
 
