@@ -283,7 +283,7 @@ def test_death_while_saving_leaves_a_whole_checkpoint(tmp_path, alone, monkeypat
 
     rename = pathlib.Path.rename
 
-    def die(*arguments):
+    def die(*arguments, **options):
         if where[1] == "rename" and not arguments[0].is_dir():
             return rename(*arguments)  # torch.distributed.checkpoint's own
         raise Death
