@@ -19,8 +19,9 @@ from recognition.data.index import open_index
 from recognition.data.pipeline import Pipeline
 from recognition.deploy.onnx import export
 from recognition.distributed import Interrupt, Ranks
-from recognition.evaluation.pairs import PairSet, read_pairs
-from recognition.evaluation.verification import Verification, check_pairs, embed_pairs, verify
+from recognition.evaluation.pairs import PairSet
+from recognition.evaluation.sets import open_sets
+from recognition.evaluation.verification import Verification, embed_pairs, verify
 from recognition.head import build_head
 from recognition.loss_scale import LossScale
 from recognition.models.backbone import BackboneEmbedder, average_running_statistics, build_backbone, seed_step
@@ -79,9 +80,14 @@ class Trainer:
             faces = config.faces.model_dump()
             _local_main_first(ranks, lambda: write_faces(config.data.path, **faces))
         self.index = _local_main_first(ranks, lambda: open_index(config.data.path, config.data.cache))
-        self.pair_sets = [read_pairs(path) for path in config.evaluation.pairs]
-        for pairs in self.pair_sets:
-            check_pairs(pairs, config.backbone.image_size)
+        self.pair_sets = open_sets(
+            config.evaluation.pairs,
+            config.backbone.image_size,
+            images=config.evaluation.images,
+            missing=config.evaluation.missing_images,
+            folds=config.evaluation.folds,
+            fit=config.data.fit,
+        )
         self.sizes = _micro_batch_sizes(config, ranks.world)
         self.schedule = Schedule.of(config.training, self.index.num_images / config.training.global_batch)
 
@@ -338,6 +344,10 @@ class Trainer:
         self.tracker.note(str(self.resolved))
         for text in self.resolved.notes:
             self.tracker.warn(text)
+        for pairs in self.pair_sets:
+            self.tracker.note(pairs.taken)
+            for doubt in pairs.doubts:
+                self.tracker.warn(f"{pairs.name}: {doubt}")
         self.tracker.note(
             f"{total:,} steps of {self.config.training.global_batch} images"
             + (f", from step {self.step:,} on" if self.step else "")

@@ -134,7 +134,16 @@ class Evaluation(Section):
     """Verification as training goes."""
 
     pairs: Annotated[tuple[InputPath, ...], Field(strict=False), BeforeValidator(as_list)] = ()
-    """Verification sets: InsightFace `.bin` files, or LFW `pairs.txt` files beside their image folder."""
+    """Verification sets: InsightFace `.bin` files, or lists of pairs beside their image folder, such as LFW's
+    `pairs.txt`, CALFW's, CPLFW's, or lines `path path label`."""
+    images: Annotated[Path | None, Field(strict=False)] = None
+    """The folder of the lists' images. Default: looked for beside each list."""
+    missing_images: Literal["refuse", "skip"] = "refuse"
+    """What becomes of pairs one of whose images is missing or cannot be decoded, as where alignment found no face.
+    `refuse`: the run does not begin; `skip`: they are left out, which is said, and changes the set's numbers."""
+    folds: Literal["file", "even"] = "file"
+    """What the ten folds of a set are. `file`: consecutive pairs in the file's order, as arcface_torch has them;
+    `even`: genuine and impostor pairs are spread evenly over them first."""
     every_steps: NonNegativeInt = 2000
     """Steps between verifications; 0: only at the end."""
     batch: PositiveInt = 64
