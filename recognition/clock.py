@@ -42,7 +42,7 @@ class Clock:
 
     def __init__(self, total_steps: int = 0, every: Mapping[str, int] | None = None) -> None:
         self.total_steps, self.every = total_steps, dict(every or {})
-        self.started = time.monotonic()
+        self._started = time.monotonic()
         self._paused: dict[str, list[float]] = {}
         self._marks: deque[tuple[int, float]] = deque(maxlen=WINDOW + 1)
         self._first: tuple[int, float] | None = None
@@ -64,6 +64,10 @@ class Clock:
         self._marks.append((step, time.monotonic() - self._lost()))
         self._first = self._first or self._marks[0]
         return _rate(self._marks[0], self._marks[-1])
+
+    def seconds(self) -> float:
+        """Time since this clock was made, pauses included."""
+        return time.monotonic() - self._started
 
     def mean_rate(self) -> float | None:
         """Steps per second up to the last record, the first step left out."""

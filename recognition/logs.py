@@ -172,4 +172,6 @@ class _Short(Line):
         self._warning = Line("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
+        if getattr(record, "is_block", False):
+            return terminal.escape(record.getMessage())
         return self._warning.format(record) if record.levelno >= logging.WARNING else super().format(record)

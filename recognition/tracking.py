@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -177,6 +177,12 @@ class Tracker:
         """A line for the reader, in the log and on the terminal."""
         if self.is_main:
             logger.info("%s", text)
+
+    def block(self, lines: Sequence[str]) -> None:
+        """Lines for the reader that belong together; on a terminal without the time before each."""
+        if self.is_main:
+            for line in lines:
+                logger.info("%s", line, extra={"is_block": True})
 
     def warn(self, text: str) -> None:
         """A line that the reader should not miss."""

@@ -18,6 +18,7 @@ LEVELS = [
     {"processes"},
     {"checkpoint", "loss_scale", "optimizer", *ROOMS},
     {"run_folder", "measure"},
+    {"summary", "verifying"},
     {"trainer", "benchmark", "doctor"},
     {"program"},
 ]
