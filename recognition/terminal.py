@@ -38,6 +38,11 @@ def row(line: Row) -> Iterator[None]:
         _display.remove(line)
 
 
+def width() -> int:
+    """Columns of the terminal."""
+    return Console(file=sys.stderr).width
+
+
 def write(text: str) -> None:
     """Write a line, above the live display while there is one."""
     _display.write(text)

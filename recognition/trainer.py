@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recognition import distributed, hardware
+from recognition import distributed, hardware, logs, progress, summary
 from recognition.checkpoint import Checkpoints
 from recognition.config import Config, UserError
 from recognition.data.faces import write_faces
@@ -19,9 +19,8 @@ from recognition.data.index import open_index
 from recognition.data.pipeline import Pipeline
 from recognition.deploy.onnx import export
 from recognition.distributed import Interrupt, Ranks
-from recognition.evaluation.pairs import PairSet
 from recognition.evaluation.sets import open_sets
-from recognition.evaluation.verification import Verification, embed_pairs, verify
+from recognition.evaluation.verification import Verification
 from recognition.head import build_head
 from recognition.loss_scale import LossScale
 from recognition.models.backbone import BackboneEmbedder, average_running_statistics, build_backbone, seed_step
@@ -35,6 +34,7 @@ from recognition.optimizer import (
 )
 from recognition.run_folder import RunFolder
 from recognition.tracking import Tracker
+from recognition.verifying import verify_on_ranks
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -52,9 +52,11 @@ def train(config: Config) -> bool:
     Every rank calls it. Returns whether the run is complete; it is not after an interruption, which leaves a
     checkpoint. Raises UserError for what the user can mend.
     """
-    ranks = distributed.start(config.distributed, config.training.threads)
+    with progress.working("waiting for the other processes"):
+        ranks = distributed.start(config.distributed, config.training.threads)
     try:
-        with Interrupt() as interrupt, contextlib.closing(Trainer(config, ranks, interrupt)) as trainer:
+        told, interrupts = logs.telling(ranks.rank), Interrupt()
+        with told, interrupts as interrupt, contextlib.closing(Trainer(config, ranks, interrupt)) as trainer:
             return trainer.run()
     finally:
         distributed.stop()
@@ -79,7 +81,8 @@ class Trainer:
         if config.faces is not None:
             faces = config.faces.model_dump()
             _local_main_first(ranks, lambda: write_faces(config.data.path, **faces))
-        self.index = _local_main_first(ranks, lambda: open_index(config.data.path, config.data.cache))
+        with progress.working("indexing") as advance:
+            self.index = _local_main_first(ranks, lambda: open_index(config.data.path, config.data.cache, advance))
         self.pair_sets = open_sets(
             config.evaluation.pairs,
             config.backbone.image_size,
@@ -91,7 +94,8 @@ class Trainer:
         self.sizes = _micro_batch_sizes(config, ranks.world)
         self.schedule = Schedule.of(config.training, self.index.num_images / config.training.global_batch)
 
-        self.backbone = build_backbone(config.backbone, config.run.seed).to(ranks.device)
+        with progress.working("building the backbone"):
+            self.backbone = build_backbone(config.backbone, config.run.seed).to(ranks.device)
         scaled = config.backbone.precision == "float16"
         self.loss_scale = LossScale(config.training, ranks.head_device, enabled=scaled)
         self.head_group = None
@@ -121,9 +125,11 @@ class Trainer:
                 bucket_cap_mb=config.distributed.bucket_mib,
             )
         self.nonfinite_in_a_row = torch.zeros((), dtype=torch.int64, device=ranks.head_device)
+        self.nonfinite = torch.zeros_like(self.nonfinite_in_a_row)
 
         self.step = 0
-        self.step = self._resume(before)
+        with progress.working("loading the checkpoint"):
+            self.step = self._resume(before)
         if ranks.is_main:
             self.folder.keep_config(self.asked)
         self.tracker = Tracker(
@@ -134,20 +140,23 @@ class Trainer:
             images_per_step=config.training.global_batch,
             steps_per_epoch=self.index.num_images / config.training.global_batch,
             is_main=ranks.is_main,
+            every={"saving": config.checkpoint.every_steps}
+            | ({"verification": config.evaluation.every_steps} if self.pair_sets else {}),
         )
-        self.pipeline = Pipeline(
-            self.index,
-            config.data,
-            seed=config.run.seed,
-            batch=sum(self.sizes),
-            rank=ranks.rank,
-            world=ranks.world,
-            device=ranks.device,
-            image_size=config.backbone.image_size,
-            channels_last=config.backbone.channels_last is True,
-            start_step=self.step * config.training.accumulation,
-            quarantine=self.folder.quarantine,
-        )
+        with progress.working("building the image pipeline"):
+            self.pipeline = Pipeline(
+                self.index,
+                config.data,
+                seed=config.run.seed,
+                batch=sum(self.sizes),
+                rank=ranks.rank,
+                world=ranks.world,
+                device=ranks.device,
+                image_size=config.backbone.image_size,
+                channels_last=config.backbone.channels_last is True,
+                start_step=self.step * config.training.accumulation,
+                quarantine=self.folder.quarantine,
+            )
 
     def run(self) -> bool:
         """Train until the last step or an interruption; returns whether the last step was reached."""
@@ -155,7 +164,8 @@ class Trainer:
         config, total = self.config, self.schedule.total_steps
         first, results = self.step, {}
         while self.step < total:
-            values = self._train_step(self.step)
+            with progress.working("first step") if self.step == first else contextlib.nullcontext():
+                values = self._train_step(self.step)
             self.step += 1
             if self.step == first + 1:
                 self._bound_collectives(config.distributed.timeout_seconds)
@@ -174,6 +184,8 @@ class Trainer:
                 return False
         if config.export.enabled and (self.step > first or not self.folder.model.exists()):
             self._export(results)
+        if self.step > first:
+            self._summarise(results)
         return True
 
     def close(self) -> None:
@@ -223,6 +235,7 @@ class Trainer:
         step_if_finite(self.optimizer, finite.to(device))
         self.loss_scale.update(finite)
         self.nonfinite_in_a_row = torch.where(finite, 0, self.nonfinite_in_a_row + 1)
+        self.nonfinite += ~finite
         values: dict[str, Tensor | float] = {
             "loss": loss,
             "lr": lr,
@@ -260,24 +273,17 @@ class Trainer:
     def _verify(self) -> dict[str, Verification]:
         """Verify on every set, its images split over the ranks; keep the backbone if it is the best so far."""
         results: dict[str, Verification] = {}
-        with self.tracker.pause():
+        with self.tracker.pause("verification"):
             average_running_statistics(self.backbone)
             embedder = BackboneEmbedder(self.backbone, self.ranks.device, float32=True)
             for pairs in self.pair_sets:
-                results[pairs.name] = self._verify_set(embedder, pairs)
-                self.tracker.verification(self.step, pairs.name, results[pairs.name].to_json())
+                results[pairs.name] = verify_on_ranks(embedder, pairs, self.ranks, self.config.evaluation.batch)
+                scores = getattr(results[pairs.name], "scores", None)
+                self.tracker.verification(self.step, pairs.name, results[pairs.name].to_json(), scores)
             if results and self.ranks.is_main:
                 accuracy = sum(result.accuracy for result in results.values()) / len(results)
                 self.folder.keep_best(self.backbone, self.step, accuracy)
         return results
-
-    def _verify_set(self, embedder: BackboneEmbedder, pairs: PairSet) -> Verification:
-        sizes = distributed.split(2 * len(pairs), self.ranks.world)
-        start = sum(sizes[: self.ranks.rank])
-        part = range(start, start + sizes[self.ranks.rank])
-        local = torch.from_numpy(embed_pairs(embedder, pairs, self.config.evaluation.batch, part))
-        embeddings = distributed.all_gather_rows(local.to(self.ranks.head_device), sizes)
-        return verify(embeddings.cpu().numpy(), pairs.same)
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, sharing storage with what is trained."""
@@ -289,7 +295,7 @@ class Trainer:
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
     def _save(self) -> None:
-        with self.tracker.pause():
+        with self.tracker.pause("saving"), progress.working("saving a checkpoint"):
             average_running_statistics(self.backbone)
             self.checkpoints.save(self.step, self._tensors(), self._facts())
 
@@ -332,25 +338,23 @@ class Trainer:
         _local_main_first(self.ranks, on_main)
 
     def _announce(self) -> None:
-        index, ranks, total = self.index, self.ranks, self.schedule.total_steps
         parameters = sum(parameter.numel() for parameter in self.backbone.parameters())
-        self.tracker.note(f"{index.num_images:,} images of {index.num_identities:,} identities: {index.path}")
-        processes = "1 process" if ranks.world == 1 else f"{ranks.world} processes"
-        threads = self.config.training.threads
-        self.tracker.note(
-            f"{processes} on {self.resolved.hardware}, each with {threads} CPU thread{'s' if threads > 1 else ''}"
+        self.tracker.configuration(self.config)
+        self.tracker.block(
+            summary.opening(self.config, self.resolved, self.index, self.tracker, self.ranks.world, parameters)
         )
-        self.tracker.note(f"{self.config.backbone.name}, {parameters / 1e6:.1f} M parameters")
-        self.tracker.note(str(self.resolved))
         for text in self.resolved.notes:
             self.tracker.warn(text)
         for pairs in self.pair_sets:
             self.tracker.note(pairs.taken)
             for doubt in pairs.doubts:
                 self.tracker.warn(f"{pairs.name}: {doubt}")
-        self.tracker.note(
-            f"{total:,} steps of {self.config.training.global_batch} images"
-            + (f", from step {self.step:,} on" if self.step else "")
+
+    def _summarise(self, results: dict[str, Verification]) -> None:
+        accuracies = {name: result.accuracy for name, result in results.items()}
+        self.tracker.results(accuracies)
+        self.tracker.block(
+            summary.closing(self.config, self.folder, self.tracker, accuracies, nonfinite=int(self.nonfinite))
         )
 
 

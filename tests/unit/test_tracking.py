@@ -13,9 +13,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from recognition import tracking
+from recognition import clock, tracking
+from recognition.clock import Clock, _about
 from recognition.config import Tracking, UserError
-from recognition.tracking import Clock, Tracker, _about, peak_memory
+from recognition.tracking import Tracker, peak_memory
 
 RESULT = {
     "accuracy": 0.9912,
@@ -230,7 +231,7 @@ def test_other_ranks_write_nothing_and_warn_with_their_number(
     caplog.set_level(logging.INFO, "recognition")
     monkeypatch.setattr(tracking, "_rank", lambda: 3)
     folder = tmp_path / "run"
-    with tracker(folder, is_main=False) as track, track.pause():
+    with tracker(folder, is_main=False) as track, track.pause("verification"):
         track.log_step(1, {"loss": torch.tensor(1.0)})
         track.verification(1, "lfw", RESULT)
         track.images("first batch", torch.zeros(2, 3, 8, 8), 0)
@@ -275,7 +276,8 @@ def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) ->
 
 def _fake_time(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
-    monkeypatch.setattr(tracking, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    for module in (tracking, clock):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     return now
 
 
@@ -287,7 +289,7 @@ def test_speed_and_remaining_time_leave_out_the_first_step_and_the_pauses(
         for step in range(1, 11):
             now[0] += 300.0 if step == 1 else 2.0
             if step == 5:
-                with track.pause():
+                with track.pause("verification"):
                     now[0] += 1000.0
             track.log_step(step, {"loss": 1.0})
     assert records(tmp_path)[-1]["images_per_second"] == pytest.approx(64 / 2)
@@ -306,11 +308,11 @@ def test_a_time_to_come_is_told_no_more_exactly_than_it_is_known(seconds: float,
 
 def test_speed_is_that_of_the_last_records(monkeypatch: pytest.MonkeyPatch) -> None:
     now = _fake_time(monkeypatch)
-    clock = Clock()
+    timer = Clock()
     rates = []
     for step in range(0, 50 * 10, 10):
         now[0] += 10.0 if step < 200 else 1.0
-        rates.append(clock.rate(step))
+        rates.append(timer.rate(step))
     assert rates[0] is None
     assert rates[1] == pytest.approx(1.0) and rates[19] == pytest.approx(1.0) and rates[-1] == pytest.approx(10.0)
     assert rates[20] == pytest.approx(200 / (19 * 10 + 1))
