@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "recognition"
 ROOMS = {"data", "models", "head", "evaluation", "deploy"}
 # Each knows those below it; the rooms do not know each other, but that deploy and evaluation share the Embedder.
 LEVELS = [
+    {"kinds"},
     {"toml"},
     {"config", "storage"},
     {"hardware", "images"},
