@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recognition import distributed, hardware
+from recognition import distributed, failures, hardware
 from recognition.checkpoint import Checkpoints
 from recognition.config import Config, UserError
+from recognition.config.base import FailedElsewhere
 from recognition.data.faces import write_faces
 from recognition.data.index import open_index
 from recognition.data.pipeline import Pipeline
@@ -53,7 +54,11 @@ def train(config: Config) -> bool:
     """
     ranks = distributed.start(config.distributed, config.training.threads)
     try:
-        with Interrupt() as interrupt, contextlib.closing(Trainer(config, ranks, interrupt)) as trainer:
+        with (
+            failures.shared(ranks),
+            Interrupt() as interrupt,
+            contextlib.closing(Trainer(config, ranks, interrupt)) as trainer,
+        ):
             return trainer.run()
     finally:
         distributed.stop()
@@ -381,5 +386,5 @@ def _local_main_first(ranks: Ranks, prepare: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if failed:
-        raise UserError("another rank could not prepare the run; its message says why")
+        raise FailedElsewhere("another rank could not prepare the run")
     return prepare() if ranks.local_rank else result  # type: ignore[return-value]
