@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recognition import distributed, hardware, logs, progress, summary
+from recognition import distributed, failures, hardware, logs, progress, summary
 from recognition.checkpoint import Checkpoints
 from recognition.config import Config, UserError
+from recognition.config.base import FailedElsewhere
 from recognition.data.faces import write_faces
 from recognition.data.index import open_index
 from recognition.data.pipeline import Pipeline
@@ -55,8 +56,12 @@ def train(config: Config) -> bool:
     with progress.working("waiting for the other processes"):
         ranks = distributed.start(config.distributed, config.training.threads)
     try:
-        told, interrupts = logs.telling(ranks.rank), Interrupt()
-        with told, interrupts as interrupt, contextlib.closing(Trainer(config, ranks, interrupt)) as trainer:
+        with (
+            failures.shared(ranks),
+            logs.telling(ranks.rank),
+            Interrupt() as interrupt,
+            contextlib.closing(Trainer(config, ranks, interrupt)) as trainer,
+        ):
             return trainer.run()
     finally:
         distributed.stop()
@@ -395,5 +400,5 @@ def _local_main_first(ranks: Ranks, prepare: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if failed:
-        raise UserError("another rank could not prepare the run; its message says why")
+        raise FailedElsewhere("another rank could not prepare the run")
     return prepare() if ranks.local_rank else result  # type: ignore[return-value]

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 
 from recognition.config import UserError
-from recognition.filekinds import mistaken
+from recognition.kinds import what_is
 from recognition.terminal import escape
 
 _TYPES = {
@@ -233,16 +233,10 @@ def _session(model: str | bytes, threads: int) -> Any:
 
 def _reason(path: Path, error: Exception) -> str:
     """Why a file cannot be loaded, and the way out."""
-    with path.open("rb") as file:
-        start = file.read(4096)
-    if not start:
-        return "the file is empty; export or download it again"
-    kind = mistaken(start)
-    if kind:
-        return f"this is {kind}"
+    kind = what_is(path)
+    if kind not in ("an ONNX model", "binary, of no known kind"):
+        return f"it is {kind}; give an ONNX file, exported or downloaded again"
     text, version = _first_line(error), onnxruntime.__version__
-    if start[:1] == b"\x80":
-        return "this is a pickle, such as a .bin of pairs or an old PyTorch file; give the ONNX file"
     if re.search(r"[Oo]pset \d+ is under development|[Uu]nsupported model IR version", text):
         return (
             f"it is newer than ONNX Runtime {version} reads ({text}); export it again with a lower opset, convert it "

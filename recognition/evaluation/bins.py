@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from recognition.config import UserError
-from recognition.filekinds import mistaken
+from recognition.kinds import what_is
 from recognition.images import SUFFIXES
 from recognition.terminal import escape
 
@@ -129,14 +129,12 @@ def _unpickle(path: str, data: bytes) -> Any:
             "this machine; get the set from another source"
         ) from None
     except Exception as error:  # the pickle machine raises nearly anything on broken data
-        kind = mistaken(data)
-        if kind:
-            raise UserError(f"{path}: not a verification set: this is {kind}") from None
-        if isinstance(error, EOFError) or "truncated" in str(error) or "exhausted" in str(error):
+        cut = isinstance(error, EOFError) or "truncated" in str(error) or "exhausted" in str(error)
+        if cut and data[:1] in (b"\x80", b"(", b"]", b"}"):
             raise UserError(f"{path}: truncated after {len(data):,} bytes; copy or download it again") from None
         raise UserError(
-            f"{path}: not a verification set ({error}); a .bin file is a pickle of (images, issame), a list of pairs "
-            "is read from a file of another name, such as pairs.txt"
+            f"{path}: not a verification set, but {what_is(data)} ({error}). A .bin file is a pickle of (images, "
+            "issame); a list of pairs is read from a file with another suffix, such as .txt"
         ) from None
 
 

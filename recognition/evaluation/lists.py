@@ -19,7 +19,7 @@ import numpy as np
 
 from recognition.config import UserError
 from recognition.evaluation.bins import LABELS
-from recognition.filekinds import mistaken
+from recognition.kinds import what_is
 from recognition.terminal import escape
 
 SAMPLE = 200
@@ -66,6 +66,9 @@ def read_list(path: str, data: bytes) -> PairList:
     fits = sum(form.read(split(text)) is not None for _, text in lines[:SAMPLE])
     if 2 * fits < len(lines[:SAMPLE]):
         number, text = lines[0]
+        kind = what_is(data)
+        if not kind.startswith("text"):
+            raise UserError(f"{path}: not a list of pairs, but {kind}")
         raise UserError(
             f"{path}: no list of pairs: line {number} is {_shown(text)}; the lines of one are all "
             + ", or all ".join(known.name for known in _FORMS)
@@ -230,14 +233,11 @@ def _text(path: str, data: bytes) -> str:
                 return data.decode(encoding).removeprefix("\ufeff")
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}: broken {encoding.upper()} ({error}); save it as UTF-8") from None
-    kind = mistaken(data)
-    if kind:
-        raise UserError(f"{path}: neither a list of pairs nor a .bin file: this is {kind}")
     if b"\0" in data:
         line = data[: data.index(b"\0")].count(b"\n") + 1
         raise UserError(
-            f"{path}: line {line} has a NUL byte, so this is not a text in UTF-8: save a list as UTF-8 (Windows' "
-            "Unicode is UTF-16); a .bin file keeps its suffix"
+            f"{path}: not a list of pairs: line {line} has a NUL byte; this is {what_is(data)}. Save a list as UTF-8; "
+            "a .bin file keeps its suffix"
         )
     return data.decode("utf-8", "surrogateescape")
 

@@ -9,12 +9,13 @@ PACKAGE = Path(__file__).parents[2] / "recognition"
 ROOMS = {"data", "models", "head", "evaluation", "deploy"}
 # Each knows those below it; the rooms do not know each other, but that deploy and evaluation share the Embedder.
 LEVELS = [
+    {"kinds"},
     {"toml"},
-    {"config", "filekinds", "storage", "terminal"},
-    {"hardware", "images"},
+    {"config", "storage", "terminal"},
+    {"hardware", "images", "launch", "reasons"},
     {"distributed", "progress", "logs", "clock"},
     {"events"},
-    {"tracking", "outputs"},
+    {"tracking", "outputs", "failures"},
     {"processes"},
     {"checkpoint", "loss_scale", "optimizer", *ROOMS},
     {"run_folder", "measure"},
