@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from recognition.config import UserError
-from recognition.kinds import what_is
 from recognition.images import SUFFIXES
+from recognition.kinds import what_is
 from recognition.terminal import escape
 
 LABELS: dict[Any, bool] = {
