@@ -31,6 +31,8 @@ class Making:
     """Images of a step, on this rank."""
     image_size: int
     """Pixels a side."""
+    fit: str
+    """What becomes of images of another size, "resize" or "crop": see `recognition.images.fit`."""
     channels_last: bool
     """Whether a pixel's channels stand together in memory."""
     device: torch.device

@@ -74,6 +74,7 @@ class Pipeline:
         self._making = Making(
             batch=len(self._positions(start_step)),
             image_size=image_size,
+            fit=config.fit,
             channels_last=channels_last,
             device=device,
             threads=config.threads,

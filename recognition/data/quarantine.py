@@ -13,9 +13,7 @@ from PIL import Image
 from recognition.config import UserError
 from recognition.data.index import Index
 from recognition.data.order import Integers
-
-MAX_PIXELS = 2**26
-"""An image with more pixels is refused unread: decoders have no limit of their own."""
+from recognition.images import MAX_PIXELS
 
 _BAD_ALWAYS_BORNE = 100
 _BAD_SHARE_BORNE = 0.01

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from recognition.config import UserError
-from recognition.data.quarantine import MAX_PIXELS, BadImage, Quarantine, check_header
+from recognition.data.quarantine import BadImage, Quarantine, check_header
+from recognition.images import MAX_PIXELS
 
 
 class Nowhere:
