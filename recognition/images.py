@@ -8,11 +8,12 @@ import io
 import math
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]
 
@@ -41,20 +42,35 @@ def decode(encoded: bytes) -> Pixels:
     Of 16 bits a level the upper 8 are kept. Colours are taken as they are stored: no colour profile or gamma is
     applied, and transparency is left out.
     """
+    if encoded.startswith(_PNG):
+        encoded = b"".join([_PNG, *_needed_chunks(encoded)])
+    with _opened(encoded) as image:
+        image.load()
+        return _levels(_turned(image))
+
+
+def size(encoded: bytes) -> tuple[int, int]:
+    """Height and width of an image as they are stored, found without decoding it. Raises Undecodable."""
+    with _opened(encoded) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(encoded: bytes) -> Iterator[Image.Image]:
+    """The image, its levels not yet decoded; within, too, what Pillow raises becomes Undecodable."""
     try:
-        if encoded.startswith(_PNG):
-            encoded = _sound(encoded)
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            image = ImageOps.exif_transpose(opened)
+            yield image
+    except Undecodable:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Undecodable(f"it has more than {MAX_PIXELS:,} pixels") from None
+    except UnidentifiedImageError:
+        raise Undecodable(_what_else(encoded)) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on broken data
-        raise Undecodable(str(error)) from error
-    if image.mode.startswith("I;16"):
-        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-    return np.asarray(image.convert("RGB"))
+        raise Undecodable(str(error) or type(error).__name__) from error
 
 
 def fit(pixels: Pixels, size: int, how: str) -> Pixels:
@@ -101,23 +117,78 @@ def _taps(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def _sound(encoded: bytes) -> bytes:
-    """A PNG without its auxiliary chunks whose checksums are wrong: viewers pass over them, Pillow stops there."""
-    return _PNG + b"".join(_sound_chunks(encoded))
+def _turned(image: Image.Image) -> Image.Image:
+    """`image` turned by its EXIF block, not by its XMP one as Pillow would; TIFF is turned already.
+
+    An EXIF block that is broken is passed over, as viewers do.
+    """
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif", b""))
+        turn = _TURNS.get(exif.get(_ORIENTATION))
+    except Exception:  # as wide as what Pillow raises on a broken block
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
-def _sound_chunks(encoded: bytes) -> Iterator[bytes]:
+def _levels(image: Image.Image) -> Pixels:
+    """[H, W, 3] of a decoded image."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise Undecodable("its levels have 32 bits: nothing says which is white")
+    image.info.pop("transparency", None)
+    return np.asarray(image.convert("RGB"))
+
+
+def _what_else(encoded: bytes) -> str:
+    """What bytes are that begin as no image that is decoded does."""
+    if not encoded:
+        return "no bytes"
+    for mark, start, name in _OTHERS:
+        if encoded[start : start + len(mark)] == mark:
+            return f"it is {name}, which is not decoded; save it as a JPEG or a PNG"
+    return "it is no image of a kind that is decoded (" + ", ".join(FORMATS) + ")"
+
+
+_OTHERS = [
+    *((b"GIF8", 0, "a GIF"), (b"ftypavi", 4, "an AVIF"), (b"ftypmif1", 4, "a HEIF"), (b"ftypmsf1", 4, "a HEIF")),
+    *((b"ftyphei", 4, "a HEIC"), (b"ftyphev", 4, "a HEIC"), (b"\xff\x0a", 0, "a JPEG XL"), (b"JXL ", 4, "a JPEG XL")),
+    *((b"8BPS", 0, "a Photoshop file"), (b"\0\0\1\0", 0, "an icon"), (b"%PDF", 0, "a PDF"), (b"<svg", 0, "an SVG")),
+    *((b"<!", 0, "a web page"), (b"<html", 0, "a web page"), (b"\x1f\x8b", 0, "a gzip archive")),
+    *((b"PK\3\4", 0, "a zip archive"), (b"\x93NUMPY", 0, "a NumPy array")),
+    (b"version https://git-lfs", 0, "a pointer that Git LFS leaves for a file not downloaded"),
+]
+"""How other kinds of files begin: bytes, from which on, and what they tell."""
+
+
+def _needed_chunks(encoded: bytes) -> Iterator[bytes]:
+    """The chunks that make a PNG's picture, and its orientation: a fault in any other does not spoil it.
+
+    Raises Undecodable where one of the former is broken or missing.
+    """
     start, kind = len(_PNG), b""
     while kind != b"IEND":
         end = start + 12 + int.from_bytes(encoded[start : start + 4])
         kind, chunk = encoded[start + 4 : start + 8], encoded[start:end]
         if len(chunk) < 12 or end > len(encoded):
-            raise Undecodable("a PNG that ends early")
-        right = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
-        if right:
-            yield chunk
-        elif not kind[0] & 0x20:
-            raise Undecodable(f"a PNG whose chunk {kind.decode('ascii', 'replace')} has a wrong checksum")
+            raise Undecodable("truncated: a PNG without its end")
+        critical = not kind[0] & 0x20
+        if critical or kind == b"eXIf":
+            if zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:]):
+                yield chunk
+            elif critical:
+                raise Undecodable(f"its chunk {kind.decode('ascii', 'replace')} has a wrong checksum")
         start = end

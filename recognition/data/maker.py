@@ -60,5 +60,9 @@ class Maker(Protocol):
     def decodes(self, encoded: bytes) -> bool:
         """Whether an image can be decoded; it can also be asked after `next` has failed."""
 
+    @staticmethod
+    def decodes_alike(encoded: bytes) -> bool:
+        """Whether an image whose header is in order is of a kind that becomes the same pixels as by `images.decode`."""
+
     def close(self) -> None:
         """Stop working ahead and free what that needs."""

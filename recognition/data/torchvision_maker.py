@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 from torchvision.transforms.v2 import functional
 
-from recognition import images as pictures
 from recognition.data.augment import MEAN_GRAY
 from recognition.data.maker import Inputs, Making
+from recognition.images import Undecodable, decode, fit
 
 _TOGETHER = 8  # images that one thread changes at a time: their levels fit in a core's cache
 _HALF_RANGE = 127.5
@@ -41,7 +41,7 @@ class TorchvisionMaker:
         try:
             for part in parts:
                 part.result()
-        except pictures.Undecodable as error:
+        except Undecodable as error:
             raise RuntimeError("an image does not decode") from error
         device = self._making.device
         if device.type == "cuda":
@@ -52,9 +52,14 @@ class TorchvisionMaker:
     def decodes(self, encoded: bytes) -> bool:
         """Whether an image can be decoded."""
         try:
-            pictures.decode(encoded)
-        except pictures.Undecodable:
+            decode(encoded)
+        except Undecodable:
             return False
+        return True
+
+    @staticmethod
+    def decodes_alike(encoded: bytes) -> bool:
+        """Every kind is: it is `images.decode` that decodes."""
         return True
 
     def close(self) -> None:
@@ -69,17 +74,17 @@ class TorchvisionMaker:
             layout = torch.channels_last
         images = torch.empty(len(inputs.encoded), 3, size, size, memory_format=layout)
         parts = [slice(start, start + _TOGETHER) for start in range(0, len(images), _TOGETHER)]
-        fit = self._making.fit
-        return images, [self._workers.submit(_make, inputs, part, fit, images[part]) for part in parts]
+        how = self._making.fit
+        return images, [self._workers.submit(_make, inputs, part, how, images[part]) for part in parts]
 
 
-def _make(inputs: Inputs, part: slice, fit: str, images: Tensor) -> None:
+def _make(inputs: Inputs, part: slice, how: str, images: Tensor) -> None:
     """Fill `images` [n, 3, S, S] with those of `part`. Runs in a worker's thread."""
     size = images.shape[-1]
     decoded = np.empty((len(images), size, size, 3), np.uint8)
     numbers = {name: array[part] for name, array in inputs.arrays.items()}
     for place, encoded in zip(decoded, inputs.encoded[part], strict=True):
-        place[:] = pictures.fit(pictures.decode(encoded), size, fit)
+        place[:] = fit(decode(encoded), size, how)
     images.copy_(changed(torch.from_numpy(decoded).permute(0, 3, 1, 2), numbers))
     images.sub_(_HALF_RANGE).div_(_HALF_RANGE)
 
