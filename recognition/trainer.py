@@ -81,7 +81,7 @@ class Trainer:
         self.index = _local_main_first(ranks, lambda: open_index(config.data.path, config.data.cache))
         self.pair_sets = [read_pairs(path) for path in config.evaluation.pairs]
         for pairs in self.pair_sets:
-            check_pairs(pairs, config.backbone.image_size)
+            check_pairs(pairs, config.backbone.image_size, config.data.fit)
         self.sizes = _micro_batch_sizes(config, ranks.world)
         self.schedule = Schedule.of(config.training, self.index.num_images / config.training.global_batch)
 
@@ -269,7 +269,7 @@ class Trainer:
         sizes = distributed.split(2 * len(pairs), self.ranks.world)
         start = sum(sizes[: self.ranks.rank])
         part = range(start, start + sizes[self.ranks.rank])
-        local = torch.from_numpy(embed_pairs(embedder, pairs, self.config.evaluation.batch, part))
+        local = torch.from_numpy(embed_pairs(embedder, pairs, self.config.evaluation.batch, part, self.config.data.fit))
         embeddings = distributed.all_gather_rows(local.to(self.ranks.head_device), sizes)
         return verify(embeddings.cpu().numpy(), pairs.same)
 

@@ -27,13 +27,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, help="an ONNX file, or the folder of a run")
     parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="InsightFace .bin or LFW pairs.txt files")
     parser.add_argument("--images", type=Path, help="image folder of pairs.txt files (default: looked for beside them)")
+    parser.add_argument(
+        "--fit",
+        choices=("resize", "crop", "exact"),
+        default="resize",
+        help="what becomes of images of another size than the model's, as data.fit has it (default: %(default)s)",
+    )
     parser.add_argument("--batch", type=_positive, default=64, help="images per forward pass (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args(arguments)
     try:
         sets = [read_pairs(path, options.images) for path in options.pairs]
         embedder = load_embedder(options.model)
-        results = {str(pairs.path): evaluate(embedder, pairs, options.batch) for pairs in sets}
+        results = {str(pairs.path): evaluate(embedder, pairs, options.batch, options.fit) for pairs in sets}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -60,13 +66,13 @@ def load_embedder(model: Path) -> Embedder:
     return BackboneEmbedder(backbone.to(device), device, float32=True)
 
 
-def evaluate(embedder: Embedder, pairs: PairSet, batch: int) -> dict[str, Any]:
+def evaluate(embedder: Embedder, pairs: PairSet, batch: int, fit: str = "resize") -> dict[str, Any]:
     """The verification numbers of one set, its name, and the seconds that they took."""
     start = time.perf_counter()
     console = Console(stderr=True)
     starts = range(0, 2 * len(pairs), batch)
     parts = [
-        embed_pairs(embedder, pairs, batch, range(first, min(first + batch, 2 * len(pairs))))
+        embed_pairs(embedder, pairs, batch, range(first, min(first + batch, 2 * len(pairs))), fit)
         for first in track(starts, pairs.name, console=console, transient=True, disable=not console.is_terminal)
     ]
     result = verify(np.concatenate(parts), pairs.same).to_json()

@@ -15,7 +15,7 @@ from nvidia.dali.pipeline import do_not_convert
 
 from recognition.data.augment import MEAN_GRAY
 from recognition.data.maker import Inputs, Making
-from recognition.data.quarantine import jpeg_frame
+from recognition.images import jpeg_frame
 
 
 class DaliMaker:

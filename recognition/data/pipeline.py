@@ -137,21 +137,24 @@ class Pipeline:
         samples, size = self._quarantine.replace(ordered), self._making.image_size
         encoded, resize = [b""] * len(samples), np.zeros(len(samples), np.bool_)
         for i in range(len(samples)):
-            while True:
-                encoded[i] = self._index.read(int(samples[i]))
-                try:
-                    encoded[i], resize[i] = self._fitted(int(samples[i]), encoded[i])
-                    break
-                except BadImage as error:
-                    self._quarantine.add(int(samples[i]), str(error))
-                    samples[i] = self._quarantine.replace(samples[i : i + 1])[0]
+            samples[i], encoded[i], resize[i] = self._read(int(samples[i]))
         numbers = draw(self._config.augment, self._seed, occasions, samples, size)
         return Inputs(samples, encoded, {"resize": resize} | numbers.arrays())
 
-    def _fitted(self, sample: int, encoded: bytes) -> tuple[bytes, bool]:
+    def _read(self, sample: int) -> tuple[int, bytes, bool]:
+        """A sample, or the next one that can be used; what the maker gets for it, and whether it is to resize that."""
+        while True:
+            encoded = self._index.read(sample)
+            try:
+                height, width = check_header(encoded)
+                return sample, *self._fitted(sample, encoded, height, width)
+            except BadImage as error:
+                self._quarantine.add(sample, str(error))
+            sample = int(self._quarantine.replace(np.array([sample]))[0])
+
+    def _fitted(self, sample: int, encoded: bytes, height: int, width: int) -> tuple[bytes, bool]:
         """What the maker gets for an image, and whether it is to resize that. Raises BadImage."""
         size, how = self._making.image_size, self._making.fit
-        height, width = check_header(encoded)
         other = (height, width) != (size, size)
         if other and how == "exact":
             raise UserError(

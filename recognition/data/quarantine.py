@@ -3,18 +3,15 @@
 import json
 import logging
 import os
-import struct
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from recognition import images
 from recognition.config import UserError
 from recognition.data.index import Index
 from recognition.data.order import Integers
-from recognition.images import MAX_PIXELS
+from recognition.images import Undecodable, size
 
 _BAD_ALWAYS_BORNE = 100
 _BAD_SHARE_BORNE = 0.01
@@ -92,59 +89,8 @@ class Quarantine:
 
 
 def check_header(encoded: bytes) -> tuple[int, int]:
-    """Height and width of an encoded image as they are stored, found without decoding it (about 2 us for a JPEG).
-
-    Raises BadImage for what is no image, is larger than MAX_PIXELS, or has no end, as a truncated file.
-    """
-    if encoded.startswith(b"\xff\xd8"):
-        frame = jpeg_frame(encoded)
-        height, width = frame.height, frame.width
-        complete = encoded.rfind(b"\xff\xd9") > 0
-    elif encoded.startswith(b"\x89PNG\r\n\x1a\n") and encoded[12:16] == b"IHDR":
-        width, height = int.from_bytes(encoded[16:20]), int.from_bytes(encoded[20:24])
-        complete = encoded.rfind(b"IEND") > 0
-    else:
-        try:
-            height, width = images.size(encoded)
-        except images.Undecodable as error:
-            raise BadImage(str(error)) from None
-        complete = True
-    if not 0 < height * width <= MAX_PIXELS:
-        raise BadImage(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are allowed")
-    if not complete:
-        raise BadImage("truncated: it has no end marker")
-    return height, width
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What a JPEG's frame header says, and the Adobe marker before it."""
-
-    marker: int
-    """0xC0 and 0xC1 sequential, 0xC2 progressive; others are lossless, hierarchical, or of arithmetic coding."""
-    bits: int
-    height: int
-    width: int
-    components: int
-    adobe: int | None
-    """The colour transform that an Adobe marker tells: 0 is none, 1 is YCbCr, 2 is YCCK."""
-
-
-def jpeg_frame(encoded: bytes) -> Frame:
-    """Walk the marker segments (ITU-T T.81, annex B) up to the first frame header. Raises BadImage without one."""
-    place, adobe = 2, None
-    while place + 10 <= len(encoded) and encoded[place] == 0xFF:
-        marker = encoded[place + 1]
-        if marker == 0xFF:  # a fill byte
-            place += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            bits, height, width, components = struct.unpack_from(">BHHB", encoded, place + 4)
-            return Frame(marker, bits, height, width, components, adobe)
-        elif marker in (0xD9, 0xDA):
-            break
-        else:
-            length = int.from_bytes(encoded[place + 2 : place + 4])
-            if marker == 0xEE and encoded[place + 4 : place + 9] == b"Adobe" and length >= 14:
-                adobe = encoded[place + 15]
-            place += 2 + length
-    raise BadImage("a JPEG without a frame header")
+    """`recognition.images.size`, which raises BadImage here."""
+    try:
+        return size(encoded)
+    except Undecodable as error:
+        raise BadImage(str(error)) from None

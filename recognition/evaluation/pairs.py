@@ -6,21 +6,16 @@ files hold mean passive records of bytes: nothing that the file names is importe
 
 import io
 import pickle
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from recognition.config import UserError
+from recognition.images import Undecodable, decode
 
-MAX_PIXELS = 64_000_000
-"""Largest image that is decoded; a small file can claim to be a huge one."""
-
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")
 SUFFIXES = (".jpg", ".png", ".jpeg")
 
 
@@ -54,22 +49,13 @@ class PairSet:
         return f"{place} ({self.files[image]})" if self.files else place
 
     def decode(self, image: int) -> np.ndarray:
-        """Image number `image` as uint8 [H, W, 3], RGB. Raises UserError where it is no image, or above MAX_PIXELS."""
+        """Image number `image`, uint8 [H, W, 3]: see `recognition.images.decode`. Raises UserError where that raises."""
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                opened = Image.open(io.BytesIO(self.images[image]), formats=IMAGE_FORMATS)
-            if opened.width * opened.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            return np.asarray(opened.convert("RGB"))
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            return decode(self.images[image])
+        except Undecodable as error:
             raise UserError(
-                f"{self.describe(image)} has more than {MAX_PIXELS:,} pixels: crop and align the face first"
+                f"{self.describe(image)} cannot be decoded: {error}; replace the image, or make the set without it"
             ) from None
-        except Exception as error:  # Pillow's decoders raise nearly anything on broken data
-            raise UserError(
-                f"{self.describe(image)} cannot be decoded ({error}): replace the image, or make the set without it"
-            ) from error
 
 
 def read_pairs(path: Path | str, images: Path | None = None) -> PairSet:
