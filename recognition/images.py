@@ -6,13 +6,16 @@ itself what it decodes to the same pixels, and leaves the rest to this module.
 
 import io
 import math
+import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]
 
@@ -29,6 +32,7 @@ SUFFIXES = (
 
 MAX_PIXELS = 64_000_000
 """An image with more pixels is refused unread: a small file can claim to be a huge one."""
+_TOO_LARGE = f"it has more than {MAX_PIXELS:,} pixels"
 
 
 class Undecodable(ValueError):
@@ -41,20 +45,89 @@ def decode(encoded: bytes) -> Pixels:
     Of 16 bits a level the upper 8 are kept. Colours are taken as they are stored: no colour profile or gamma is
     applied, and transparency is left out.
     """
+    size(encoded)
+    if encoded.startswith(_PNG):
+        encoded = b"".join([_PNG, *_needed_chunks(encoded)])
+    with _opened(encoded) as image:
+        image.load()
+        return _levels(_turned(image))
+
+
+def size(encoded: bytes) -> tuple[int, int]:
+    """Height and width of an image as they are stored, found without decoding it (about 2 us for a JPEG).
+
+    Raises Undecodable for what is no image, is larger than MAX_PIXELS, or has no end, as a truncated file.
+    """
+    if encoded.startswith(_JPEG):
+        frame = jpeg_frame(encoded)
+        if frame.bits != 8:
+            raise Undecodable(f"it is a JPEG of {frame.bits} bits a level, which is not decoded; save it with 8")
+        height, width = frame.height, frame.width
+        complete = encoded.rfind(b"\xff\xd9") > 0
+    elif encoded.startswith(_PNG) and encoded[12:16] == b"IHDR":
+        width, height = int.from_bytes(encoded[16:20]), int.from_bytes(encoded[20:24])
+        complete = encoded.rfind(b"IEND") > 0
+    else:
+        with _opened(encoded) as image:
+            height, width = image.height, image.width
+        complete = True
+    if not height * width:
+        raise Undecodable(f"its header says {width} x {height} pixels")
+    if height * width > MAX_PIXELS:
+        raise Undecodable(_TOO_LARGE)
+    if not complete:
+        raise Undecodable("truncated: it has no end marker")
+    return height, width
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a JPEG's frame header says, and the Adobe marker before it."""
+
+    marker: int
+    """0xC0 and 0xC1 sequential, 0xC2 progressive; others are lossless, hierarchical, or of arithmetic coding."""
+    bits: int
+    height: int
+    width: int
+    components: int
+    adobe: int | None
+    """The colour transform that an Adobe marker tells: 0 is none, 1 is YCbCr, 2 is YCCK."""
+
+
+def jpeg_frame(encoded: bytes) -> Frame:
+    """Walk the marker segments (ITU-T T.81, annex B) up to the first frame header. Raises Undecodable without one."""
+    place, adobe = 2, None
+    while place + 10 <= len(encoded) and encoded[place] == 0xFF:
+        marker = encoded[place + 1]
+        if marker == 0xFF:  # a fill byte
+            place += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            bits, height, width, components = struct.unpack_from(">BHHB", encoded, place + 4)
+            return Frame(marker, bits, height, width, components, adobe)
+        elif marker in (0xD9, 0xDA):
+            break
+        else:
+            length = int.from_bytes(encoded[place + 2 : place + 4])
+            if marker == 0xEE and encoded[place + 4 : place + 9] == b"Adobe" and length >= 14:
+                adobe = encoded[place + 15]
+            place += 2 + length
+    raise Undecodable("a JPEG without a frame header")
+
+
+@contextmanager
+def _opened(encoded: bytes) -> Iterator[Image.Image]:
+    """The image, its levels not yet decoded; within, too, what Pillow raises becomes Undecodable."""
     try:
-        if encoded.startswith(_PNG):
-            encoded = _sound(encoded)
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            image = ImageOps.exif_transpose(opened)
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            yield image
+    except Undecodable:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise Undecodable(f"it has more than {MAX_PIXELS:,} pixels") from None
+        raise Undecodable(_TOO_LARGE) from None
+    except UnidentifiedImageError:
+        raise Undecodable(_what_else(encoded)) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on broken data
-        raise Undecodable(str(error)) from error
-    if image.mode.startswith("I;16"):
-        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-    return np.asarray(image.convert("RGB"))
+        raise Undecodable(str(error) or type(error).__name__) from error
 
 
 def fit(pixels: Pixels, size: int, how: str) -> Pixels:
@@ -100,24 +173,80 @@ def _taps(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32
     return places.clip(0, length - 1).astype(np.int64), shares.astype(np.float32)
 
 
+_JPEG = b"\xff\xd8"
 _PNG = b"\x89PNG\r\n\x1a\n"
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def _sound(encoded: bytes) -> bytes:
-    """A PNG without its auxiliary chunks whose checksums are wrong: viewers pass over them, Pillow stops there."""
-    return _PNG + b"".join(_sound_chunks(encoded))
+def _turned(image: Image.Image) -> Image.Image:
+    """`image` turned by its EXIF block, not by its XMP one as Pillow would; TIFF is turned already.
+
+    An EXIF block that is broken is passed over, as viewers do.
+    """
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif", b""))
+        turn = _TURNS.get(exif.get(_ORIENTATION))
+    except Exception:  # as wide as what Pillow raises on a broken block
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
-def _sound_chunks(encoded: bytes) -> Iterator[bytes]:
+def _levels(image: Image.Image) -> Pixels:
+    """[H, W, 3] of a decoded image."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise Undecodable("its levels have 32 bits: nothing says which is white")
+    image.info.pop("transparency", None)
+    return np.asarray(image.convert("RGB"))
+
+
+def _what_else(encoded: bytes) -> str:
+    """What bytes are that begin as no image that is decoded does."""
+    if not encoded:
+        return "no bytes"
+    for mark, start, name in _OTHERS:
+        if encoded[start : start + len(mark)] == mark:
+            return f"it is {name}, which is not decoded; save it as a JPEG or a PNG"
+    return "it is no image of a kind that is decoded (" + ", ".join(FORMATS) + ")"
+
+
+_OTHERS = [
+    *((b"GIF8", 0, "a GIF"), (b"ftypavi", 4, "an AVIF"), (b"ftypmif1", 4, "a HEIF"), (b"ftypmsf1", 4, "a HEIF")),
+    *((b"ftyphei", 4, "a HEIC"), (b"ftyphev", 4, "a HEIC"), (b"\xff\x0a", 0, "a JPEG XL"), (b"JXL ", 4, "a JPEG XL")),
+    *((b"8BPS", 0, "a Photoshop file"), (b"\0\0\1\0", 0, "an icon"), (b"%PDF", 0, "a PDF"), (b"<svg", 0, "an SVG")),
+    *((b"<!", 0, "a web page"), (b"<html", 0, "a web page"), (b"\x1f\x8b", 0, "a gzip archive")),
+    *((b"PK\3\4", 0, "a zip archive"), (b"\x93NUMPY", 0, "a NumPy array")),
+    (b"version https://git-lfs", 0, "a pointer that Git LFS leaves for a file not downloaded"),
+]
+"""How other kinds of files begin: bytes, from which on, and what they tell."""
+
+
+def _needed_chunks(encoded: bytes) -> Iterator[bytes]:
+    """The chunks that make a PNG's picture, and its orientation: a fault in any other does not spoil it.
+
+    Raises Undecodable where one of the former is broken or missing.
+    """
     start, kind = len(_PNG), b""
     while kind != b"IEND":
         end = start + 12 + int.from_bytes(encoded[start : start + 4])
         kind, chunk = encoded[start + 4 : start + 8], encoded[start:end]
         if len(chunk) < 12 or end > len(encoded):
-            raise Undecodable("a PNG that ends early")
-        right = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
-        if right:
-            yield chunk
-        elif not kind[0] & 0x20:
-            raise Undecodable(f"a PNG whose chunk {kind.decode('ascii', 'replace')} has a wrong checksum")
+            raise Undecodable("truncated: a PNG without its end")
+        critical = not kind[0] & 0x20
+        if critical or kind == b"eXIf":
+            if zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:]):
+                yield chunk
+            elif critical:
+                raise Undecodable(f"its chunk {kind.decode('ascii', 'replace')} has a wrong checksum")
         start = end

@@ -91,7 +91,7 @@ class Trainer:
         self.pair_sets = open_sets(
             config.evaluation.pairs,
             config.backbone.image_size,
-            images=config.evaluation.images,
+            folder=config.evaluation.images,
             missing=config.evaluation.missing_images,
             folds=config.evaluation.folds,
             fit=config.data.fit,
@@ -282,9 +282,11 @@ class Trainer:
             average_running_statistics(self.backbone)
             embedder = BackboneEmbedder(self.backbone, self.ranks.device, float32=True)
             for pairs in self.pair_sets:
-                results[pairs.name] = verify_on_ranks(embedder, pairs, self.ranks, self.config.evaluation.batch)
-                scores = getattr(results[pairs.name], "scores", None)
-                self.tracker.verification(self.step, pairs.name, results[pairs.name].to_json(), scores)
+                results[pairs.name] = verify_on_ranks(
+                    embedder, pairs, self.ranks, self.config.evaluation.batch, self.config.data.fit
+                )
+                result = results[pairs.name]
+                self.tracker.verification(self.step, pairs.name, result.to_json(), result.scores)
             if results and self.ranks.is_main:
                 accuracy = sum(result.accuracy for result in results.values()) / len(results)
                 self.folder.keep_best(self.backbone, self.step, accuracy)

@@ -11,8 +11,9 @@ from recognition.evaluation.verification import Verification, embed_pairs, verif
 from recognition.progress import working
 
 
-def verify_on_ranks(embedder: Embedder, pairs: PairSet, ranks: Ranks, batch: int) -> Verification:
-    """Verify on `pairs`, of whose images each rank embeds its share, `batch` at a time; to be called by all ranks."""
+def verify_on_ranks(embedder: Embedder, pairs: PairSet, ranks: Ranks, batch: int, fit: str) -> Verification:
+    """Verify on `pairs`, of whose images each rank embeds its share, `batch` at a time, fitted as
+    `data.fit` says; to be called by all ranks."""
     sizes = distributed.split(2 * len(pairs), ranks.world)
     start = sum(sizes[: ranks.rank])
     part = range(start, start + sizes[ranks.rank])
@@ -20,7 +21,7 @@ def verify_on_ranks(embedder: Embedder, pairs: PairSet, ranks: Ranks, batch: int
     unit = "images" if ranks.world == 1 else "images on each process"
     with working(f"verifying {pairs.name}", len(part), unit) as advance:
         for first in range(0, len(part), batch):
-            own[first : first + batch] = embed_pairs(embedder, pairs, batch, part[first : first + batch])
+            own[first : first + batch] = embed_pairs(embedder, pairs, batch, part[first : first + batch], fit)
             advance(min(first + batch, len(part)))
         embeddings = distributed.all_gather_rows(torch.from_numpy(own).to(ranks.head_device), sizes)
     return verify(embeddings.cpu().numpy(), pairs.same)

@@ -1,26 +1,22 @@
 """Verification sets: InsightFace's `.bin` files, and lists of pairs with a folder of images."""
 
-import io
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from recognition.config import UserError
 from recognition.evaluation.bins import is_pickle, read_bin
 from recognition.evaluation.folds import is_uneven, spread
 from recognition.evaluation.lists import PairList, read_list
 from recognition.evaluation.places import Places, find_folder, is_respelled
-from recognition.images import MAX_PIXELS
+from recognition.images import Undecodable, decode
 from recognition.terminal import escape
 
 Missing = Literal["refuse", "skip"]
 Folds = Literal["file", "even"]
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")
 NAMED = 3
 """Images of those that cannot be used that a message names."""
 
@@ -73,22 +69,13 @@ class PairSet:
         return f"image {image % 2 + 1} of {pair}{file}"
 
     def decode(self, image: int) -> np.ndarray:
-        """Image number `image` as uint8 [H, W, 3], RGB. Raises UserError where it is no image, or above MAX_PIXELS."""
+        """Image number `image`, uint8 [H, W, 3], as `recognition.images.decode` has it. Raises UserError."""
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                opened = Image.open(io.BytesIO(self.images[image]), formats=IMAGE_FORMATS)
-            if opened.width * opened.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            return np.asarray(opened.convert("RGB"))
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            return decode(self.images[image])
+        except Undecodable as error:
             raise UserError(
-                f"{self.describe(image)} has more than {MAX_PIXELS:,} pixels: crop and align the face first"
+                f"{self.describe(image)} cannot be decoded: {error}; replace the image, or make the set without it"
             ) from None
-        except Exception as error:  # Pillow's decoders raise nearly anything on broken data
-            raise UserError(
-                f"{self.describe(image)} cannot be decoded ({error}): replace the image, or make the set without it"
-            ) from error
 
     def take(self, order: np.ndarray) -> "PairSet":
         """The pairs with these numbers, from 0, in that order."""
@@ -161,7 +148,7 @@ def read_pairs(
         pairs = _with_files(path, listed, images, missing)
         even |= is_uneven(pairs.same) if listed.sets is None else listed.sets != 10
     if not len(pairs):
-        raise UserError(f"{name}: the set holds no pairs; make it again")
+        raise UserError("; ".join([f"{name}: the set holds no pairs; make it again", *pairs.doubts]))
     if even:
         pairs = replace(pairs.take(spread(pairs.same)), form=f"{pairs.form}, both kinds spread over the folds")
     return replace(pairs, doubts=[*pairs.doubts, *_repeated(pairs)])

@@ -9,6 +9,7 @@ from recognition.config import UserError
 from recognition.evaluation.embedder import Embedder
 from recognition.evaluation.folds import FOLDS
 from recognition.evaluation.pairs import PairSet
+from recognition.images import fit as fitted
 
 THRESHOLDS = np.arange(0, 4, 0.01)
 """Squared distances of unit vectors that are tried."""
@@ -41,29 +42,34 @@ class Verification:
         return {name: getattr(self, name) for name in names}
 
 
-def embed_pairs(embedder: Embedder, pairs: PairSet, batch: int, part: range | None = None) -> np.ndarray:
+def embed_pairs(
+    embedder: Embedder, pairs: PairSet, batch: int, part: range | None = None, fit: str = "resize"
+) -> np.ndarray:
     """f(x) + f(flip(x)), float32 [n, D], not normalised, of the set's images, or of those whose numbers are in `part`.
 
-    `batch` images are decoded and embedded at a time. Raises UserError for an image that cannot be decoded or is not of
-    the embedder's size: resizing one that is not aligned would give numbers without meaning.
+    `batch` images are decoded and embedded at a time; those of another size than the embedder's are treated as
+    `data.fit` says. Raises UserError for an image that cannot be decoded, and for one of another size where `fit` is
+    "exact".
     """
     part = range(2 * len(pairs)) if part is None else part
     embeddings = np.empty((len(part), embedder.embedding_size), np.float32)
     for start in range(0, len(part), batch):
-        images = np.stack([_decode(embedder.image_size, pairs, image) for image in part[start : start + batch]])
+        images = np.stack([_decode(pairs, image, embedder.image_size, fit) for image in part[start : start + batch]])
         flipped = np.ascontiguousarray(images[:, :, ::-1])
         embeddings[start : start + batch] = embedder(images) + embedder(flipped)
     return embeddings
 
 
-def _decode(size: int, pairs: PairSet, image: int) -> np.ndarray:
+def _decode(pairs: PairSet, image: int, size: int, how: str) -> np.ndarray:
     pixels = pairs.decode(image)
-    if pixels.shape[:2] != (size, size):
+    try:
+        return fitted(pixels, size, how)
+    except ValueError as error:
         raise UserError(
-            f"{pairs.describe(image)} is {pixels.shape[1]} x {pixels.shape[0]} pixels, but the model takes "
-            f"{size} x {size}: align the set's faces to that size first, in the way of the training images"
-        )
-    return pixels
+            f"{pairs.describe(image)} is {error}, which is what the model takes. Align the faces to that size in the "
+            "way of the training images, or let them be scaled: data.fit=resize or data.fit=crop, and --fit of "
+            "tools/evaluate.py"
+        ) from None
 
 
 def verify(embeddings: np.ndarray, same: np.ndarray) -> Verification:

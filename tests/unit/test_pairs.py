@@ -204,7 +204,7 @@ def test_images_that_claim_to_be_huge_are_not_decoded(tmp_path, size):
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0))
     bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
     pairs = read_pairs(write(tmp_path, ([IMAGES[0], bomb], [True])))
-    with pytest.raises(UserError, match="image 2 of pair 1 has more than 64,000,000 pixels"):
+    with pytest.raises(UserError, match="image 2 of pair 1 cannot be decoded: it has more than 64,000,000 pixels"):
         pairs.decode(1)
 
 

@@ -220,11 +220,11 @@ def test_parts_join_to_the_whole(pairs):
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-def test_an_image_of_another_size_is_an_error(pairs):
+def test_an_image_of_another_size_is_an_error_where_sizes_are_to_be_exact(pairs):
     embedder = Corners()
     embedder.image_size = 5
-    with pytest.raises(UserError, match=r"image 1 of pair 3 is 4 x 4 pixels, but the model takes 5 x 5: align"):
-        embed_pairs(embedder, pairs, 2, range(4, 6))
+    with pytest.raises(UserError, match=r"image 1 of pair 3 is 4 x 4 pixels, not 5 x 5, .* data\.fit=crop"):
+        embed_pairs(embedder, pairs, 2, range(4, 6), fit="exact")
 
 
 def test_a_set_with_genuine_pairs_only(shared_data):
