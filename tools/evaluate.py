@@ -15,6 +15,7 @@ with program.imports():
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from recognition import progress, terminal
     from recognition.config import UserError
@@ -137,9 +138,10 @@ def evaluate(embedder: Embedder, pairs: PairSet, batch: int, fit: str = "resize"
 
 
 def _table(model: Path, results: list[dict[str, Any]]) -> Table:
-    table = Table("", title=terminal.escape(str(model)), title_justify="left", box=SIMPLE)
+    # As Text, for rich takes brackets in a text for markup.
+    table = Table("", title=Text(terminal.escape(str(model))), title_justify="left", box=SIMPLE)
     for result in results:
-        table.add_column(result["name"], justify="right")
+        table.add_column(Text(result["name"]), justify="right")
     table.add_row("pairs", *(str(result["pairs"]) for result in results))
     table.add_row(
         "accuracy %", *(f"{100 * item['accuracy']:.2f} ± {100 * item['accuracy_std']:.2f}" for item in results)

@@ -6,6 +6,7 @@ passive records of bytes: nothing that the file names is imported or called, Num
 
 import io
 import pickle
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ LABELS: dict[Any, bool] = {
 
 def is_pickle(path: Path, data: bytes) -> bool:
     """Whether a file is to be read as a pickle: by its name, else by its first bytes."""
-    return path.suffix.lower() in (".bin", ".pkl", ".pickle") or data[:1] == b"\x80" or data[:3] in (b"(lp", b"(]q")
+    named = path.suffix.lower() in (".bin", ".pkl", ".pickle")
+    # Protocols 2 and later have a mark, 0 and 1 begin a tuple or a list.
+    return named or data[:1] == b"\x80" or re.match(rb"\(*(lp\d|\]q)", data) is not None
 
 
 def read_bin(path: str, data: bytes) -> tuple[list[bytes], np.ndarray]:

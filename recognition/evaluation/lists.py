@@ -59,10 +59,6 @@ def read_list(path: str, data: bytes) -> PairList:
         _check_announced(path, entries, *(1, *map(int, announced))[-2:])
         return PairList(form.name, entries, int(announced[0]) if len(announced) == 2 else 1)
     form, split = _form(lines[:SAMPLE], _FORMS)
-    header = ""
-    if len(lines) > 1 and form.read(split(lines[0][1])) is None and _is_header(split(lines[0][1])):
-        header = f", its first line {_shown(lines[0][1])} passed over"
-        lines = lines[1:]
     fits = sum(form.read(split(text)) is not None for _, text in lines[:SAMPLE])
     if 2 * fits < len(lines[:SAMPLE]):
         number, text = lines[0]
@@ -73,6 +69,10 @@ def read_list(path: str, data: bytes) -> PairList:
             f"{path}: no list of pairs: line {number} is {_shown(text)}; the lines of one are all "
             + ", or all ".join(known.name for known in _FORMS)
         )
+    header = ""
+    if len(lines) > 1 and form.read(split(lines[0][1])) is None and _is_header(split(lines[0][1])):
+        header = f", its first line {_shown(lines[0][1])} passed over"
+        lines = lines[1:]
     return PairList(form.name + header, _entries(path, lines, form, split), None)
 
 
@@ -95,6 +95,7 @@ def _lfw(fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...], bool, str] |
             pass
         case _:
             return None
+    first, second = first.strip(), second.strip()
     if not (name and other and first.isdecimal() and second.isdecimal()):
         return None
     return _person(name, int(first)), _person(other, int(second)), name == other, ""
@@ -102,16 +103,26 @@ def _lfw(fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...], bool, str] |
 
 def _person(name: str, number: int) -> tuple[str, ...]:
     """Names of a person's image: LFW's, in one folder, and of FaceNet's alignment, which numbers the faces in it."""
-    file = f"{name}_{number:04d}"
-    return f"{name}/{file}", file, f"{name}/{file}_0"
+    names = []
+    for spelling in _spellings(name):
+        file = f"{spelling}_{number:04d}"
+        names += [f"{spelling}/{file}", file, f"{spelling}/{file}_0"]
+    return tuple(names)
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    """A name as it stands, and without blanks around it."""
+    return tuple(dict.fromkeys((name, name.strip(" "))))
 
 
 def _paths(fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...], bool, str] | None:
     if len(fields) != 3 or not all(fields):
         return None
     first, second, label = fields
-    same = LABELS.get(label.lower())
-    return None if same is None or second.lower() in LABELS else ((first,), (second,), same, label)
+    same = LABELS.get(label.strip().lower())
+    if same is None or second.strip().lower() in LABELS:
+        return None
+    return _spellings(first), _spellings(second), same, label.strip()
 
 
 def _label_first(fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...], bool, str] | None:
@@ -120,8 +131,9 @@ def _label_first(fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...], bool
 
 def _half(fields: Fields) -> _Half | None:
     match fields:
-        case [file, label] if file and re.fullmatch(r"-?\d{1,4}", label, re.ASCII) and not file.isdecimal():
-            return (file,), label
+        case [file, label] if file and re.fullmatch(r" *-?\d{1,4} *", label, re.ASCII) and not file.isdecimal():
+            # Sorted into folders of people, as LFW's images are.
+            return (*_spellings(file), f"{file.strip().rpartition('_')[0]}/{file.strip()}"), label.strip()
     return None
 
 
@@ -135,7 +147,7 @@ def _by_blanks(text: str) -> Fields:
 
 
 def _by_tabs(text: str) -> Fields:
-    return [field.strip(" ") for field in text.rstrip("\t ").split("\t")]
+    return text.rstrip("\t ").split("\t")
 
 
 def _by(delimiter: str) -> Callable[[str], Fields]:
@@ -183,7 +195,7 @@ def _entries(path: str, lines: Sequence[tuple[int, str]], form: _Form, split: Ca
         entries.append(Entry(number, *read))
         if form is _LFW:
             for person in read[:2]:
-                name = person[1].rpartition("_")[0]
+                name = person[1][: person[1].rindex("_")]
                 if name != Path(name).name or name == "..":
                     raise UserError(
                         f"{path}: line {number}: a person's name must be the name of a folder, not {_shown(name)}"
