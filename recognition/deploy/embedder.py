@@ -242,7 +242,10 @@ def _reason(path: Path, error: Exception) -> str:
             f"it is newer than ONNX Runtime {version} reads ({text}); export it again with a lower opset, convert it "
             "with onnx.version_converter, or install a newer onnxruntime"
         )
-    if re.search(r"not a registered function/op|Could not find an implementation|is not registered", text):
+    if re.search(
+        r"not a registered function/op|No opset import for domain|Could not find an implementation|is not registered",
+        text,
+    ):
         return f"it uses an operator that ONNX Runtime {version} does not have ({text}); export it again without that"
     if re.search(r"external data|External data|model_path|\.data", text):
         return f"a file that holds its weights is missing beside it ({text}); copy that too"

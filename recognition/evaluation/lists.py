@@ -49,15 +49,18 @@ class PairList:
 
 def read_list(path: str, data: bytes) -> PairList:
     """Read a list of pairs. Raises UserError where it is of no known form or a line does not have the others' form."""
-    lines = list(_lines(_text(path, data)))
+    text = _text(path, data)
+    lines = list(_lines(text))
     if not lines:
         raise UserError(f"{path}: the list has no line; make it again")
+    guessed = re.search("[\udc80-\udcff]", text) is not None
+    guess = ", not UTF-8 and taken for Latin-1 where no file has the very bytes" if guessed else ""
     announced = re.split(r"[ \t,;]+", lines[0][1].strip(" \t,;"))
     if len(announced) <= 2 and all(field.isascii() and field.isdecimal() for field in announced):
         form, split = _form(lines[1:], [_LFW])
         entries = _entries(path, lines[1:], form, split)
         _check_announced(path, entries, *(1, *map(int, announced))[-2:])
-        return PairList(form.name, entries, int(announced[0]) if len(announced) == 2 else 1)
+        return PairList(form.name + guess, entries, int(announced[0]) if len(announced) == 2 else 1)
     form, split = _form(lines[:SAMPLE], _FORMS)
     fits = sum(form.read(split(text)) is not None for _, text in lines[:SAMPLE])
     if 2 * fits < len(lines[:SAMPLE]):
@@ -73,7 +76,7 @@ def read_list(path: str, data: bytes) -> PairList:
     if len(lines) > 1 and form.read(split(lines[0][1])) is None and _is_header(split(lines[0][1])):
         header = f", its first line {_shown(lines[0][1])} passed over"
         lines = lines[1:]
-    return PairList(form.name + header, _entries(path, lines, form, split), None)
+    return PairList(form.name + header + guess, _entries(path, lines, form, split), None)
 
 
 Fields = list[str]

@@ -50,7 +50,10 @@ def names_apart(paths: Sequence[Path]) -> list[str]:
         raise UserError(f"{escape(str(twice))} is given twice as a verification set: name it once")
     choices = [[choice for depth in range(1, len(path.parts)) for choice in _names(path, depth)] for path in whole]
     counts = Counter(choice for of_path in choices for choice in set(of_path))
-    return [next(choice for choice in of_path if counts[choice] == 1) for of_path in choices]
+    return [
+        next((choice for choice in of_path if counts[choice] == 1), escape(str(path)))
+        for path, of_path in zip(whole, choices, strict=True)
+    ]
 
 
 def _names(path: Path, depth: int) -> tuple[str, str]:

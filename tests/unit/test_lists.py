@@ -129,7 +129,9 @@ def test_a_name_is_found_in_its_other_spellings(tmp_path, spelled, on_disk):
     for number in (1, 2):
         (tmp_path / "faces" / on_disk / f"{on_disk}_000{number}.jpg").write_text(str(number))
     (tmp_path / "pairs.txt").write_bytes(os.fsencode(f"{spelled} 1 2\n{spelled} 2 {spelled} 1\n"))
-    assert read_pairs(tmp_path / "pairs.txt").images == [b"1", b"2", b"2", b"1"]
+    pairs = read_pairs(tmp_path / "pairs.txt")
+    assert pairs.images == [b"1", b"2", b"2", b"1"]
+    assert ("Latin-1" in pairs.taken) == (spelled == LATIN)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
