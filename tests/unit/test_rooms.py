@@ -12,7 +12,7 @@ LEVELS = [
     {"kinds"},
     {"toml"},
     {"config", "storage"},
-    {"hardware", "images", "launch", "reasons"},
+    {"hardware", "images", "argument_types", "launch", "reasons"},
     {"distributed", "progress"},
     {"tracking", "outputs", "failures"},
     {"processes"},
