@@ -1,6 +1,7 @@
 """A run's output folder: what lies where, whether it may be resumed, and the backbone that it holds."""
 
 import json
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from recognition import config as configuration
 from recognition.checkpoint import Checkpoints, read_tensors
 from recognition.config import Config, UserError
+from recognition.kinds import what_is
 from recognition.models.backbone import Backbone, build_backbone
 from recognition.storage import replacing, write_text
 
@@ -137,8 +139,12 @@ def load_backbone(run: Path, which: Literal["last", "best"] = "last") -> tuple[B
     if which == "best":
         if not folder.best.exists():
             raise UserError(f"{run} has no best.pt: it is kept by the verifications of a run (evaluation.pairs)")
-        state = torch.load(folder.best, map_location="cpu", weights_only=True)
-        facts: dict[str, Any] = json.loads(folder.best.with_suffix(".json").read_text())
+        try:
+            state = torch.load(folder.best, map_location="cpu", weights_only=True)
+            facts: dict[str, Any] = json.loads(folder.best.with_suffix(".json").read_bytes())
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            kinds = f"best.pt is {what_is(folder.best)}, best.json {what_is(folder.best.with_suffix('.json'))}"
+            raise UserError(f"{folder.best} cannot be read ({kinds}): take the newest checkpoint instead") from error
     else:
         checkpoints = Checkpoints(folder.checkpoints, settings.checkpoint.keep)
         found = checkpoints.find()
@@ -148,7 +154,13 @@ def load_backbone(run: Path, which: Literal["last", "best"] = "last") -> tuple[B
         facts = {
             name: value for name, value in checkpoints.facts(found).items() if name not in ("config", "loss_scale")
         }
-    backbone.load_state_dict(state)
+    try:
+        backbone.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"{run}: what it holds of its {which} backbone is not of the backbone that {folder.config} describes: "
+            f"{str(error).splitlines()[-1].strip()}"
+        ) from error
     return backbone.eval(), facts | {"backbone": settings.backbone.name, "loss": settings.head.loss.name}
 
 

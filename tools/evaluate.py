@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from recognition import program
 
 with program.imports():
@@ -18,6 +20,7 @@ with program.imports():
     from rich.text import Text
 
     from recognition import progress, terminal
+    from recognition.argument_types import path, positive
     from recognition.config import UserError
     from recognition.deploy.embedder import OnnxEmbedder, Reading
     from recognition.evaluation.embedder import Embedder
@@ -33,15 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="an ONNX file, or the folder of a run")
+    parser.add_argument("--model", type=path, required=True, help="an ONNX file, or the folder of a run")
     parser.add_argument(
         "--pairs",
-        type=Path,
+        type=path,
         nargs="+",
         required=True,
         help="InsightFace .bin files, or lists of pairs: LFW's pairs.txt, CALFW's, CPLFW's, lines `path path label`",
     )
-    parser.add_argument("--images", type=Path, help="image folder of the lists (default: looked for beside them)")
+    parser.add_argument("--images", type=path, help="image folder of the lists (default: looked for beside them)")
     parser.add_argument(
         "--skip-missing",
         action="store_true",
@@ -59,12 +62,10 @@ def _parser() -> argparse.ArgumentParser:
         default="resize",
         help="what becomes of images of another size than the model's, as data.fit has it (default: %(default)s)",
     )
-    parser.add_argument("--batch", type=_positive, default=64, help="images per forward pass (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=64, help="images per forward pass (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     others = parser.add_argument_group("ONNX files of other programs")
-    others.add_argument(
-        "--size", type=_positive, help="height and width of the images, where the file leaves them free"
-    )
+    others.add_argument("--size", type=positive, help="height and width of the images, where the file leaves them free")
     others.add_argument("--output", metavar="NAME", help="the output that is the embedding, where several may be")
     channels = "one number, or one for each of the network's channels"
     others.add_argument("--mean", type=float, nargs="+", help=f"what is subtracted from levels 0 to 255: {channels}")
@@ -152,13 +153,6 @@ def _table(model: Path, results: list[dict[str, Any]]) -> Table:
         table.add_row(f"TAR@FAR={far} %", *("n/a" if rate is None else f"{100 * rate:.2f}" for rate in rates))
     table.add_row("seconds", *(f"{result['seconds']:.1f}" for result in results))
     return table
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
 
 
 if __name__ == "__main__":

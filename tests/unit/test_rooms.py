@@ -12,7 +12,7 @@ LEVELS = [
     {"kinds"},
     {"toml"},
     {"config", "storage", "terminal"},
-    {"hardware", "images", "launch", "reasons"},
+    {"hardware", "images", "argument_types", "launch", "reasons"},
     {"distributed", "progress", "logs", "clock"},
     {"events"},
     {"tracking", "outputs", "failures"},
