@@ -201,6 +201,7 @@ class Tracker:
             return
         self._closed = True
         self._live.close()
+        self._eta = None
         if self._line and terminal.is_terminal():
             terminal.write(self._text(terminal.width()))
         self._logs.close()

@@ -335,9 +335,8 @@ class Trainer:
     def _announce(self) -> None:
         parameters = sum(parameter.numel() for parameter in self.backbone.parameters())
         self.tracker.configuration(self.config)
-        self.tracker.block(
-            summary.opening(self.config, self.resolved, self.index, self.tracker, self.ranks.world, parameters)
-        )
+        for text in summary.opening(self.config, self.resolved, self.index, self.tracker, self.ranks.world, parameters):
+            self.tracker.note(text)
         for text in self.resolved.notes:
             self.tracker.warn(text)
 
