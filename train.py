@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     try:
         settings = config.load(path, arguments)
         # A mistake in the settings shows before the seconds that torch takes.
-        with progress.working("starting", after=0):
+        with progress.working("starting: loading torch", after=0):
             from recognition.trainer import train
 
         return 0 if train(settings) else INTERRUPTED

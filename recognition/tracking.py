@@ -179,7 +179,7 @@ class Tracker:
             logger.info("%s", text)
 
     def block(self, lines: Sequence[str]) -> None:
-        """Lines for the reader that belong together, below the live line; on a terminal without the time before each."""
+        """Lines for the reader that belong together, below the live line, which ends; on a terminal without times."""
         if self.is_main:
             self._end_live_line()
             for line in lines:
