@@ -23,7 +23,13 @@ from recognition.evaluation.pairs import PairSet, read_pairs
 from recognition.evaluation.verification import Verification, check_pairs, embed_pairs, verify
 from recognition.head import build_head
 from recognition.loss_scale import LossScale
-from recognition.models.backbone import BackboneEmbedder, average_running_statistics, build_backbone, seed_step
+from recognition.models.backbone import (
+    BackboneEmbedder,
+    average_running_statistics,
+    build_backbone,
+    describe,
+    seed_step,
+)
 from recognition.optimizer import (
     Schedule,
     build_optimizer,
@@ -33,6 +39,7 @@ from recognition.optimizer import (
     step_if_finite,
 )
 from recognition.run_folder import RunFolder
+from recognition.starting_point import start_from
 from recognition.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -85,7 +92,9 @@ class Trainer:
         self.sizes = _micro_batch_sizes(config, ranks.world)
         self.schedule = Schedule.of(config.training, self.index.num_images / config.training.global_batch)
 
-        self.backbone = build_backbone(config.backbone, config.run.seed).to(ranks.device)
+        self.backbone = build_backbone(config.backbone, config.run.seed)
+        self.beginning = start_from(self.backbone, config.backbone, config.run.folder, goes_on=self.checkpoint is not None)
+        self.backbone.to(ranks.device)
         scaled = config.backbone.precision == "float16"
         self.loss_scale = LossScale(config.training, ranks.head_device, enabled=scaled)
         self.head_group = None
@@ -106,7 +115,7 @@ class Trainer:
             self.backbone, config.optimizer, decay_norms_and_biases=config.training.decay_norms_and_biases
         )
         self.replica: nn.Module = self.backbone
-        if ranks.world > 1:
+        if ranks.world > 1 and any(parameter.requires_grad for parameter in self.backbone.parameters()):
             self.replica = DistributedDataParallel(
                 self.backbone,
                 device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
@@ -327,14 +336,14 @@ class Trainer:
 
     def _announce(self) -> None:
         index, ranks, total = self.index, self.ranks, self.schedule.total_steps
-        parameters = sum(parameter.numel() for parameter in self.backbone.parameters())
         self.tracker.note(f"{index.num_images:,} images of {index.num_identities:,} identities: {index.path}")
         processes = "1 process" if ranks.world == 1 else f"{ranks.world} processes"
         threads = self.config.training.threads
         self.tracker.note(
             f"{processes} on {self.resolved.hardware}, each with {threads} CPU thread{'s' if threads > 1 else ''}"
         )
-        self.tracker.note(f"{self.config.backbone.name}, {parameters / 1e6:.1f} M parameters")
+        for text in (describe(self.backbone, self.config.backbone), *self.beginning):
+            self.tracker.note(text)
         self.tracker.note(str(self.resolved))
         for text in self.resolved.notes:
             self.tracker.warn(text)

@@ -9,13 +9,14 @@ PACKAGE = Path(__file__).parents[2] / "recognition"
 ROOMS = {"data", "models", "head", "evaluation", "deploy"}
 # Each knows those below it; the rooms do not know each other, but that deploy and evaluation share the Embedder.
 LEVELS = [
-    {"toml"},
+    {"toml", "kinds"},
     {"config", "storage"},
     {"hardware", "images"},
     {"distributed", "progress"},
     {"tracking", "outputs"},
     {"processes"},
     {"checkpoint", "loss_scale", "optimizer", *ROOMS},
+    {"starting_point"},
     {"run_folder", "measure"},
     {"trainer", "benchmark", "doctor"},
     {"program"},
