@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from pydantic import ValidationError
-
 from recognition import config as configuration
-from recognition.checkpoint import Checkpoints, read_tensors
+from recognition.checkpoint import read_manifest
 from recognition.config import Config, UserError
 from recognition.models.backbone import Backbone, build_backbone
+from recognition.starting_point import newest
 from recognition.storage import replacing, write_text
 
 log = logging.getLogger(__name__)
@@ -160,9 +160,9 @@ class RunFolder:
         return self.model.exists() and _read_json(self.model.with_suffix(".json")).get("step") == step
 
     def note_failure(self, begun: int, step: int, reason: str) -> str:
-        """Note that an attempt from step `begun` on ended at `step`; returns what of the one before the user should know.
+        """Note that an attempt from step `begun` on ended at `step`; returns what to add if the one before did so too.
 
-        Two attempts that began alike have got nowhere in between, and a third will not either.
+        Two attempts that began at the same step have got nowhere in between, and a third will not either.
         """
         before = _read_json(self.failure)
         with contextlib.suppress(OSError):
@@ -184,7 +184,10 @@ class RunFolder:
 
         Raises UserError naming every field whose change would make another run of it, and the ways to go on.
         """
-        mistakes, ways = [], ["Set them back", f"start another run with run.folder=... and backbone.weights={self.path}"]
+        mistakes, ways = (
+            [],
+            ["Set them back", f"start another run with run.folder=... and backbone.weights={self.path}"],
+        )
         if old["fingerprint"] != new["fingerprint"]:
             mistakes.append(
                 f"data.path: the run began on {old['images']} images of {old['identities']} identities "
@@ -252,29 +255,52 @@ def load_backbone(run: Path, which: Literal["last", "best"] = "last") -> tuple[B
     """The trained backbone of the run in folder `run`, on the CPU in eval mode, with facts about it.
 
     `last` is the newest checkpoint that verifies, `best` the one with the best verification during training.
-    Needs neither the data nor a process group. Raises UserError where there is none.
+    Needs neither the data nor a process group. Raises UserError where there is none, with the way out.
     """
     folder = RunFolder(Path(run))
     if not folder.config.exists():
-        raise UserError(f"{run} is not a run folder: it has no config.toml")
+        inside = next((f"; give {above}" for above in folder.path.parents if (above / "config.toml").exists()), "")
+        raise UserError(f"{run} is not a run folder: it has no config.toml{inside}")
     settings = configuration.load(folder.config, check_paths=False)
     backbone = build_backbone(settings.backbone.model_copy(update={"weights": None}), settings.run.seed)
-    if which == "best":
-        if not folder.best.exists():
-            raise UserError(f"{run} has no best.pt: it is kept by the verifications of a run (evaluation.pairs)")
-        state = torch.load(folder.best, map_location="cpu", weights_only=True)
-        facts: dict[str, Any] = json.loads(folder.best.with_suffix(".json").read_text())
-    else:
-        checkpoints = Checkpoints(folder.checkpoints, settings.checkpoint.keep)
-        found = checkpoints.find()
-        if found is None:
-            raise UserError(f"{folder.checkpoints} holds no complete checkpoint")
-        state = {name.removeprefix("backbone."): tensor for name, tensor in read_tensors(found, "backbone.").items()}
-        facts = {
-            name: value for name, value in checkpoints.facts(found).items() if name not in ("config", "loss_scale")
-        }
-    backbone.load_state_dict(state)
+    origin, state, facts = _best(folder) if which == "best" else _last(folder)
+    try:
+        backbone.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"{origin} is not of the backbone that {folder.config} describes ({settings.backbone.name}), but left from "
+            f"an earlier attempt: remove it, or take the other of --which last and --which best\n{error}"
+        ) from None
     return backbone.eval(), facts | {"backbone": settings.backbone.name, "loss": settings.head.loss.name}
+
+
+def _last(folder: RunFolder) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The newest checkpoint that verifies, its backbone's state and its facts."""
+    found = newest(folder.checkpoints)
+    if found is None:
+        hint = "; --which best takes its best.pt" if folder.best.exists() else ": the run has saved none yet"
+        raise UserError(f"{folder.checkpoints} holds no complete checkpoint{hint}")
+    checkpoint, state = found
+    facts = read_manifest(checkpoint).facts
+    return checkpoint, state, {name: value for name, value in facts.items() if name not in ("config", "loss_scale")}
+
+
+def _best(folder: RunFolder) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The best verification's file, its state and its facts."""
+    record = folder.best.with_suffix(".json")
+    if not folder.best.exists() or not record.exists():
+        lacks = folder.best.name if not folder.best.exists() else record.name
+        raise UserError(
+            f"{folder.path} has no {lacks}, which a run keeps that verifies (evaluation.pairs); "
+            "--which last takes its newest checkpoint"
+        )
+    try:
+        state = torch.load(folder.best, map_location="cpu", weights_only=True)
+        return folder.best, state, dict(json.loads(record.read_text(encoding="utf-8")))
+    except Exception as error:  # what a damaged file raises is anybody's guess
+        raise UserError(
+            f"{folder.best} or {record.name} is damaged ({type(error).__name__}); --which last takes the newest checkpoint"
+        ) from None
 
 
 def _whole(settings: dict[str, Any]) -> dict[str, Any]:

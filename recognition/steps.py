@@ -1,4 +1,4 @@
-"""One update of backbone and head from one global batch: forward, back through the head's rows to the backbone, step."""
+"""One update from one global batch: forward, back through the head's rows to the backbone, and a step of both."""
 
 import contextlib
 import inspect
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from recognition.config import Config
+from recognition import distributed
+from recognition.config import Config, UserError
 from recognition.data.pipeline import Batch
 from recognition.distributed import Ranks
 from recognition.head.sharded_softmax import ShardedSoftmax
@@ -46,7 +47,7 @@ class Update:
         self.config, self.ranks, self.sizes = config, ranks, sizes
         self.backbone, self.head, self.optimizer, self.loss_scale = backbone, head, optimizer, loss_scale
         self.replica: nn.Module = backbone
-        if ranks.world > 1:
+        if ranks.world > 1 and any(parameter.requires_grad for parameter in backbone.parameters()):
             self.replica = DistributedDataParallel(
                 backbone,
                 device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
@@ -169,3 +170,15 @@ def _flat(buffers: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     sizes = [buffer.numel() for buffer in buffers]
     flat = buffers[0].new_empty(sum(sizes))
     return flat, [part.view(buffer.shape) for part, buffer in zip(flat.split(sizes), buffers, strict=True)]
+
+
+def micro_batch_sizes(config: Config, world: int) -> list[int]:
+    """Images of each rank in one forward pass. Raises UserError where a rank gets too few for its BatchNorm."""
+    sizes = distributed.split(config.training.global_batch // config.training.accumulation, world)
+    if min(sizes) < 2:
+        raise UserError(
+            f"training.global_batch ({config.training.global_batch}) over {world} ranks and "
+            f"{config.training.accumulation} passes leaves a rank {min(sizes)} images; BatchNorm needs 2. "
+            "Raise training.global_batch, lower training.accumulation or start fewer ranks"
+        )
+    return sizes

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "recognition"
 ROOMS = {"data", "models", "head", "evaluation", "deploy"}
 # Each knows those below it; the rooms do not know each other, but that deploy and evaluation share the Embedder.
 LEVELS = [
+    {"kinds"},
     {"toml"},
     {"config", "storage", "terminal"},
     {"hardware", "images"},
@@ -16,7 +17,8 @@ LEVELS = [
     {"tracking", "outputs", "preparation"},
     {"processes"},
     {"checkpoint", "loss_scale", "optimizer", *ROOMS},
-    {"run_folder", "measure", "steps"},
+    {"starting_point"},
+    {"run_folder", "measure", "steps", "resuming"},
     {"trainer", "benchmark", "doctor"},
     {"program"},
 ]
