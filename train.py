@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from recognition import config
+from recognition import config, progress
 
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 INTERRUPTED = 130
@@ -21,7 +21,9 @@ def main(arguments: list[str]) -> int:
     path = DEMO if not arguments or "=" in arguments[0] else Path(arguments.pop(0))
     try:
         settings = config.load(path, arguments)
-        from recognition.trainer import train  # a mistake in the settings shows before the seconds that torch takes
+        # A mistake in the settings shows before the seconds that torch takes.
+        with progress.working("starting", after=0):
+            from recognition.trainer import train
 
         return 0 if train(settings) else INTERRUPTED
     except config.UserError as error:

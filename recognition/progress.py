@@ -49,7 +49,7 @@ def working(what: str, total: int | None = None, unit: str = "images", *, after:
 
     def advance(done: int, total: int | None = None) -> None:
         work.done, work.total = done, work.total if total is None else total
-        for callback in list(_listeners):
+        for callback in tuple(_listeners):
             callback()
 
     if not terminal.speaks():

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from recognition import config
+from recognition import config, progress
 from recognition.config import UserError
 from recognition.storage import replacing, write_text
 
@@ -73,8 +73,10 @@ def export(backbone: nn.Module, path: Path | str, facts: Mapping[str, Any], sett
             f"{path}: the backbone's {bytes_held:,} bytes do not fit into one ONNX file, whose limit is 2 GiB; "
             "choose a smaller backbone or set export.enabled=false"
         )
-    model = _to_onnx(frozen, settings.opset)
-    parity = _parity(frozen, model)
+    with progress.working("converting the backbone to ONNX"):
+        model = _to_onnx(frozen, settings.opset)
+    with progress.working("comparing the ONNX file with the backbone"):
+        parity = _parity(frozen, model)
     if not (parity.max_difference <= settings.max_difference and parity.min_cosine >= settings.min_cosine):
         raise UserError(
             f"{path}: not written, for ONNX Runtime does not reproduce the backbone: largest relative difference "
