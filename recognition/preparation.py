@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d
 
 from recognition import distributed, lock, progress
 from recognition.config import UserError
+from recognition.config.base import FailedElsewhere
 from recognition.distributed import Ranks
 
 T = TypeVar("T")
@@ -28,7 +29,7 @@ _BUSY = 0.01
 class Turns:
     """Who of the ranks works, and who waits. Every method is called by all ranks, in the same order.
 
-    A failure on one rank stops all: there it is raised again, elsewhere it is a UserError.
+    A failure on one rank stops all: there it is raised again, elsewhere it is a FailedElsewhere.
     """
 
     def __init__(self, ranks: Ranks, silence: float) -> None:
@@ -81,7 +82,7 @@ class Turns:
         if error is not None:
             raise error
         if failed:
-            raise UserError("another rank could not prepare the run; its message says why")
+            raise FailedElsewhere(f"{what}: another rank failed")
         return result
 
     def _wait(self, store: dist.Store, what: str) -> None:

@@ -1,41 +1,40 @@
-"""How train.py and the tools start and end: what is said of an error, and the exit status.
-
-Knows nothing but the standard library until it is asked, so that it can also say which package is missing.
-"""
+"""How train.py and the tools start and end: what is said of an error, by which rank, and the exit status."""
 
 import contextlib
-import errno
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-MISTAKE, DEFECT, INTERRUPTED, CLOSED_PIPE = 2, 1, 130, 141
-_OLDEST = (3, 11)
-# Names of packages that are not those of their modules.
-_PACKAGES = {"PIL": "pillow", "nvidia": "nvidia-dali-cuda130"}
-_POSIX = {"resource", "fcntl", "termios", "pwd", "grp"}
-# What the machine lacks, and the program cannot mend.
-_ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EROFS}
+from recognition.reasons import explained
+
+DEFECT, MISTAKE, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
+OLDEST = (3, 11)
+"""The oldest Python that will do."""
 
 
 def run(main: Callable[[], int]) -> int:
     """Call `main` and return its exit status, or that of its error, which is told on standard error.
 
-    2: a mistake of the user's, one message; 130: interrupted; 141: standard output was closed, as by `| head`;
-    1: a defect of the program's, a traceback and how to report it.
+    2: a mistake of the user's, in one message; 130: interrupted; 141: standard output was closed, as by `| head`;
+    1: a defect of the program, with a traceback and how to report it. A rank tells an error of its own; what follows
+    from another rank's error is told by that one.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # Names of files may be bytes that are no text.
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = main()
-        sys.stdout.flush()
-        return status
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -47,10 +46,10 @@ def run(main: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def imports() -> Iterator[None]:
-    """Have a package that is missing, while a program imports what it needs, end it with one sentence."""
+    """Have an import of a package that is missing, or that cannot be loaded, end the program with one sentence."""
+    if sys.version_info < OLDEST:
+        sys.exit(f"error: Python {'.'.join(map(str, OLDEST))} or newer is needed; this is {platform.python_version()}")
     try:
-        if sys.version_info < _OLDEST:
-            raise ImportError(f"Python {'.'.join(map(str, _OLDEST))} or newer is needed; this is {_python()}")
         yield
     except ImportError as error:
         sys.exit(_tell(error))
@@ -58,64 +57,56 @@ def imports() -> Iterator[None]:
 
 def _tell(error: Exception) -> int:
     """Write what is to be said of an error; returns the exit status."""
-    sentence = explained(error)
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-    if sentence is None:
-        text = "".join(traceback.format_exception(error)) + "\n" + _how_to_report()
-        _write(text)
-        return DEFECT
-    _write(f"error: {sentence}\n")
     if isinstance(error, OSError):
         _close_standard_output()
-    return MISTAKE
+    from recognition.config.base import FailedElsewhere
+
+    if isinstance(error, FailedElsewhere):
+        _keep_for_launcher(f"stopped, for another rank failed: {error}", time.time() + 1)
+        if error.is_far and _local_rank() == "0":
+            _write(f"error: {error}\n")
+        return error.status
+    sentence = explained(error)
+    notes = getattr(error, "__notes__", [])
+    if sentence is None:
+        text = "".join(traceback.format_exception(error)) + _how_to_report()
+        status = DEFECT
+    else:
+        text = "\n".join([f"error: {sentence}", *notes]) + "\n"
+        status = MISTAKE
+    _keep_for_launcher(text, time.time())
+    # Where ranks have not met yet, all of a machine meet the same mistakes: its first one tells them, and what another
+    # meets alone stands in the launcher's report.
+    if notes or _local_rank() == "0" or "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        _write(text)
+    return status
 
 
-def explained(error: BaseException) -> str | None:
-    """What the user can do about an error, in one message; None for a defect of the program."""
-    from recognition.config.base import UserError
-
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, ImportError):
-        return _missing(error)
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return f"out of memory: {str(error).splitlines()[0] if str(error) else 'none is left'}; take a smaller batch"
-    if isinstance(error, OSError) and error.errno is not None and (error.filename or error.errno in _ENVIRONMENT):
-        named = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        return f"{named}{os.strerror(error.errno)}"
-    return None
+def _keep_for_launcher(text: str, at: float) -> None:
+    """Give a reason to torchrun, whose report of failed processes ends with that of the first."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        message = {"message": text.strip(), "extraInfo": {"timestamp": str(int(at))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
-def _missing(error: ImportError) -> str | None:
-    module = (error.name or "").partition(".")[0]
-    if not isinstance(error, ModuleNotFoundError):
-        if not error.name and "newer is needed" in str(error):
-            return str(error)
-        if module == "recognition":
-            return None
-        return f"a package is installed, but cannot be loaded: {error}; install it anew, all packages together"
-    if module == "recognition":
-        return None
-    if module in _POSIX:
-        return f"Python on {platform.system()} has no module {module}: Linux and macOS have it, and WSL on Windows"
-    package = _PACKAGES.get(module, module)
-    return f"the package {package} is missing here: {sys.executable} -m pip install {package}"
+def _local_rank() -> str:
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"):
+        if name in os.environ:
+            return os.environ[name]
+    return "0"
 
 
 def _how_to_report() -> str:
-    versions = [f"Python {_python()}", platform.platform()]
-    for package in ("recognition", "torch", "timm"):
+    versions = [f"Python {platform.python_version()}", platform.platform()]
+    for package in ("timm", "torch", "recognition"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.insert(0, f"{package} {importlib.metadata.version(package)}")
     return (
-        "This is a defect of the program. Please report it in the project's issue tracker, with the lines above and:\n"
-        f"  {', '.join(versions)}\n  command: {shlex.join([sys.executable, *sys.argv])}\n"
+        "\nThis is a defect of the program. Please report it in the project's issue tracker, with the lines above and\n"
+        f"  {', '.join(versions)}\n  {shlex.join([sys.executable, *sys.argv])}\n"
     )
-
-
-def _python() -> str:
-    return platform.python_version()
 
 
 def _write(text: str) -> None:

@@ -14,13 +14,13 @@ def resolved(facts: dict[str, Any]) -> dict[str, Any]:
     return {name: precision for name, precision in asked.items() if precision != "auto"}
 
 
-def schedule(config: Config, images: int, before: dict[str, Any]) -> tuple[Schedule, str]:
+def schedule(config: Config, images: int, before: dict[str, Any]) -> tuple[Schedule, list[str]]:
     """The schedule of a run that goes on from a checkpoint with the facts `before`, and what is new about it."""
     training, per_epoch = config.training, images / config.training.global_batch
     step, offset = before.get("step", 0), before.get("schedule_offset", 0)
     epochs = before["config"]["training"]["epochs"] if before else training.epochs
     if training.epochs <= epochs:
-        return Schedule.of(training, per_epoch, offset), ""
+        return Schedule.of(training, per_epoch, offset), []
     restarts = training.extend == "restart"
     planned = Schedule.of(training, per_epoch, step if restarts else offset)
     how = (
@@ -28,7 +28,7 @@ def schedule(config: Config, images: int, before: dict[str, Any]) -> tuple[Sched
         if restarts
         else f"goes on from {planned.factor(step):.3g} of the peak, as if it had had them from the beginning, until"
     )
-    return planned, (
+    return planned, [
         f"training.epochs was {epochs:g} and is {training.epochs:g}: the learning rate {how} step "
         f"{planned.total_steps:,} (training.extend = {training.extend})"
-    )
+    ]

@@ -56,9 +56,11 @@ class Update:
                 bucket_cap_mb=config.distributed.bucket_mib,
             )
         self.buffers = Buffers(backbone)
-        self.nonfinite_in_a_row = torch.zeros((), dtype=torch.int64, device=ranks.head_device)
-        self.rows_moved_alone = torch.zeros((), dtype=torch.int64, device=ranks.head_device)
-        """Of those, in how many the loss was finite, so that a fused head had moved before the rest was known."""
+        self.nonfinite = torch.zeros((), dtype=torch.int64, device=ranks.head_device)
+        """Steps that were called off, in all."""
+        self.nonfinite_in_a_row = torch.zeros_like(self.nonfinite)
+        self.rows_moved_alone = torch.zeros_like(self.nonfinite)
+        """Of those in a row, in how many the loss was finite, so that a fused head had moved before the rest was known."""
 
     def __call__(self, step: int, batches: Iterator[Batch], schedule: Schedule) -> dict[str, Tensor | float]:
         """Do update number `step`; returns what is recorded of it, on the device."""
@@ -101,6 +103,7 @@ class Update:
         step_if_finite(self.optimizer, finite.to(device))
         self.buffers.restore_unless(finite.to(device))
         self.loss_scale.update(finite)
+        self.nonfinite += ~finite
         self.nonfinite_in_a_row = torch.where(finite, 0, self.nonfinite_in_a_row + 1)
         if self.head.row_sum is None:
             self.rows_moved_alone = torch.where(finite, 0, self.rows_moved_alone + loss_finite)

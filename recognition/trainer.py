@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recognition import distributed, hardware, lock, resuming
+from recognition import distributed, failures, hardware, lock, logs, progress, resuming, summary
 from recognition.checkpoint import Checkpoints
 from recognition.config import Config, UserError
+from recognition.config.base import FailedElsewhere
 from recognition.data.faces import write_faces
 from recognition.data.index import open_index
 from recognition.data.pipeline import Batch, Pipeline
 from recognition.deploy.onnx import check_export, export
 from recognition.distributed import Interrupt, Ranks
-from recognition.evaluation.pairs import PairSet, read_pairs
-from recognition.evaluation.verification import check_pairs, embed_pairs, verify
+from recognition.evaluation.pairs import read_pairs
+from recognition.evaluation.verification import Verification, check_pairs
 from recognition.head import build_head
 from recognition.loss_scale import LossScale
 from recognition.models.backbone import BackboneEmbedder, average_running_statistics, build_backbone, describe
@@ -28,6 +29,7 @@ from recognition.run_folder import Best, RunFolder
 from recognition.starting_point import start_from
 from recognition.steps import Update, micro_batch_sizes
 from recognition.tracking import Tracker
+from recognition.verifying import verify_on_ranks
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +40,12 @@ def train(config: Config) -> bool:
     Every rank calls it. Returns whether the run is complete; it is not after an interruption, which leaves a
     checkpoint. Raises UserError for what the user can mend.
     """
-    ranks = distributed.start(config.distributed, config.training.threads)
+    with progress.working("waiting for the other processes"):
+        ranks = distributed.start(config.distributed, config.training.threads)
     with contextlib.ExitStack() as stack:
         stack.callback(distributed.stop)
+        stack.enter_context(failures.shared(ranks))
+        stack.enter_context(logs.telling(ranks.rank))
         interrupt = stack.enter_context(Interrupt())
         turns = Turns(ranks, config.distributed.init_timeout_seconds)
         folder = RunFolder(config.run.folder)
@@ -68,7 +73,8 @@ class Trainer:
         if config.faces is not None:
             faces = config.faces.model_dump()
             turns.machines("rendering faces", lambda: write_faces(config.data.path, **faces), shared=True)
-        self.index = turns.machines("indexing", lambda: open_index(config.data.path, config.data.cache))
+        with progress.working("indexing") as advance:
+            self.index = turns.machines("indexing", lambda: open_index(config.data.path, config.data.cache, advance))
         self.pair_sets = [read_pairs(path) for path in config.evaluation.pairs]
         for pairs in self.pair_sets:
             check_pairs(pairs, config.backbone.image_size)
@@ -78,7 +84,8 @@ class Trainer:
         if before:
             folder.refuse_if_changed(before, self._facts())
 
-        self.backbone = build_backbone(config.backbone, config.run.seed)
+        with progress.working("building the backbone"):
+            self.backbone = build_backbone(config.backbone, config.run.seed)
         self.beginning = start_from(
             self.backbone, config.backbone, config.run.folder, goes_on=self.checkpoint is not None
         )
@@ -114,7 +121,8 @@ class Trainer:
             sizes=self.sizes,
         )
         if self.checkpoint is not None:
-            self.checkpoints.load(self.checkpoint, self._tensors())
+            with progress.working("loading the checkpoint"):
+                self.checkpoints.load(self.checkpoint, self._tensors())
             self.loss_scale.load(before.get("loss_scale", {}))
         turns.main("beginning", self._begin)
         self.best = Best(folder)
@@ -126,20 +134,23 @@ class Trainer:
             images_per_step=config.training.global_batch,
             steps_per_epoch=self.index.num_images / config.training.global_batch,
             is_main=ranks.is_main,
+            every={"saving": config.checkpoint.every_steps}
+            | ({"verification": config.evaluation.every_steps} if self.pair_sets else {}),
         )
-        self.pipeline = Pipeline(
-            self.index,
-            config.data,
-            seed=config.run.seed,
-            batch=sum(self.sizes),
-            rank=ranks.rank,
-            world=ranks.world,
-            device=ranks.device,
-            image_size=config.backbone.image_size,
-            channels_last=config.backbone.channels_last is True,
-            start_step=self.step * config.training.accumulation,
-            quarantine=folder.quarantine,
-        )
+        with progress.working("building the image pipeline"):
+            self.pipeline = Pipeline(
+                self.index,
+                config.data,
+                seed=config.run.seed,
+                batch=sum(self.sizes),
+                rank=ranks.rank,
+                world=ranks.world,
+                device=ranks.device,
+                image_size=config.backbone.image_size,
+                channels_last=config.backbone.channels_last is True,
+                start_step=self.step * config.training.accumulation,
+                quarantine=folder.quarantine,
+            )
         self.batches = self._shown(self.pipeline)
 
     def run(self) -> bool:
@@ -152,6 +163,8 @@ class Trainer:
                 return False
             self._complete(trained=self.step > first)
             return True
+        except FailedElsewhere:
+            raise
         except UserError as error:
             self._say_if_again(error, first)
             raise
@@ -177,7 +190,8 @@ class Trainer:
         """Train; returns whether the last step was reached, of which there is a checkpoint then."""
         config, total, first = self.config, self.schedule.total_steps, self.step
         while self.step < total:
-            values = self._train_step(self.step)
+            with progress.working("first step") if self.step == first else contextlib.nullcontext():
+                values = self._train_step(self.step)
             self.step += 1
             if self.step == first + 1:
                 self._bound_collectives(config.distributed.timeout_seconds)
@@ -214,12 +228,13 @@ class Trainer:
             return
         if lacks_results:
             with self._after_saving("verification"):
-                numbers = self._verify()
+                numbers = {name: result.to_json() for name, result in self._verify().items()}
             if self.ranks.is_main:
                 self.folder.keep_final_verification(self.step, numbers)
         if exports:
             with self._after_saving("export"):
                 self._export(numbers)
+        self._summarise({name: result["accuracy"] for name, result in numbers.items()})
 
     @contextlib.contextmanager
     def _after_saving(self, what: str) -> Iterator[None]:
@@ -271,30 +286,20 @@ class Trainer:
                 "training.warmup_epochs; or go on with backbone.precision=float32 and head.precision=float32"
             )
 
-    def _verify(self) -> dict[str, dict[str, Any]]:
+    def _verify(self) -> dict[str, Verification]:
         """Verify on every set, its images split over the ranks; keep the backbone if it is the best so far."""
-        results = {}
-        with self.tracker.pause():
+        results: dict[str, Verification] = {}
+        with self.tracker.pause("verification"):
             average_running_statistics(self.backbone)
             embedder = BackboneEmbedder(self.backbone, self.ranks.device, float32=True)
             for pairs in self.pair_sets:
-                results[pairs.name] = self._verify_set(embedder, pairs)
-                self.tracker.verification(self.step, pairs.name, results[pairs.name])
+                results[pairs.name] = verify_on_ranks(embedder, pairs, self.turns, self.config.evaluation.batch)
+                scores = getattr(results[pairs.name], "scores", None)
+                self.tracker.verification(self.step, pairs.name, results[pairs.name].to_json(), scores)
             if results and self.ranks.is_main:
-                accuracy = sum(result["accuracy"] for result in results.values()) / len(results)
+                accuracy = sum(result.accuracy for result in results.values()) / len(results)
                 self.best.offer(self.backbone, self.step, accuracy)
         return results
-
-    def _verify_set(self, embedder: BackboneEmbedder, pairs: PairSet) -> dict[str, Any]:
-        sizes = distributed.split(2 * len(pairs), self.ranks.world)
-        start = sum(sizes[: self.ranks.rank])
-        part = range(start, start + sizes[self.ranks.rank])
-        own = self.turns.each(
-            f"verification on {pairs.name}", lambda: embed_pairs(embedder, pairs, self.config.evaluation.batch, part)
-        )
-        local = torch.from_numpy(own).to(self.ranks.head_device)
-        embeddings = distributed.all_gather_rows(local, sizes)
-        return verify(embeddings.cpu().numpy(), pairs.same).to_json()
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, sharing storage with what is trained."""
@@ -306,7 +311,7 @@ class Trainer:
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
     def _save(self) -> None:
-        with self.tracker.pause():
+        with self.tracker.pause("saving"), progress.working("saving a checkpoint"):
             average_running_statistics(self.backbone)
             self.checkpoints.save(self.step, self._tensors(), self._facts() | {"loss_scale": self.loss_scale.state()})
             self.best.write()
@@ -335,24 +340,18 @@ class Trainer:
         self.turns.main("export", lambda: export(self.backbone, self.folder.model, facts, self.config.export))
 
     def _announce(self) -> None:
-        index, ranks, total = self.index, self.ranks, self.schedule.total_steps
-        self.tracker.note(f"{index.num_images:,} images of {index.num_identities:,} identities: {index.path}")
-        processes = "1 process" if ranks.world == 1 else f"{ranks.world} processes"
-        threads = self.config.training.threads
-        self.tracker.note(
-            f"{processes} on {self.resolved.hardware}, each with {threads} CPU thread{'s' if threads > 1 else ''}"
-        )
-        for text in (describe(self.backbone, self.config.backbone), *self.beginning):
+        self.tracker.configuration(self.config)
+        backbone = describe(self.backbone, self.config.backbone), *self.beginning
+        lines = summary.opening(self.config, self.resolved, self.index, self.tracker, self.ranks.world, backbone)
+        for text in (*lines, *self.extension):
             self.tracker.note(text)
-        self.tracker.note(str(self.resolved))
         for text in self.resolved.notes:
             self.tracker.warn(text)
-        if self.extension:
-            self.tracker.note(self.extension)
-        self.tracker.note(
-            f"{total:,} steps of {self.config.training.global_batch} images"
-            + (f", from step {self.step:,} on" if self.step else "")
-        )
+
+    def _summarise(self, accuracies: dict[str, float]) -> None:
+        nonfinite = int(self.update.nonfinite)
+        self.tracker.results(accuracies)
+        self.tracker.block(summary.closing(self.config, self.folder, self.tracker, accuracies, nonfinite=nonfinite))
 
 
 def _is_due(step: int, every: int, total: int) -> bool:

@@ -19,7 +19,8 @@ from pydantic import (
 
 from recognition import toml
 from recognition.config.backbone import Backbone
-from recognition.config.base import ConfigError, Fraction, InputPath, Section, UserError, as_list
+from recognition.config.base import ConfigError, Fraction, InputPath, OutputPath, Section, UserError, as_list
+from recognition.config.command import command_line
 from recognition.config.data import Augment, Data, Faces
 from recognition.config.head import Head
 from recognition.config.losses import (
@@ -80,6 +81,7 @@ __all__ = [
     "SphereFaceR",
     "Triplet",
     "UserError",
+    "command_line",
     "load",
 ]
 
@@ -87,7 +89,7 @@ __all__ = [
 class Run(Section):
     """Where a run lives and what its randomness is keyed by."""
 
-    folder: Path = Path("runs/run")
+    folder: OutputPath = Path("runs/run")
     """Output folder; a run found there is resumed."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Key of everything random: order, augmentation, initial weights, dropout."""
