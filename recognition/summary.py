@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,15 +14,15 @@ from recognition.tracking import Tracker
 
 
 def opening(
-    config: Config, resolved: Resolved, index: Index, tracker: Tracker, world: int, parameters: int
+    config: Config, resolved: Resolved, index: Index, tracker: Tracker, world: int, backbone: Sequence[str]
 ) -> list[str]:
-    """Lines about the run that is going to begin: its data, its machine, its size."""
+    """Lines about the run that is going to begin: its data, its machine, its `backbone`, its length."""
     threads = config.training.threads
     return [
         f"{index.num_images:,} images of {index.num_identities:,} identities: {index.path}",
         f"{world} process{'es' if world > 1 else ''} on {resolved.hardware}, each with {threads} CPU "
         f"thread{'s' if threads > 1 else ''}",
-        f"{config.backbone.name}, {parameters / 1e6:.1f} M parameters",
+        *backbone,
         str(resolved),
         f"{tracker.total_steps:,} steps of {config.training.global_batch} images"
         + (f", from step {tracker.start_step:,} on" if tracker.start_step else ""),
@@ -34,7 +34,7 @@ def closing(
 ) -> list[str]:
     """Lines about the run in `folder` that has just taken its last step: what came out of it, and how to go on.
 
-    `accuracies`: final ones, by set. `nonfinite`: steps that changed nothing, as their loss was not finite.
+    `accuracies`: final ones, by set. `nonfinite`: steps that were called off.
     """
     found = [
         f"complete: {tracker.total_steps:,} steps"
@@ -54,7 +54,7 @@ def closing(
     if quarantined:
         found += [f"images replaced as unusable: {quarantined:,}, listed in", f"  {folder.quarantine}"]
     if nonfinite:
-        found.append(f"steps not finite, so left out: {nonfinite:,}")
+        found.append(f"not finite, so called off: {nonfinite:,} steps")
     if folder.model.is_file():
         found += ["model:", f"  {folder.model}"]
     sets = " ".join(shlex.quote(str(path)) for path in config.evaluation.pairs) or "PAIRS"

@@ -59,7 +59,7 @@ class Tracker:
         images_per_step: int,
         steps_per_epoch: float,
         is_main: bool,
-        every: Mapping[str, int] | None = None,
+        every: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self.config, self.is_main = config, is_main
         self.total_steps, self.start_step = total_steps, start_step

@@ -5,7 +5,6 @@ With `--write`, the section takes its place in the file. Entries of work that wa
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from recognition.head.negatives import Curricular, Filtered, Linear
 from recognition.head.products import Products, Summand, Taking
 from recognition.head.rows import Rows, State
 from recognition.head.tiles import Kernel, Problem, Section, Tile, Work
+from recognition.storage import write_text
 
 SIDES = [(256, 128, 64), (128, 256, 64), (128, 256, 32), (128, 128, 64), (128, 128, 32), (64, 256, 64), (64, 256, 32)]
 SIDES += [(64, 128, 64), (64, 128, 32), (64, 128, 16), (128, 64, 64), (64, 64, 64), (64, 64, 32)]
@@ -63,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(section.to_toml(name), end="")
     if options.write:
-        beside = tiles.TABLE.with_suffix(".new")
-        beside.write_text(tiles.put(tiles.TABLE.read_text(encoding="utf-8"), name, section), encoding="utf-8")
-        os.replace(beside, tiles.TABLE)
+        write_text(tiles.TABLE, tiles.put(tiles.TABLE.read_text(encoding="utf-8"), name, section))
         print(f"written to {tiles.TABLE}", file=sys.stderr)
     return 0
 

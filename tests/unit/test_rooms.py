@@ -9,15 +9,17 @@ PACKAGE = Path(__file__).parents[2] / "recognition"
 ROOMS = {"data", "models", "head", "evaluation", "deploy"}
 # Each knows those below it; the rooms do not know each other, but that deploy and evaluation share the Embedder.
 LEVELS = [
+    {"kinds"},
     {"toml"},
     {"config", "storage", "terminal"},
-    {"hardware", "images"},
-    {"distributed", "progress", "logs", "clock"},
+    {"hardware", "images", "launch", "reasons"},
+    {"distributed", "progress", "logs", "clock", "lock"},
     {"events"},
-    {"tracking", "outputs"},
+    {"tracking", "outputs", "failures", "preparation"},
     {"processes"},
     {"checkpoint", "loss_scale", "optimizer", *ROOMS},
-    {"run_folder", "measure"},
+    {"starting_point"},
+    {"run_folder", "measure", "steps", "resuming"},
     {"summary", "verifying"},
     {"trainer", "benchmark", "doctor"},
     {"program"},

@@ -62,7 +62,7 @@ def test_results_and_what_was_passed_over_are_told(tmp_path: Path) -> None:
         f"  {folder.best}",
         "images replaced as unusable: 2, listed in",
         f"  {folder.quarantine}",
-        "steps not finite, so left out: 4",
+        "not finite, so called off: 4 steps",
     ]
     assert f"  python tools/evaluate.py --model {tmp_path} --pairs lfw.bin 'my set.bin'" in told
     assert "model:" not in told
