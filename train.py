@@ -26,7 +26,7 @@ def _train(arguments: list[str]) -> int:
     path, overrides = config.command_line(arguments, DEMO)
     settings = config.load(path, overrides)
     # A mistake in the settings shows before the seconds that torch takes.
-    with progress.working("starting", after=0), program.imports():
+    with program.imports(), progress.working("starting: loading torch", after=0):
         from recognition.trainer import train
 
     return 0 if train(settings) else program.INTERRUPTED

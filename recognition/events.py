@@ -27,8 +27,8 @@ class Events:
 
     def __init__(self, folder: Path, purge_step: int) -> None:
         now = time.time()
-        # Machines may share a name and a process number, so neither makes the file's name its own.
-        name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{secrets.token_hex(4)}"
+        # Readers take files by name, so by time. Machines may share a name and a process number: neither is unique.
+        name = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{secrets.token_hex(4)}"
         self._file = Appender(folder / name)
         self._write(Event(wall_time=now, file_version="brain.Event:2"))
         self._write(Event(wall_time=now, step=purge_step, session_log=SessionLog(status=SessionLog.START)))

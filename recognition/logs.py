@@ -89,6 +89,7 @@ class Log(logging.Handler):
         self._file: Appender | None = None
         self._lines = Line("%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._times: Counter[tuple[str, str]] = Counter()
+        self._last: dict[tuple[str, str], str] = {}
 
     def keep(self, path: Path) -> None:
         """Write to the file from now on, what was told before first. Raises OSError."""
@@ -110,9 +111,10 @@ class Log(logging.Handler):
 
     def close(self) -> None:
         """Tell how often each warning came that was not always told, and close the file."""
-        for (name, message), times in list(self._times.items()):
+        for key, times in self._times.items():
             if times > TOLD:
-                logging.getLogger(name).warning("%s times in all: %s", f"{times:,}", message, extra={"count": ""})
+                text = "%s times in all, the last: %s"
+                logging.getLogger(key[0]).warning(text, f"{times:,}", self._last[key], extra={"count": ""})
         if self._file is not None:
             self._file.close()
         super().close()
@@ -122,9 +124,10 @@ class Log(logging.Handler):
         if hasattr(record, "count"):
             return True
         # A text of its own that is passed as an argument is what tells such warnings apart.
-        message = record.getMessage() if record.msg == "%s" else str(record.msg)
-        key = record.name, message
+        message = record.getMessage()
+        key = record.name, message if record.msg == "%s" else str(record.msg)
         self._times[key] += 1
+        self._last[key] = message
         times = self._times[key]
         if times > TOLD:
             record.count = f" ({times:,} times so far)"

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,15 +14,15 @@ from recognition.tracking import Tracker
 
 
 def opening(
-    config: Config, resolved: Resolved, index: Index, tracker: Tracker, world: int, parameters: int
+    config: Config, resolved: Resolved, index: Index, tracker: Tracker, world: int, backbone: Sequence[str]
 ) -> list[str]:
-    """Lines about the run that is going to begin: its data, its machine, its size."""
+    """Lines about the run that is going to begin: its data, its machine, its `backbone`, its length."""
     threads = config.training.threads
     return [
         f"{index.num_images:,} images of {index.num_identities:,} identities: {index.path}",
         f"{world} process{'es' if world > 1 else ''} on {resolved.hardware}, each with {threads} CPU "
         f"thread{'s' if threads > 1 else ''}",
-        f"{config.backbone.name}, {parameters / 1e6:.1f} M parameters",
+        *backbone,
         str(resolved),
         f"{tracker.total_steps:,} steps of {config.training.global_batch} images"
         + (f", from step {tracker.start_step:,} on" if tracker.start_step else ""),
@@ -34,7 +34,7 @@ def closing(
 ) -> list[str]:
     """Lines about the run in `folder` that has just taken its last step: what came out of it, and how to go on.
 
-    `accuracies`: final ones, by set. `nonfinite`: steps that changed nothing, as their loss was not finite.
+    `accuracies`: final ones, by set. `nonfinite`: steps that were called off.
     """
     found = [
         f"complete: {tracker.total_steps:,} steps"
@@ -43,27 +43,31 @@ def closing(
     ]
     rate = tracker.clock.mean_rate()
     if rate is not None:
-        found.append(f"speed: {rate * tracker.images_per_step:,.1f} img/s on average")
+        found.append(f"mean speed: {rate * tracker.images_per_step:,.1f} img/s")
     found += [f"accuracy on {name}: {accuracy:.2%}" for name, accuracy in accuracies.items()]
     best = folder.best.with_suffix(".json")
     if accuracies and best.is_file():
         record = json.loads(best.read_text())
         mean = "mean " if len(accuracies) > 1 else ""
-        found.append(f"best: {mean}accuracy {record['accuracy']:.2%} at step {record['step']:,}: {folder.best}")
+        found += [f"best {mean}accuracy: {record['accuracy']:.2%} at step {record['step']:,}", f"  {folder.best}"]
     quarantined = _quarantined(folder.quarantine)
     if quarantined:
-        found.append(f"replaced: {quarantined:,} images that cannot be used, listed in {folder.quarantine}")
+        found += [f"images replaced as unusable: {quarantined:,}, listed in", f"  {folder.quarantine}"]
     if nonfinite:
-        found.append(f"not finite: {nonfinite:,} steps, which changed nothing")
+        found.append(f"not finite, so called off: {nonfinite:,} steps")
     if folder.model.is_file():
-        found.append(f"model: {folder.model}")
+        found += ["model:", f"  {folder.model}"]
     sets = " ".join(shlex.quote(str(path)) for path in config.evaluation.pairs) or "PAIRS"
-    run, epochs = shlex.quote(str(folder.path)), f"{2 * config.training.epochs:g}"
+    run = shlex.quote(str(folder.path))
+    # Each command stands whole on a line of its own, to be copied.
     return [
         *found,
-        f"evaluate: python tools/evaluate.py --model {run} --pairs {sets}",
-        f"go on: the same command with training.epochs={epochs} training.extend=stretch (or restart)",
-        f"curves: tensorboard --logdir {run}",
+        "evaluate it:",
+        f"  python tools/evaluate.py --model {run} --pairs {sets}",
+        "go on: the same command, and",
+        f"  training.epochs={2 * config.training.epochs:g} training.extend=stretch",
+        "curves:",
+        f"  tensorboard --logdir {run}",
     ]
 
 

@@ -3,13 +3,17 @@
 import logging
 import os
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.text import Text
+
+_WRAP: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
 
 Row = Callable[[int], RenderableType]
 """A line of the live display, for a terminal of that many columns."""
@@ -63,13 +67,19 @@ def escape(text: str) -> str:
 
 
 class Handler(logging.Handler):
-    """Writes records to standard error, but for the progress that the live display shows itself."""
+    """Writes records to standard error, but for the progress that the live display shows itself.
+
+    On a terminal a line is broken between words, unless it is of a block: its commands are there to be copied whole.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
         if not (getattr(record, "is_progress", False) and is_terminal()):
             try:
-                write(self.format(record))
+                line = self.format(record)
+                if is_terminal() and not getattr(record, "is_block", False) and not record.exc_info:
+                    line = textwrap.fill(line, max(width(), 20), **_WRAP)
+                write(line)
             except Exception:
                 self.handleError(record)
 

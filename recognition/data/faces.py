@@ -7,7 +7,6 @@ machine its bytes are always the same; elsewhere another NumPy or Pillow may rou
 import functools
 import json
 import logging
-import os
 import pickle
 import signal
 from collections import deque
@@ -27,6 +26,7 @@ from recognition.data.face_renderer import SIZE, compress, draw, expose
 from recognition.data.recordio import InsightFaceWriter
 from recognition.hardware import cores
 from recognition.progress import working
+from recognition.storage import replacing
 
 __all__ = ["Identity", "contact_sheet", "encode", "identity_parameters", "render", "verification_pairs", "write_faces"]
 
@@ -178,9 +178,8 @@ def _is_finished(folder: Path, parameters: dict[str, int]) -> bool:
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def _encode_all(seed: int, size: int, names: list[tuple[int, int]]) -> list[bytes]:
