@@ -118,6 +118,14 @@ def test_what_is_uneven():
     assert not any(is_uneven(generator.permutation([True, False] * 300)) for _ in range(20))
     assert not is_uneven(np.tile([True] * 300 + [False] * 300, 10))
     assert is_uneven(np.arange(300) < 38)
+    assert all(is_uneven(np.arange(count) < count // 2) for count in (20, 24, 40, 400))
+    # A fold of one pair is of one kind in any order.
+    assert not is_uneven(np.arange(10) < 5)
+    one_bad = np.tile([True, False], 100)
+    one_bad[100:120] = np.arange(20) < 10
+    assert not is_uneven(one_bad)
+    one_bad[100:140] = np.arange(40) < 20
+    assert is_uneven(one_bad)
     assert "only 10.0% of its pairs are genuine" in doubts(np.arange(500) % 10 == 0)[0]
     assert "accuracy of 85.0% already" in doubts(np.arange(500) % 20 > 2)[0]
     assert doubts(np.arange(600) % 2 == 0) == []
