@@ -32,6 +32,7 @@ SUFFIXES = (
 
 MAX_PIXELS = 64_000_000
 """An image with more pixels is refused unread: a small file can claim to be a huge one."""
+_CUT = "truncated: its end is missing"
 _TOO_LARGE = f"it has more than {MAX_PIXELS:,} pixels"
 
 
@@ -67,6 +68,10 @@ def size(encoded: bytes) -> tuple[int, int]:
     elif encoded.startswith(_PNG) and encoded[12:16] == b"IHDR":
         width, height = int.from_bytes(encoded[16:20]), int.from_bytes(encoded[20:24])
         complete = encoded.rfind(b"IEND") > 0
+    elif not encoded:
+        raise Undecodable("no bytes")
+    elif encoded[8:12] == b"WEBP" and len(encoded) < int.from_bytes(encoded[4:8], "little"):
+        raise Undecodable(_CUT)
     else:
         with _opened(encoded) as image:
             height, width = image.height, image.width
@@ -76,7 +81,7 @@ def size(encoded: bytes) -> tuple[int, int]:
     if height * width > MAX_PIXELS:
         raise Undecodable(_TOO_LARGE)
     if not complete:
-        raise Undecodable("truncated: it has no end marker")
+        raise Undecodable(_CUT)
     return height, width
 
 
@@ -212,24 +217,28 @@ def _levels(image: Image.Image) -> Pixels:
 
 
 def _what_else(encoded: bytes) -> str:
-    """What bytes are that begin as no image that is decoded does."""
-    if not encoded:
-        return "no bytes"
-    for mark, start, name in _OTHERS:
-        if encoded[start : start + len(mark)] == mark:
-            return f"it is {name}, which is not decoded; save it as a JPEG or a PNG"
+    """What bytes are that begin as no image that is decoded does, and what to do about it."""
+    for marks, start, text in _OTHERS:
+        if encoded.startswith(marks, start):
+            return text
     return "it is no image of a kind that is decoded (" + ", ".join(FORMATS) + ")"
 
 
+_SAVE = ", which is not decoded; save it as a JPEG or a PNG"
+_AGAIN = "; copy or download the image again"
 _OTHERS = [
-    *((b"GIF8", 0, "a GIF"), (b"ftypavi", 4, "an AVIF"), (b"ftypmif1", 4, "a HEIF"), (b"ftypmsf1", 4, "a HEIF")),
-    *((b"ftyphei", 4, "a HEIC"), (b"ftyphev", 4, "a HEIC"), (b"\xff\x0a", 0, "a JPEG XL"), (b"JXL ", 4, "a JPEG XL")),
-    *((b"8BPS", 0, "a Photoshop file"), (b"\0\0\1\0", 0, "an icon"), (b"%PDF", 0, "a PDF"), (b"<svg", 0, "an SVG")),
-    *((b"<!", 0, "a web page"), (b"<html", 0, "a web page"), (b"\x1f\x8b", 0, "a gzip archive")),
-    *((b"PK\3\4", 0, "a zip archive"), (b"\x93NUMPY", 0, "a NumPy array")),
-    (b"version https://git-lfs", 0, "a pointer that Git LFS leaves for a file not downloaded"),
+    ((b"GIF8",), 0, "it is a GIF" + _SAVE),
+    ((b"ftypavif", b"ftypavis"), 4, "it is an AVIF" + _SAVE),
+    ((b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1"), 4, "it is a HEIC" + _SAVE),
+    ((b"\xff\x0a", b"\0\0\0\x0cJXL "), 0, "it is a JPEG XL" + _SAVE),
+    ((b"8BPS",), 0, "it is a Photoshop file" + _SAVE),
+    ((b"\0\0\1\0",), 0, "it is an icon" + _SAVE),
+    ((b"\x93NUMPY", b"\x80\x04", b"\x80\x05"), 0, "it is an array, not an encoded image; save it as a PNG"),
+    ((b"<!", b"<html", b"<HTML"), 0, "it is a web page" + _AGAIN),
+    ((b"version https://git-lfs",), 0, "it is Git LFS's pointer to a file; fetch that by `git lfs pull`"),
+    ((b"\x1f\x8b", b"PK\3\4"), 0, "it is an archive; unpack it"),
 ]
-"""How other kinds of files begin: bytes, from which on, and what they tell."""
+"""How other files begin: bytes, from which on, and what to say of them."""
 
 
 def _needed_chunks(encoded: bytes) -> Iterator[bytes]:
@@ -242,7 +251,7 @@ def _needed_chunks(encoded: bytes) -> Iterator[bytes]:
         end = start + 12 + int.from_bytes(encoded[start : start + 4])
         kind, chunk = encoded[start + 4 : start + 8], encoded[start:end]
         if len(chunk) < 12 or end > len(encoded):
-            raise Undecodable("truncated: a PNG without its end")
+            raise Undecodable(_CUT)
         critical = not kind[0] & 0x20
         if critical or kind == b"eXIf":
             if zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:]):

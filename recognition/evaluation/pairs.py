@@ -49,7 +49,7 @@ class PairSet:
         return f"{place} ({self.files[image]})" if self.files else place
 
     def decode(self, image: int) -> np.ndarray:
-        """Image number `image`, uint8 [H, W, 3]: see `recognition.images.decode`. Raises UserError where that raises."""
+        """Image `image`, uint8 [H, W, 3]: see `recognition.images.decode`. Raises UserError where that raises."""
         try:
             return decode(self.images[image])
         except Undecodable as error:
