@@ -47,11 +47,13 @@ def decode(encoded: bytes) -> Pixels:
     applied, and transparency is left out.
     """
     size(encoded)
-    if encoded.startswith(_PNG):
-        encoded = b"".join([_PNG, *_needed_chunks(encoded)])
+    exif = b""
+    if encoded.startswith((_JPEG, _PNG)):
+        encoded, exif = _bare_jpeg(encoded) if encoded.startswith(_JPEG) else _bare_png(encoded)
     with _opened(encoded) as image:
         image.load()
-        return _levels(_turned(image))
+        turn = _TURNS.get(_orientation(exif or image.info.get("exif", b"").removeprefix(_EXIF)))
+        return _levels(image if turn is None else image.transpose(turn))
 
 
 def size(encoded: bytes) -> tuple[int, int]:
@@ -100,23 +102,45 @@ class Frame:
 
 
 def jpeg_frame(encoded: bytes) -> Frame:
-    """Walk the marker segments (ITU-T T.81, annex B) up to the first frame header. Raises Undecodable without one."""
-    place, adobe = 2, None
-    while place + 10 <= len(encoded) and encoded[place] == 0xFF:
+    """What a JPEG says before its first frame. Raises Undecodable without one."""
+    adobe = None
+    for marker, start, end in _segments(encoded):
+        if marker == 0xEE and encoded[start + 4 : start + 9] == b"Adobe" and end - start >= 16:
+            adobe = encoded[start + 15]
+        elif marker in _FRAMES and end - start >= 10:
+            bits, height, width, components = struct.unpack_from(">BHHB", encoded, start + 4)
+            return Frame(marker, bits, height, width, components, adobe)
+    raise Undecodable("a JPEG without a frame header")
+
+
+def _segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and end of a JPEG's segments (ITU-T T.81, annex B) up to its first frame header."""
+    place = 2
+    while place + 4 <= len(encoded) and encoded[place] == 0xFF:
         marker = encoded[place + 1]
         if marker == 0xFF:  # a fill byte
             place += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            bits, height, width, components = struct.unpack_from(">BHHB", encoded, place + 4)
-            return Frame(marker, bits, height, width, components, adobe)
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # which stand alone
+            place += 2
         elif marker in (0xD9, 0xDA):
             break
         else:
-            length = int.from_bytes(encoded[place + 2 : place + 4])
-            if marker == 0xEE and encoded[place + 4 : place + 9] == b"Adobe" and length >= 14:
-                adobe = encoded[place + 15]
-            place += 2 + length
-    raise Undecodable("a JPEG without a frame header")
+            end = place + 2 + int.from_bytes(encoded[place + 2 : place + 4])
+            yield marker, place, min(end, len(encoded))
+            if marker in _FRAMES:
+                break
+            place = end
+
+
+def _bare_jpeg(encoded: bytes) -> tuple[bytes, bytes]:
+    """A JPEG without its metadata, a fault in which does not spoil the picture; and its EXIF block."""
+    parts, exif = [_JPEG], b""
+    for marker, start, end in _segments(encoded):
+        if marker == 0xE1 and encoded.startswith(_EXIF, start + 4):
+            exif = exif or encoded[start + 10 : end]
+        if marker in (0xE0, 0xEE) or marker < 0xE0:  # JFIF's and Adobe's say what the colours are
+            parts.append(encoded[start:end])
+    return b"".join([*parts, encoded[end:]]), exif
 
 
 @contextmanager
@@ -178,7 +202,10 @@ def _taps(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32
     return places.clip(0, length - 1).astype(np.int64), shares.astype(np.float32)
 
 
+_EXIF = b"Exif\0\0"
 _JPEG = b"\xff\xd8"
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of a JPEG's frame headers."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -192,18 +219,22 @@ _TURNS = {
 }
 
 
-def _turned(image: Image.Image) -> Image.Image:
-    """`image` turned by its EXIF block, not by its XMP one as Pillow would; TIFF is turned already.
+def _orientation(exif: bytes) -> int:
+    """What an EXIF block's first directory says; 0 where it is silent or broken, which viewers pass over.
 
-    An EXIF block that is broken is passed over, as viewers do.
+    Pillow reads it too, but by other rules than OpenCV and DALI where the entry has not the type that it should have.
     """
-    exif = Image.Exif()
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4], "")
     try:
-        exif.load(image.info.get("exif", b""))
-        turn = _TURNS.get(exif.get(_ORIENTATION))
-    except Exception:  # as wide as what Pillow raises on a broken block
-        return image
-    return image if turn is None else image.transpose(turn)
+        (start,) = struct.unpack_from(order + "I", exif, 4)
+        (entries,) = struct.unpack_from(order + "H", exif, start)
+        for place in range(start + 2, start + 2 + 12 * entries, 12):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", exif, place)
+            if tag == _ORIENTATION:
+                return int(value)
+    except struct.error:
+        pass
+    return 0
 
 
 def _levels(image: Image.Image) -> Pixels:
@@ -241,11 +272,12 @@ _OTHERS = [
 """How other files begin: bytes, from which on, and what to say of them."""
 
 
-def _needed_chunks(encoded: bytes) -> Iterator[bytes]:
-    """The chunks that make a PNG's picture, and its orientation: a fault in any other does not spoil it.
+def _bare_png(encoded: bytes) -> tuple[bytes, bytes]:
+    """A PNG of the chunks that make its picture, as a fault in another does not spoil that; and its EXIF block.
 
     Raises Undecodable where one of the former is broken or missing.
     """
+    parts, exif = [_PNG], b""
     start, kind = len(_PNG), b""
     while kind != b"IEND":
         end = start + 12 + int.from_bytes(encoded[start : start + 4])
@@ -254,8 +286,12 @@ def _needed_chunks(encoded: bytes) -> Iterator[bytes]:
             raise Undecodable(_CUT)
         critical = not kind[0] & 0x20
         if critical or kind == b"eXIf":
-            if zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:]):
-                yield chunk
-            elif critical:
+            right = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
+            if critical and not right:
                 raise Undecodable(f"its chunk {kind.decode('ascii', 'replace')} has a wrong checksum")
+            if critical:
+                parts.append(chunk)
+            elif right:
+                exif = chunk[8:-4]
         start = end
+    return b"".join(parts), exif

@@ -195,6 +195,9 @@ def jpegs() -> dict[str, Kind]:
         "thumbnail": jpeg_with(picture, 0xE1, exif(1, thumbnail)),
         "orientation in XMP alone": jpeg_with(picture, 0xE1, xmp),
         "broken EXIF": jpeg_with(picture, 0xE1, b"Exif\0\0" + bytes(range(40))),
+        "EXIF orientation as another type": jpeg_with(
+            picture, 0xE1, b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\4\0\0\0\1\0\0\0\6"
+        ),
         "EXIF orientation 9": jpeg_with(picture, 0xE1, exif(9)),
         "bytes behind its end": picture + bytes(range(256)) * 3,
         "two pictures (MPO)": save(
@@ -207,6 +210,10 @@ def jpegs() -> dict[str, Kind]:
         save(Image.fromarray(black, "CMYK"), "JPEG", quality=100), as_grey(GREY), lossy=True
     )
     kinds["JPEG, grey"] = Kind(grey, as_grey(GREY), lossy=True)
+    cut_exif = exif(6)[:-4]  # without the pointer to the next directory, which ends the block
+    two = jpeg_with(jpeg_with(picture, 0xE1, exif(6)), 0xE1, exif(3))
+    kinds["JPEG, EXIF cut"] = Kind(jpeg_with(picture, 0xE1, cut_exif), turned(RGB, 6), lossy=True)
+    kinds["JPEG, two EXIF blocks"] = Kind(two, turned(RGB, 3), lossy=True)
     kinds["JPEG, YCCK"] = Kind(YCCK, RGB, lossy=True)
     for value in range(1, 9):
         kinds[f"JPEG, EXIF orientation {value}"] = Kind(
@@ -259,6 +266,7 @@ def pngs() -> dict[str, Kind]:
         "long text": Kind(png(RGB, 8, rgb, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**22)))), RGB),
         "animated": Kind(png(RGB, 8, rgb, *animation, after=second), RGB),
         "wrong checksum of a text": Kind(png(RGB, 8, rgb, bytes(wrong)), RGB),
+        "wrong checksum of EXIF": Kind(png(RGB, 8, rgb, chunk(b"eXIf", exif(6)[6:])[:-1] + b"\0"), RGB),
         "bytes behind its end": Kind(png(RGB, 8, rgb) + b"more", RGB),
         "EXIF behind the data": Kind(png(RGB, 8, rgb, after=chunk(b"eXIf", exif(6)[6:])), turned(RGB, 6)),
     }
@@ -349,6 +357,7 @@ def broken_but_shown() -> dict[str, Kind]:
     picture = save(RGB, "JPEG", quality=100, subsampling=0)
     return {
         "JPEG, cut, with an end put behind": Kind(cut[: cut.index(b"\xff\xd1")] + b"\xff\xd9", above, lossy=True),
+        "JPEG, a marker that stands alone": Kind(picture[:2] + b"\xff\x01" + picture[2:], RGB, lossy=True),
         "JPEG, a byte between its segments": Kind(picture[:2] + b"\xff" + picture[2:], RGB, lossy=True),
     }
 
