@@ -32,6 +32,7 @@ SUFFIXES = (
 
 MAX_PIXELS = 64_000_000
 """An image with more pixels is refused unread: a small file can claim to be a huge one."""
+_CUT = "truncated: its end is missing"
 _TOO_LARGE = f"it has more than {MAX_PIXELS:,} pixels"
 
 
@@ -46,11 +47,13 @@ def decode(encoded: bytes) -> Pixels:
     applied, and transparency is left out.
     """
     size(encoded)
-    if encoded.startswith(_PNG):
-        encoded = b"".join([_PNG, *_needed_chunks(encoded)])
+    exif = b""
+    if encoded.startswith((_JPEG, _PNG)):
+        encoded, exif = _bare_jpeg(encoded) if encoded.startswith(_JPEG) else _bare_png(encoded)
     with _opened(encoded) as image:
         image.load()
-        return _levels(_turned(image))
+        turn = _TURNS.get(_orientation(exif or image.info.get("exif", b"").removeprefix(_EXIF)))
+        return _levels(image if turn is None else image.transpose(turn))
 
 
 def size(encoded: bytes) -> tuple[int, int]:
@@ -67,6 +70,10 @@ def size(encoded: bytes) -> tuple[int, int]:
     elif encoded.startswith(_PNG) and encoded[12:16] == b"IHDR":
         width, height = int.from_bytes(encoded[16:20]), int.from_bytes(encoded[20:24])
         complete = encoded.rfind(b"IEND") > 0
+    elif not encoded:
+        raise Undecodable("no bytes")
+    elif encoded[8:12] == b"WEBP" and len(encoded) < int.from_bytes(encoded[4:8], "little"):
+        raise Undecodable(_CUT)
     else:
         with _opened(encoded) as image:
             height, width = image.height, image.width
@@ -76,7 +83,7 @@ def size(encoded: bytes) -> tuple[int, int]:
     if height * width > MAX_PIXELS:
         raise Undecodable(_TOO_LARGE)
     if not complete:
-        raise Undecodable("truncated: it has no end marker")
+        raise Undecodable(_CUT)
     return height, width
 
 
@@ -95,23 +102,45 @@ class Frame:
 
 
 def jpeg_frame(encoded: bytes) -> Frame:
-    """Walk the marker segments (ITU-T T.81, annex B) up to the first frame header. Raises Undecodable without one."""
-    place, adobe = 2, None
-    while place + 10 <= len(encoded) and encoded[place] == 0xFF:
+    """What a JPEG says before its first frame. Raises Undecodable without one."""
+    adobe = None
+    for marker, start, end in _segments(encoded):
+        if marker == 0xEE and encoded[start + 4 : start + 9] == b"Adobe" and end - start >= 16:
+            adobe = encoded[start + 15]
+        elif marker in _FRAMES and end - start >= 10:
+            bits, height, width, components = struct.unpack_from(">BHHB", encoded, start + 4)
+            return Frame(marker, bits, height, width, components, adobe)
+    raise Undecodable("a JPEG without a frame header")
+
+
+def _segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and end of a JPEG's segments (ITU-T T.81, annex B) up to its first frame header."""
+    place = 2
+    while place + 4 <= len(encoded) and encoded[place] == 0xFF:
         marker = encoded[place + 1]
         if marker == 0xFF:  # a fill byte
             place += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            bits, height, width, components = struct.unpack_from(">BHHB", encoded, place + 4)
-            return Frame(marker, bits, height, width, components, adobe)
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # which stand alone
+            place += 2
         elif marker in (0xD9, 0xDA):
             break
         else:
-            length = int.from_bytes(encoded[place + 2 : place + 4])
-            if marker == 0xEE and encoded[place + 4 : place + 9] == b"Adobe" and length >= 14:
-                adobe = encoded[place + 15]
-            place += 2 + length
-    raise Undecodable("a JPEG without a frame header")
+            end = place + 2 + int.from_bytes(encoded[place + 2 : place + 4])
+            yield marker, place, min(end, len(encoded))
+            if marker in _FRAMES:
+                break
+            place = end
+
+
+def _bare_jpeg(encoded: bytes) -> tuple[bytes, bytes]:
+    """A JPEG without its metadata, a fault in which does not spoil the picture; and its EXIF block."""
+    parts, exif = [_JPEG], b""
+    for marker, start, end in _segments(encoded):
+        if marker == 0xE1 and encoded.startswith(_EXIF, start + 4):
+            exif = exif or encoded[start + 10 : end]
+        if marker in (0xE0, 0xEE) or marker < 0xE0:  # JFIF's and Adobe's say what the colours are
+            parts.append(encoded[start:end])
+    return b"".join([*parts, encoded[end:]]), exif
 
 
 @contextmanager
@@ -173,7 +202,10 @@ def _taps(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32
     return places.clip(0, length - 1).astype(np.int64), shares.astype(np.float32)
 
 
+_EXIF = b"Exif\0\0"
 _JPEG = b"\xff\xd8"
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of a JPEG's frame headers."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -187,18 +219,22 @@ _TURNS = {
 }
 
 
-def _turned(image: Image.Image) -> Image.Image:
-    """`image` turned by its EXIF block, not by its XMP one as Pillow would; TIFF is turned already.
+def _orientation(exif: bytes) -> int:
+    """What an EXIF block's first directory says; 0 where it is silent or broken, which viewers pass over.
 
-    An EXIF block that is broken is passed over, as viewers do.
+    Pillow reads it too, but by other rules than OpenCV and DALI where the entry has not the type that it should have.
     """
-    exif = Image.Exif()
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4], "")
     try:
-        exif.load(image.info.get("exif", b""))
-        turn = _TURNS.get(exif.get(_ORIENTATION))
-    except Exception:  # as wide as what Pillow raises on a broken block
-        return image
-    return image if turn is None else image.transpose(turn)
+        (start,) = struct.unpack_from(order + "I", exif, 4)
+        (entries,) = struct.unpack_from(order + "H", exif, start)
+        for place in range(start + 2, start + 2 + 12 * entries, 12):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", exif, place)
+            if tag == _ORIENTATION:
+                return int(value)
+    except struct.error:
+        pass
+    return 0
 
 
 def _levels(image: Image.Image) -> Pixels:
@@ -212,41 +248,50 @@ def _levels(image: Image.Image) -> Pixels:
 
 
 def _what_else(encoded: bytes) -> str:
-    """What bytes are that begin as no image that is decoded does."""
-    if not encoded:
-        return "no bytes"
-    for mark, start, name in _OTHERS:
-        if encoded[start : start + len(mark)] == mark:
-            return f"it is {name}, which is not decoded; save it as a JPEG or a PNG"
+    """What bytes are that begin as no image that is decoded does, and what to do about it."""
+    for marks, start, text in _OTHERS:
+        if encoded.startswith(marks, start):
+            return text
     return "it is no image of a kind that is decoded (" + ", ".join(FORMATS) + ")"
 
 
+_SAVE = ", which is not decoded; save it as a JPEG or a PNG"
+_AGAIN = "; copy or download the image again"
 _OTHERS = [
-    *((b"GIF8", 0, "a GIF"), (b"ftypavi", 4, "an AVIF"), (b"ftypmif1", 4, "a HEIF"), (b"ftypmsf1", 4, "a HEIF")),
-    *((b"ftyphei", 4, "a HEIC"), (b"ftyphev", 4, "a HEIC"), (b"\xff\x0a", 0, "a JPEG XL"), (b"JXL ", 4, "a JPEG XL")),
-    *((b"8BPS", 0, "a Photoshop file"), (b"\0\0\1\0", 0, "an icon"), (b"%PDF", 0, "a PDF"), (b"<svg", 0, "an SVG")),
-    *((b"<!", 0, "a web page"), (b"<html", 0, "a web page"), (b"\x1f\x8b", 0, "a gzip archive")),
-    *((b"PK\3\4", 0, "a zip archive"), (b"\x93NUMPY", 0, "a NumPy array")),
-    (b"version https://git-lfs", 0, "a pointer that Git LFS leaves for a file not downloaded"),
+    ((b"GIF8",), 0, "it is a GIF" + _SAVE),
+    ((b"ftypavif", b"ftypavis"), 4, "it is an AVIF" + _SAVE),
+    ((b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1"), 4, "it is a HEIC" + _SAVE),
+    ((b"\xff\x0a", b"\0\0\0\x0cJXL "), 0, "it is a JPEG XL" + _SAVE),
+    ((b"8BPS",), 0, "it is a Photoshop file" + _SAVE),
+    ((b"\0\0\1\0",), 0, "it is an icon" + _SAVE),
+    ((b"\x93NUMPY", b"\x80\x04", b"\x80\x05"), 0, "it is an array, not an encoded image; save it as a PNG"),
+    ((b"<!", b"<html", b"<HTML"), 0, "it is a web page" + _AGAIN),
+    ((b"version https://git-lfs",), 0, "it is Git LFS's pointer to a file; fetch that by `git lfs pull`"),
+    ((b"\x1f\x8b", b"PK\3\4"), 0, "it is an archive; unpack it"),
 ]
-"""How other kinds of files begin: bytes, from which on, and what they tell."""
+"""How other files begin: bytes, from which on, and what to say of them."""
 
 
-def _needed_chunks(encoded: bytes) -> Iterator[bytes]:
-    """The chunks that make a PNG's picture, and its orientation: a fault in any other does not spoil it.
+def _bare_png(encoded: bytes) -> tuple[bytes, bytes]:
+    """A PNG of the chunks that make its picture, as a fault in another does not spoil that; and its EXIF block.
 
     Raises Undecodable where one of the former is broken or missing.
     """
+    parts, exif = [_PNG], b""
     start, kind = len(_PNG), b""
     while kind != b"IEND":
         end = start + 12 + int.from_bytes(encoded[start : start + 4])
         kind, chunk = encoded[start + 4 : start + 8], encoded[start:end]
         if len(chunk) < 12 or end > len(encoded):
-            raise Undecodable("truncated: a PNG without its end")
+            raise Undecodable(_CUT)
         critical = not kind[0] & 0x20
         if critical or kind == b"eXIf":
-            if zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:]):
-                yield chunk
-            elif critical:
+            right = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
+            if critical and not right:
                 raise Undecodable(f"its chunk {kind.decode('ascii', 'replace')} has a wrong checksum")
+            if critical:
+                parts.append(chunk)
+            elif right:
+                exif = chunk[8:-4]
         start = end
+    return b"".join(parts), exif

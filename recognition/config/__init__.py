@@ -139,7 +139,7 @@ class Evaluation(Section):
     pairs: Annotated[tuple[InputPath, ...], Field(strict=False), BeforeValidator(as_list)] = ()
     """Verification sets: InsightFace `.bin` files, or lists of pairs beside their image folder, such as LFW's
     `pairs.txt`, CALFW's, CPLFW's, or lines `path path label`."""
-    images: Annotated[Path | None, Field(strict=False)] = None
+    images: InputPath | None = None
     """The folder of the lists' images. Default: looked for beside each list."""
     missing_images: Literal["refuse", "skip"] = "refuse"
     """What becomes of pairs one of whose images is missing or cannot be decoded, as where alignment found no face.

@@ -62,16 +62,16 @@ class DaliMaker:
     def decodes_alike(encoded: bytes) -> bool:
         """True of the common kinds: 8-bit JPEG of YCbCr or grey, PNG of up to 8 bits, WebP without metadata.
 
-        Of the others DALI rounds 16 bits otherwise, does not read text PNM, 1-bit TIFF or WebP's metadata, and its GPU
-        decoders may treat each CMYK, TIFF and JPEG 2000 in their own way.
+        Of the others DALI rounds 16 bits otherwise, does not read text PNM, 1-bit TIFF and WebP's EXIF, turns by other
+        rules where EXIF is broken, and its GPU decoders may treat each CMYK, TIFF and JPEG 2000 in their own way.
         """
         if encoded.startswith(b"\xff\xd8"):
             frame = jpeg_frame(encoded)
-            usual = frame.marker in (0xC0, 0xC1, 0xC2) and frame.bits == 8
-            return usual and frame.components in (1, 3) and frame.adobe in (None, 1)
+            usual = frame.marker in (0xC0, 0xC1, 0xC2) and frame.components in (1, 3)
+            return usual and frame.adobe in (None, 1) and encoded.count(b"Exif\0\0") < 2
         if encoded.startswith(b"\x89PNG"):
-            return encoded[24] <= 8
-        return encoded[8:15] == b"WEBPVP8" and encoded[15:16] in (b" ", b"L")
+            return encoded[24] <= 8 and b"eXIf" not in encoded
+        return encoded[8:16] in (b"WEBPVP8 ", b"WEBPVP8L")
 
     def close(self) -> None:
         """Free the graph."""

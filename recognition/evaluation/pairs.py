@@ -69,7 +69,7 @@ class PairSet:
         return f"image {image % 2 + 1} of {pair}{file}"
 
     def decode(self, image: int) -> np.ndarray:
-        """Image number `image`, uint8 [H, W, 3], as `recognition.images.decode` has it. Raises UserError."""
+        """Image `image`, uint8 [H, W, 3]: see `recognition.images.decode`. Raises UserError where that raises."""
         try:
             return decode(self.images[image])
         except Undecodable as error:
@@ -134,6 +134,9 @@ def read_pairs(
     """
     path = Path(path)
     name = escape(str(path))
+    if path.is_dir():
+        inside = next(iter(sorted(path.glob("*.bin")) + sorted(path.glob("*.txt"))), path / "lfw.bin")
+        raise UserError(f"{name}: cannot be read: it is a folder; give a file in it, such as {escape(str(inside))}")
     try:
         data = path.read_bytes()
     except OSError as error:

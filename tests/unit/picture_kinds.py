@@ -23,6 +23,8 @@ class Kind:
     """uint8 [H, W, 3]: what has to be seen; None where the file is to be refused."""
     lossy: bool = False
     """Whether two levels more or less are as good, and the seams between the blocks do not count."""
+    within: int = 0
+    """Levels more or less that are as good of what is not lossy."""
     reason: str = ""
     """Where the file is to be refused: what is said of it."""
 
@@ -112,7 +114,7 @@ def png(
 
 def bmp(indices: np.ndarray, bits: int, palette: list[tuple[int, int, int]]) -> bytes:
     """A BMP with a palette, from its last row to the first; rows of whole bytes and of a multiple of four."""
-    rows = b"".join(packed(row[None], bits)[1:] for row in indices[::-1])
+    rows = b"".join(line + bytes(-len(line) % 4) for line in (packed(row[None], bits)[1:] for row in indices[::-1]))
     colours = b"".join(bytes((blue, green, red, 0)) for red, green, blue in palette)
     start = 54 + len(colours)
     header = struct.pack(
@@ -193,6 +195,9 @@ def jpegs() -> dict[str, Kind]:
         "thumbnail": jpeg_with(picture, 0xE1, exif(1, thumbnail)),
         "orientation in XMP alone": jpeg_with(picture, 0xE1, xmp),
         "broken EXIF": jpeg_with(picture, 0xE1, b"Exif\0\0" + bytes(range(40))),
+        "EXIF orientation as another type": jpeg_with(
+            picture, 0xE1, b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\4\0\0\0\1\0\0\0\6"
+        ),
         "EXIF orientation 9": jpeg_with(picture, 0xE1, exif(9)),
         "bytes behind its end": picture + bytes(range(256)) * 3,
         "two pictures (MPO)": save(
@@ -205,6 +210,10 @@ def jpegs() -> dict[str, Kind]:
         save(Image.fromarray(black, "CMYK"), "JPEG", quality=100), as_grey(GREY), lossy=True
     )
     kinds["JPEG, grey"] = Kind(grey, as_grey(GREY), lossy=True)
+    cut_exif = exif(6)[:-4]  # without the pointer to the next directory, which ends the block
+    two = jpeg_with(jpeg_with(picture, 0xE1, exif(6)), 0xE1, exif(3))
+    kinds["JPEG, EXIF cut"] = Kind(jpeg_with(picture, 0xE1, cut_exif), turned(RGB, 6), lossy=True)
+    kinds["JPEG, two EXIF blocks"] = Kind(two, turned(RGB, 3), lossy=True)
     kinds["JPEG, YCCK"] = Kind(YCCK, RGB, lossy=True)
     for value in range(1, 9):
         kinds[f"JPEG, EXIF orientation {value}"] = Kind(
@@ -257,6 +266,7 @@ def pngs() -> dict[str, Kind]:
         "long text": Kind(png(RGB, 8, rgb, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**22)))), RGB),
         "animated": Kind(png(RGB, 8, rgb, *animation, after=second), RGB),
         "wrong checksum of a text": Kind(png(RGB, 8, rgb, bytes(wrong)), RGB),
+        "wrong checksum of EXIF": Kind(png(RGB, 8, rgb, chunk(b"eXIf", exif(6)[6:])[:-1] + b"\0"), RGB),
         "bytes behind its end": Kind(png(RGB, 8, rgb) + b"more", RGB),
         "EXIF behind the data": Kind(png(RGB, 8, rgb, after=chunk(b"eXIf", exif(6)[6:])), turned(RGB, 6)),
     }
@@ -322,7 +332,7 @@ def others() -> dict[str, Kind]:
         **{f"TIFF, orientation {value}": Kind(encoded, turned(RGB, value)) for value, encoded in tagged.items()},
         "PPM": Kind(save(picture, "PPM"), RGB),
         "PPM, text": Kind(ascii_rgb, RGB),
-        "PPM, 16 bit": Kind(b"P6 48 32 65535\n" + DEEP_RGB.astype(">u2").tobytes(), RGB),
+        "PPM, 16 bit": Kind(b"P6 48 32 65535\n" + DEEP_RGB.astype(">u2").tobytes(), RGB, within=1),
         "PGM": Kind(save(grey, "PPM"), as_grey(GREY)),
         "PGM, text": Kind(ascii_grey, as_grey(GREY)),
         "PGM, 16 bit": Kind(b"P5 48 32 65535\n" + DEEP_GREY.astype(">u2").tobytes(), as_grey(DEEP_GREY >> 8)),
@@ -337,3 +347,47 @@ def others() -> dict[str, Kind]:
         "JPEG 2000, 16 bit grey": Kind(save(deep, "JPEG2000", **lossless), as_grey(DEEP_GREY >> 8)),
         "JPEG 2000, alpha": Kind(save(with_alpha, "JPEG2000", **lossless), RGB),
     }
+
+
+def broken_but_shown() -> dict[str, Kind]:
+    """Spoilt files that viewers show and that are decoded: below where a JPEG's data end, all is grey."""
+    cut = save(RGB, "JPEG", quality=100, subsampling=0, restart_marker_blocks=6)  # a marker behind each 8 rows
+    above = RGB.copy()
+    above[SIDE:] = 128
+    picture = save(RGB, "JPEG", quality=100, subsampling=0)
+    return {
+        "JPEG, cut, with an end put behind": Kind(cut[: cut.index(b"\xff\xd1")] + b"\xff\xd9", above, lossy=True),
+        "JPEG, a marker that stands alone": Kind(picture[:2] + b"\xff\x01" + picture[2:], RGB, lossy=True),
+        "JPEG, a byte between its segments": Kind(picture[:2] + b"\xff" + picture[2:], RGB, lossy=True),
+    }
+
+
+def refused() -> dict[str, Kind]:
+    """Files that are not decoded, and what is said of them."""
+    picture, deep = save(RGB, "JPEG"), bytearray(save(RGB, "JPEG"))
+    deep[deep.index(b"\xff\xc0") + 4] = 12
+    image, floats = save(RGB, "PNG"), Image.fromarray(GREY.astype(np.float32))
+    spoilt = bytearray(image)
+    spoilt[-30] ^= 255
+    found = {
+        "no bytes": (b"", "no bytes"),
+        "GIF": (save(Image.fromarray(GREY), "GIF"), "it is a GIF"),
+        "AVIF": (b"\0\0\0\x1cftypavif" + bytes(40), "it is an AVIF"),
+        "HEIC": (b"\0\0\0\x1cftypheic" + bytes(40), "it is a HEIC"),
+        "JPEG XL": (b"\xff\x0a" + bytes(40), "it is a JPEG XL"),
+        "web page": (b"<!DOCTYPE html><html>404</html>", "it is a web page"),
+        "Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS's pointer"),
+        "other bytes": (b"garbage" * 30, "it is no image of a kind that is decoded"),
+        "JPEG, 12 bit": (bytes(deep), "12 bits a level"),
+        "JPEG, cut": (picture[: len(picture) // 2], "truncated"),
+        "JPEG, header alone": (picture[:20], "without a frame header"),
+        "PNG, cut": (image[:-20], "truncated"),
+        "PNG, wrong checksum of its data": (bytes(spoilt), "chunk IDAT has a wrong checksum"),
+        "WebP, cut": (save(RGB, "WEBP", quality=90)[:100], "truncated"),
+        "TIFF, cut": (save(RGB, "TIFF")[:900], "truncated"),
+        "TIFF, floats": (save(floats, "TIFF"), "levels have 32 bits"),
+        "JPEG 2000, cut": (save(RGB, "JPEG2000")[:-60], "broken data stream"),
+        "PPM, cut": (save(RGB, "PPM")[:900], "truncated"),
+        "too large": (b"P5 60000 60000 255 ", "more than 64,000,000 pixels"),
+    }
+    return {name: Kind(encoded, reason=reason) for name, (encoded, reason) in found.items()}

@@ -187,7 +187,8 @@ def test_truncated_at_any_byte_is_an_error(tmp_path, protocol, images):
 def test_files_that_are_no_set(tmp_path):
     with pytest.raises(UserError, match=r"none\.bin: cannot be read: No such file"):
         read_pairs(tmp_path / "none.bin")
-    with pytest.raises(UserError, match="cannot be read"):
+    (tmp_path / "cfp.bin").touch()
+    with pytest.raises(UserError, match=r"cannot be read: it is a folder; give a file in it, such as .*cfp\.bin"):
         read_pairs(tmp_path)
     (tmp_path / "empty.bin").touch()
     with pytest.raises(UserError, match="is empty"):
