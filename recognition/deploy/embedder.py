@@ -254,4 +254,6 @@ def _reason(path: Path, error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return escape(lines[0]) if lines else type(error).__name__
+    # Without the code, the path and the place in ONNX Runtime's source that it begins with.
+    pattern = r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:)?(/onnxruntime_src/.*?\) (?=[A-Z]))?"
+    return escape(re.sub(pattern, "", lines[0])) if lines else type(error).__name__

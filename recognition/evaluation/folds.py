@@ -28,7 +28,7 @@ def spread(same: np.ndarray) -> np.ndarray:
     place = np.empty(len(same))
     for kind in (True, False):
         count = np.sum(same == kind)
-        place[same == kind] = (np.arange(count) + 0.5) / max(count, 1)
+        place[same == kind] = np.arange(count) / max(count, 1)
     return np.lexsort((~same, place))
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from recognition import progress
 from recognition.config import UserError
 from recognition.evaluation.bins import is_pickle, read_bin
 from recognition.evaluation.folds import is_uneven, spread
@@ -169,22 +170,25 @@ def _with_files(path: Path, listed: PairList, images: Path | None, missing: Miss
         )
     read: dict[Path, bytes] = {}
     files, faults, respelled = [], {}, []
-    for image, names in enumerate(names for entry in entries for names in (entry.first, entry.second)):
-        file = folder.find(names)
-        files.append(file or folder.root / names[0])
-        if file is None:
-            faults[image] = "no such file"
-            continue
-        if is_respelled(file, names):
-            respelled.append(file)
-        if file not in read:
-            try:
-                read[file] = file.read_bytes()
-            except OSError as error:
-                faults[image] = f"cannot be read: {error.strerror or error}"
+    wanted = [names for entry in entries for names in (entry.first, entry.second)]
+    with progress.working(f"reading the images of {name}", len(wanted)) as advance:
+        for image, names in enumerate(wanted):
+            advance(image)
+            file = folder.find(names)
+            files.append(file or folder.root / names[0])
+            if file is None:
+                faults[image] = "no such file"
                 continue
-        if not read[file]:
-            faults[image] = "the file is empty"
+            if is_respelled(file, names):
+                respelled.append(file)
+            if file not in read:
+                try:
+                    read[file] = file.read_bytes()
+                except OSError as error:
+                    faults[image] = f"cannot be read: {error.strerror or error}"
+                    continue
+            if not read[file]:
+                faults[image] = "the file is empty"
     doubts = []
     if respelled:
         doubts = [
@@ -199,13 +203,15 @@ def _with_files(path: Path, listed: PairList, images: Path | None, missing: Miss
 
 def _repeated(pairs: PairSet) -> list[str]:
     """What is said of pairs that the set holds twice, or that are one image twice."""
-    contents = [frozenset((pairs.images[image], pairs.images[image + 1])) for image in range(0, 2 * len(pairs), 2)]
-    kinds: dict[frozenset[bytes], set[bool]] = {}
-    for content, same in zip(contents, pairs.same.tolist(), strict=True):
-        kinds.setdefault(content, set()).add(same)
+    contents, kinds = [], dict[frozenset[bytes], set[bool]]()
+    for pair, same in enumerate(pairs.same.tolist()):
+        content = frozenset(pairs.images[2 * pair : 2 * pair + 2])
+        if b"" not in content:  # an image that is missing
+            contents.append(content)
+            kinds.setdefault(content, set()).add(same)
     counts = {
         "pairs are in the set already, and count each time": len(contents) - len(kinds),
         "pairs are of an image and itself": sum(len(content) == 1 for content in contents),
         "pairs are in the set both as genuine and as impostor": sum(len(kind) == 2 for kind in kinds.values()),
     }
-    return [f"{count:,} of {len(contents):,} {what}" for what, count in counts.items() if count]
+    return [f"{count:,} of {len(pairs):,} {what}" for what, count in counts.items() if count]
