@@ -68,7 +68,9 @@ def size(encoded: bytes) -> tuple[int, int]:
         height, width = frame.height, frame.width
         complete = encoded.rfind(b"\xff\xd9") > 0
     elif encoded.startswith(_PNG) and encoded[12:16] == b"IHDR":
-        width, height = int.from_bytes(encoded[16:20]), int.from_bytes(encoded[20:24])
+        width, height, bits, colour, *methods = struct.unpack_from(">IIBBBBB", encoded.ljust(29), 16)
+        if bits not in _PNG_BITS.get(colour, ()) or methods not in ([0, 0, 0], [0, 0, 1]):
+            raise Undecodable("its PNG header is broken")
         complete = encoded.rfind(b"IEND") > 0
     elif not encoded:
         raise Undecodable("no bytes")
@@ -99,22 +101,30 @@ class Frame:
     components: int
     adobe: int | None
     """The colour transform that an Adobe marker tells: 0 is none, 1 is YCbCr, 2 is YCCK."""
+    regular: bool
+    """Whether the segments stand one behind the other, and are those that an encoder of today writes."""
 
 
 def jpeg_frame(encoded: bytes) -> Frame:
-    """What a JPEG says before its first frame. Raises Undecodable without one."""
-    adobe = None
+    """What a JPEG says before its first scan. Raises Undecodable where no frame header is among that."""
+    frame, adobe, regular, behind = None, None, True, 2
     for marker, start, end in _segments(encoded):
+        regular &= start == behind
+        behind = end
         if marker == 0xEE and encoded[start + 4 : start + 9] == b"Adobe" and end - start >= 16:
             adobe = encoded[start + 15]
         elif marker in _FRAMES and end - start >= 10:
-            bits, height, width, components = struct.unpack_from(">BHHB", encoded, start + 4)
-            return Frame(marker, bits, height, width, components, adobe)
-    raise Undecodable("a JPEG without a frame header")
+            frame = frame or (marker, *struct.unpack_from(">BHHB", encoded, start + 4))
+            regular &= end - start == 10 + 3 * frame[-1]
+        else:
+            regular &= marker in _BESIDES
+    if frame is None:
+        raise Undecodable("a JPEG without a frame header")
+    return Frame(*frame, adobe=adobe, regular=regular and encoded.startswith(b"\xff\xda", behind))
 
 
 def _segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of a JPEG's segments (ITU-T T.81, annex B) up to its first frame header."""
+    """Marker, start and end of a JPEG's segments (ITU-T T.81, annex B) up to its first scan."""
     place = 2
     while place + 4 <= len(encoded) and encoded[place] == 0xFF:
         marker = encoded[place + 1]
@@ -127,14 +137,12 @@ def _segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
         else:
             end = place + 2 + int.from_bytes(encoded[place + 2 : place + 4])
             yield marker, place, min(end, len(encoded))
-            if marker in _FRAMES:
-                break
             place = end
 
 
 def _bare_jpeg(encoded: bytes) -> tuple[bytes, bytes]:
     """A JPEG without its metadata, a fault in which does not spoil the picture; and its EXIF block."""
-    parts, exif = [_JPEG], b""
+    parts, exif, end = [_JPEG], b"", len(_JPEG)
     for marker, start, end in _segments(encoded):
         if marker == 0xE1 and encoded.startswith(_EXIF, start + 4):
             exif = exif or encoded[start + 10 : end]
@@ -206,7 +214,11 @@ _EXIF = b"Exif\0\0"
 _JPEG = b"\xff\xd8"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """Markers of a JPEG's frame headers."""
+_BESIDES = frozenset([0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE])
+"""Markers of tables, applications' segments and comments."""
 _PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_BITS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+"""Bits a level that each colour type may have."""
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -270,6 +282,14 @@ _OTHERS = [
     ((b"\x1f\x8b", b"PK\3\4"), 0, "it is an archive; unpack it"),
 ]
 """How other files begin: bytes, from which on, and what to say of them."""
+
+
+def png_is_whole(encoded: bytes) -> bool:
+    """Whether a PNG's chunks stand one behind the other up to the last, each with the checksum that it should have."""
+    try:
+        return len(_bare_png(encoded)[0]) > 0
+    except Undecodable:
+        return False
 
 
 def _bare_png(encoded: bytes) -> tuple[bytes, bytes]:

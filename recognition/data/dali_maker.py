@@ -15,7 +15,7 @@ from nvidia.dali.pipeline import do_not_convert
 
 from recognition.data.augment import MEAN_GRAY
 from recognition.data.maker import Inputs, Making
-from recognition.images import jpeg_frame
+from recognition.images import jpeg_frame, png_is_whole
 
 
 class DaliMaker:
@@ -63,14 +63,15 @@ class DaliMaker:
         """True of the common kinds: 8-bit JPEG of YCbCr or grey, PNG of up to 8 bits, WebP without metadata.
 
         Of the others DALI rounds 16 bits otherwise, does not read text PNM, 1-bit TIFF and WebP's EXIF, turns by other
-        rules where EXIF is broken, and its GPU decoders may treat each CMYK, TIFF and JPEG 2000 in their own way.
+        rules where EXIF is broken, and its GPU decoders may treat each CMYK, TIFF and JPEG 2000 in their own way. An
+        image whose header it cannot read ends the process in a large batch, so it gets none that is unusual.
         """
         if encoded.startswith(b"\xff\xd8"):
             frame = jpeg_frame(encoded)
-            usual = frame.marker in (0xC0, 0xC1, 0xC2) and frame.components in (1, 3)
+            usual = frame.regular and frame.marker in (0xC0, 0xC1, 0xC2) and frame.components in (1, 3)
             return usual and frame.adobe in (None, 1) and encoded.count(b"Exif\0\0") < 2
         if encoded.startswith(b"\x89PNG"):
-            return encoded[24] <= 8 and b"eXIf" not in encoded
+            return encoded[24] <= 8 and b"eXIf" not in encoded and png_is_whole(encoded)
         return encoded[8:16] in (b"WEBPVP8 ", b"WEBPVP8L")
 
     def close(self) -> None:
