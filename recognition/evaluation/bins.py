@@ -51,13 +51,13 @@ def read_bin(path: str, data: bytes) -> tuple[list[bytes], np.ndarray]:
         )
     try:
         same = _truth(list(_values(content[1])))
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, OverflowError) as error:
         raise UserError(f"{path}: the second half of the pickle is not a list of booleans: {error}") from None
     images = []
     for number, item in enumerate(content[0]):
         try:
             images.append(b"" if item is None else _image(item))
-        except (TypeError, ValueError, IndexError) as error:
+        except (TypeError, ValueError, IndexError, OverflowError) as error:
             raise UserError(
                 f"{path}: image {number % 2 + 1} of pair {number // 2 + 1} is not bytes or a uint8 array: {error}"
             ) from None

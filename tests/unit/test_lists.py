@@ -178,7 +178,7 @@ def test_says_what_is_wrong_with_a_list(tmp_path, content, message):
 def test_a_list_goes_without_its_first_line_where_that_is_wrong(tmp_path):
     people(tmp_path, {"Ann": [1, 2], "Bo": [1, 2]})
     (tmp_path / "pairs.txt").write_text("10 300\nAnn 1 2\nBo 1 2\nAnn 1 Bo 1\n")
-    with pytest.raises(UserError, match="the first line announces 2 x 10 x 300; .* remove that line"):
+    with pytest.raises(UserError, match=r"the first line announces 2 x 10 x 300; .* remove that line"):
         read_pairs(tmp_path / "pairs.txt")
     (tmp_path / "pairs.txt").write_text("Ann 1 2\nBo 1 2\nAnn 1 Bo 1\n")
     assert read_pairs(tmp_path / "pairs.txt").same.tolist() == [True, True, False]

@@ -151,6 +151,7 @@ def test_refuses_dotted_names(tmp_path):
         ((IMAGES, ["1", "0", "no", "1"]), "not a list of booleans: item 2 is 'no', of the kind str"),
         ((IMAGES, [0.5, 0.1, 0.9, 1]), "not a list of booleans: item 0 is 0.5"),
         ((IMAGES, None), "not a list of booleans"),
+        ((IMAGES, [10**400, 0, 0, 1]), "not a list of booleans"),
         ((IMAGES, np.array(SAME, object)), "not a list of booleans: it is an array of dtype O8"),
         ((IMAGES, np.array([1.0, 0, 0, np.nan])), "item 3 is nan"),
         ((IMAGES, np.array([1, 0, 0, 1], complex)), "dtype c16"),
