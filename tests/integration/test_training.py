@@ -239,6 +239,6 @@ def test_too_few_images_for_the_ranks_is_said(faces: Path, tmp_path: Path) -> No
 
 def test_a_verification_set_that_does_not_fit_is_said_before_the_first_step(faces: Path, tmp_path: Path) -> None:
     pairs = f"evaluation.pairs={faces / 'pairs.bin'}"
-    with pytest.raises(AssertionError, match="is 112 x 112 pixels, not 64 x 64"):
+    with pytest.raises(AssertionError, match="40 images are not 64 x 64 pixels"):
         launch_ranks(run, 1, settings(faces, tmp_path / "run", pairs, "backbone.image_size=64", "data.fit=exact"))
     assert not (tmp_path / "run/metrics.jsonl").exists()
