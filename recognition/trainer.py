@@ -15,7 +15,7 @@ from recognition import distributed, hardware
 from recognition.checkpoint import Checkpoints
 from recognition.config import Config, UserError
 from recognition.data.faces import write_faces
-from recognition.data.index import open_index
+from recognition.data.index import check_trainable, open_index
 from recognition.data.pipeline import Pipeline
 from recognition.deploy.onnx import export
 from recognition.distributed import Interrupt, Ranks
@@ -78,7 +78,9 @@ class Trainer:
         if config.faces is not None:
             faces = config.faces.model_dump()
             _local_main_first(ranks, lambda: write_faces(config.data.path, **faces))
-        self.index = _local_main_first(ranks, lambda: open_index(config.data.path, config.data.cache))
+        begun = str(before.get("fingerprint", ""))
+        self.index = _local_main_first(ranks, lambda: open_index(config.data.path, config.data.cache, going_on=begun))
+        check_trainable(self.index)
         self.pair_sets = [read_pairs(path) for path in config.evaluation.pairs]
         for pairs in self.pair_sets:
             check_pairs(pairs, config.backbone.image_size)
@@ -329,6 +331,8 @@ class Trainer:
         index, ranks, total = self.index, self.ranks, self.schedule.total_steps
         parameters = sum(parameter.numel() for parameter in self.backbone.parameters())
         self.tracker.note(f"{index.num_images:,} images of {index.num_identities:,} identities: {index.path}")
+        for text in index.notes:
+            self.tracker.warn(f"data.path: {text}")
         processes = "1 process" if ranks.world == 1 else f"{ranks.world} processes"
         threads = self.config.training.threads
         self.tracker.note(

@@ -10,7 +10,7 @@ ROOMS = {"data", "models", "head", "evaluation", "deploy"}
 # Each knows those below it; the rooms do not know each other, but that deploy and evaluation share the Embedder.
 LEVELS = [
     {"toml"},
-    {"config", "storage", "terminal"},
+    {"config", "names", "storage", "terminal"},
     {"hardware", "images"},
     {"distributed", "progress"},
     {"tracking", "outputs"},
