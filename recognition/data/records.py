@@ -85,7 +85,8 @@ def read_records(rec: Path) -> tuple[Records, np.ndarray]:
         positions, order = np.unique(positions, return_index=True)
         keys = keys[order]
         if len(keys) < listed:
-            notes += (f"{shown(idx.name)} lists {listed - len(keys):,} records more than once: each is taken once",)
+            twice = f"{listed - len(keys):,} record{'s' * (listed - len(keys) != 1)} more than once"
+            notes += (f"{shown(idx.name)} lists {twice}: each is taken once",)
     else:
         positions = _walk(rec, words, size)
         keys = np.arange(len(positions))
