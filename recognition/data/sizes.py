@@ -31,7 +31,9 @@ class Sizes:
             is_first = not self._has_others()
             self._counts[height, width] += 1
             if is_first and self._has_others():
-                _log.warning("an image has %d x %d pixels: %s", width, height, self._done())
+                wanted, done = self._wanted, _FITTED[self._fit]
+                what = "an image has %d x %d pixels: those that are not %d x %d are %s"
+                _log.warning(what, width, height, wanted, wanted, done)
 
     def report(self) -> str:
         """How many images had another size than the wanted one, and which; empty if none had."""
@@ -41,13 +43,13 @@ class Sizes:
             total = self._counts.total()
             others = Counter(self._counts)
             del others[self._wanted, self._wanted]
-        return f"{others.total():,} of {total:,} images read had another size, {listed(others)}: {self._done()}"
+        read = (
+            f"{others.total():,} of {total:,} images read were not {self._wanted} x {self._wanted} ({listed(others)})"
+        )
+        return f"{read}: they are {_FITTED[self._fit]}"
 
     def _has_others(self) -> bool:
         return len(self._counts) > ((self._wanted, self._wanted) in self._counts)
-
-    def _done(self) -> str:
-        return f"images that are not {self._wanted} x {self._wanted} are {_FITTED[self._fit]}"
 
 
 def listed(counts: Counter[tuple[int, int]]) -> str:

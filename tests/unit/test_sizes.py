@@ -49,11 +49,11 @@ def test_other_sizes_are_said_when_met_and_counted_once(
     pipeline.close()
     pipeline.close()
     met, counted = warnings(caplog)
-    assert "images that are not 16 x 16 are scaled to it" in met
-    done, rest = counted.split(" had another size, ")
-    others, total = map(int, done.removesuffix(" images read").split(" of "))
+    assert "those that are not 16 x 16 are scaled to it" in met
+    done, rest = counted.split(" images read were not 16 x 16 (")
+    others, total = map(int, done.split(" of "))
     assert total % 6 == 0 and others == total // 2
-    assert rest.startswith(f"20 x 20: {total // 3}, 24 x 12: {total // 6}: ")
+    assert rest.startswith(f"20 x 20: {total // 3}, 24 x 12: {total // 6}): they are scaled")
 
 
 def test_one_rank_speaks_and_nothing_is_said_of_the_wanted_size(index: Index, caplog: pytest.LogCaptureFixture) -> None:
@@ -64,7 +64,7 @@ def test_one_rank_speaks_and_nothing_is_said_of_the_wanted_size(index: Index, ca
     assert not warnings(caplog)
     sizes.note(16, 17)
     assert sizes.report() == (
-        "1 of 2 images read had another size, 17 x 16: 1: images that are not 16 x 16 are cut to their middle square "
+        "1 of 2 images read were not 16 x 16 (17 x 16: 1): they are cut to their middle square "
         'and scaled to it (data.fit = "crop")'
     )
     assert len(warnings(caplog)) == 1
@@ -74,7 +74,7 @@ def test_counting_from_threads(caplog: pytest.LogCaptureFixture) -> None:
     sizes = Sizes(112, "resize")
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: sizes.note(100 + number % 10, 112), range(4000)))
-    assert sizes.report().startswith("4,000 of 4,000 images read had another size, ")
+    assert sizes.report().startswith("4,000 of 4,000 images read were not 112 x 112 (")
     assert " and 5 other sizes" in sizes.report()
     assert len(warnings(caplog)) == 1
 
