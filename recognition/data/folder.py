@@ -190,9 +190,12 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 def _is_image(entry: os.DirEntry[str], passed: _Passed | None = None, below: str = "") -> bool:
-    kind, suffix = _kind(entry), PurePath(entry.name).suffix
+    kind = _kind(entry)
+    if kind == "file" and entry.name.lower().endswith(SUFFIXES):
+        return True
+    suffix = PurePath(entry.name).suffix
     if kind == "file":
-        if suffix.lower() in SUFFIXES or (suffix in ("", ".") and _begins_as_image(Path(entry.path))):
+        if suffix in ("", ".") and _begins_as_image(Path(entry.path)):
             return True
         known = shown(suffix[:_SUFFIX_SHOWN])
         reason = _NO_IMAGE if suffix in ("", ".") else (f"{known} file", f"{known} files")

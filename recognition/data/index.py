@@ -7,7 +7,8 @@ are: `filter` and `merge` write a new index over the same files.
 
 import errno
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,21 +130,15 @@ def open_index(path: Path, cache: Path | None = None, *, going_on: str = "") -> 
     if (path / store.FACTS).is_file():
         return _open_derived(path, going_on)
     source = Source.at(path, cache)
-    for place in source.places:
-        if not place.is_dir():
-            continue
-        try:
-            content = store.load(place)
-        except store.DAMAGE as error:
-            _log.warning("%s: the index is damaged (%s)", shown(place), error)
-            continue
-        if content.stamp == source.stamp():
-            return _index(path, place, content, source.notes(content))
-        if content.fingerprint == going_on and not source.recs:
-            losses = _losses(content.files, content.sizes, source.present())
+    saved = [(place, content) for place in source.places if (content := _load(place))]
+    for place, content in saved + _set_aside(source, going_on):
+        if content.fingerprint == going_on and content.stamp != source.stamp():
+            losses = _losses_of(source, content)
             if losses is not None:
                 return _index(path, place, content, (*source.notes(content), *_lost(losses, content)))
-        _log.info("%s: the data has changed since it was indexed", shown(path))
+    for place, content in saved:
+        if content.stamp == source.stamp():
+            return _index(path, place, content, source.notes(content))
     return _build(path, source)
 
 
@@ -221,14 +216,63 @@ def merge(indexes: Sequence[Index], output: Path, *, same_identities: bool = Fal
 def _build(path: Path, source: Source) -> Index:
     content = source.scan()
     content = replace(content, notes=content.notes + _of_one_image(content))
-    folder = source.writable_place()
+    failed: OSError | None = None
+    for place in source.writable_places():
+        try:
+            _keep_if_only_losses(source, place)
+            store.save(place, content)
+            index = _index(path, place, store.load(place), source.notes(content))
+        except OSError as error:
+            failed = error
+        else:
+            _log.info("%s: indexed %d images of %d identities", shown(path), index.num_images, index.num_identities)
+            return index
+    assert failed is not None
+    raise UserError(
+        f"{shown(failed.filename or source.root)}: cannot write the index: {failed.strerror}: choose another folder "
+        "for it, data.cache=... (--cache of tools/index.py)"
+    )
+
+
+def _load(place: Path, log: Callable[..., None] = _log.warning) -> Content | None:
+    """The index that is saved in a place; None where there is none, or a damaged one, which is logged."""
+    if not place.is_dir():
+        return None
     try:
-        store.save(folder, content)
-        index = _index(path, folder, store.load(folder), source.notes(content))
-    except OSError as error:
-        raise UserError(f"{shown(error.filename or folder)}: cannot write the index: {error.strerror}") from None
-    _log.info("%s: indexed %d images of %d identities", shown(path), index.num_images, index.num_identities)
-    return index
+        return store.load(place)
+    except store.DAMAGE as error:
+        log("%s: the index is damaged (%s) and made anew", shown(place), error)
+        return None
+
+
+def _set_aside(source: Source, going_on: str) -> list[tuple[Path, Content]]:
+    """The indexes that `_keep_if_only_losses` put aside, if a run goes on."""
+    places = map(_before_losses, source.places) if going_on else ()
+    return [(place, content) for place in places if (content := _load(place))]
+
+
+def _before_losses(place: Path) -> Path:
+    return place.with_name("before losses") / place.name
+
+
+def _keep_if_only_losses(source: Source, place: Path) -> None:
+    """Put an index aside that a run may have begun with and go on with: all that has changed is that files were lost.
+
+    The first such index stays, though more files are lost.
+    """
+    aside = _before_losses(place)
+    for folder in (aside, place):
+        content = _load(folder, _log.debug)
+        if content is not None and _losses_of(source, content):
+            if folder == place:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.parent.mkdir(exist_ok=True)
+                place.rename(aside)
+            return
+
+
+def _losses_of(source: Source, content: Content) -> int | None:
+    return None if source.recs else _losses(content.files, content.sizes, source.present())
 
 
 def _index(path: Path, folder: Path, content: Content, notes: tuple[str, ...]) -> Index:

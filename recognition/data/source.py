@@ -64,14 +64,14 @@ class Source:
         cached = cache / hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
         return cls(root, recs, (root / INDEX_FOLDER / name, cached), said)
 
-    def writable_place(self) -> Path:
-        """The place where an index can be saved."""
+    def writable_places(self) -> tuple[Path, ...]:
+        """The places where an index may be saved."""
         beside, cached = self.places
         folders = [folder for folder in (self.root, beside.parent) if folder.exists()]
         # The superuser may write anywhere; data whose mode says read-only is left alone all the same.
         if all(folder.stat().st_mode & 0o222 and os.access(folder, os.W_OK) for folder in folders):
-            return beside
-        return cached
+            return beside, cached
+        return (cached,)
 
     def stamp(self) -> str:
         """Changes when the data does: over names, sizes and modification times."""

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from recognition.config import Augment, Data, UserError
+from recognition.data import store
 from recognition.data.files import Files
 from recognition.data.index import Index, Lost, filter, open_index
 from recognition.data.pipeline import Pipeline
@@ -158,8 +159,16 @@ def test_a_run_goes_on_with_the_index_of_its_beginning(faces: Path, damage: Dama
     assert index.notes[-1].startswith("1 of 6 files are gone or have become shorter")
     assert samples(index) == [0, 1, 3, 3, 4, 5]
     assert open_index(faces, going_on=begun.fingerprint).fingerprint == begun.fingerprint
-    # Another run begins on what is there.
-    assert open_index(faces).fingerprint != begun.fingerprint
+    # Another run begins on what is there, and both go on.
+    other = open_index(faces)
+    assert other.num_images == 6 - (damage == Path.unlink)
+    assert other.fingerprint != begun.fingerprint
+    (faces / "p0" / "0.png").unlink()
+    assert open_index(faces).num_images == other.num_images - 1
+    index = open_index(faces, going_on=begun.fingerprint)
+    assert index.fingerprint == begun.fingerprint
+    assert index.notes[-1].startswith("2 of 6 files are gone")
+    assert samples(index) == [1, 1, 3, 3, 4, 5]
 
 
 def test_a_whole_identity_may_be_lost(faces: Path) -> None:
@@ -206,3 +215,21 @@ def test_a_run_that_goes_on_keeps_its_quarantine(faces: Path, tmp_path: Path) ->
     assert path.read_bytes() == before  # nothing is listed twice
     assert Quarantine(index, path).bad == set()
     assert Quarantine(index, tmp_path / "none.jsonl", going_on=True).bad == set()
+
+
+def test_an_index_that_cannot_be_written_beside_the_data_goes_into_the_cache(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = store.save
+
+    def full(folder: Path, content: store.Content) -> None:
+        if folder.is_relative_to(faces):
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        save(folder, content)
+
+    monkeypatch.setattr(store, "save", full)
+    assert open_index(faces, tmp_path / "own").folder.parent == tmp_path / "own"
+    assert open_index(faces, tmp_path / "own").num_images == IMAGES
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write the index: .*: choose another folder for it, data\.cache="):
+        open_index(faces, tmp_path / "file")
