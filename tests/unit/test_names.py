@@ -165,7 +165,9 @@ def test_a_set_of_any_name(number: int, tmp_path: Path, cache: Path, capfd: pyte
     rec = folder / os.fsdecode(os.fsencode(name)[:250] + b".rec")
     for suffix in (".rec", ".idx"):
         shutil.copy(folder / f"train{suffix}", rec.with_suffix(suffix))
-    assert content(open_index(rec)) == expected
+    index = open_index(rec)
+    assert content(index) == expected
+    assert index.folder == folder / ".recognition-index" / rec.name
     rec.with_suffix(".idx").write_text("8 0\n")
     capfd.readouterr()
     assert run(lambda: TOOL["main"](["show", str(rec)])) == 2
@@ -205,6 +207,7 @@ def test_a_name_is_shown_on_one_line(number: int) -> None:
 
 
 def test_bash_takes_what_is_shown_for_the_name() -> None:
+    assert all(shown(name).startswith("$'") for name in (" leading", "trailing ", " "))
     quoted = [number for number in range(len(NAMES)) if shown(name_of(number)).startswith("$'")]
     assert len(quoted) >= 10
     command = "printf '%s\\0' " + " ".join(shown(name_of(number)) for number in quoted)
