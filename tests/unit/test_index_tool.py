@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from recognition.config import UserError
 from recognition.data.index import open_index
-from recognition.program import run
 
 TOOL = runpy.run_path(str(Path(__file__).resolve().parents[2] / "tools" / "index.py"))
 
@@ -62,7 +60,7 @@ def test_filter_by_number_and_by_name(faces: Path, tmp_path: Path) -> None:
     assert identities(tmp_path / "three") == {"Cy": 3}
 
 
-def test_filter_by_what_could_not_be_used(faces: Path, tmp_path: Path) -> None:
+def test_filter_by_what_could_not_be_used(faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index = open_index(faces)
     line = '{"sample": 5, "label": 2, "where": "%s", "error": "no bytes"}\n'
     (tmp_path / "bad.jsonl").write_text(line % index.describe(5) + line % index.describe(5))
@@ -71,8 +69,8 @@ def test_filter_by_what_could_not_be_used(faces: Path, tmp_path: Path) -> None:
     assert identities(tmp_path / "out") == {"Bo": 2, "Cy": 2}
     for text, message in ((line % "elsewhere", "line 1 is about elsewhere"), ("\nno", "line 1 is not a line")):
         (tmp_path / "bad.jsonl").write_text(text)
-        with pytest.raises(UserError, match=message):
-            call(*arguments)
+        assert call(*arguments) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_merge_keeps_people_apart_unless_told(faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,8 +90,8 @@ def test_merge_keeps_people_apart_unless_told(faces: Path, tmp_path: Path, capsy
         (("filter", "faces", "out", "--exclude-identities", "faces"), "faces: Is a directory"),
         (("filter", "faces", "out", "--exclude-identities", "names.txt"), "1 of its names are no identities, as Di"),
         (("filter", "faces", "faces"), "exists and is no index"),
-        (("merge", "names.txt", "faces", "faces"), "exists and is no index"),
-        (("merge", "names.txt/out", "faces"), "cannot write the index: "),
+        (("merge", "names.txt", "faces", "faces"), "names.txt"),
+        (("merge", "names.txt/out", "faces"), "names.txt"),
     ],
 )
 def test_mistakes_are_named(
@@ -105,7 +103,7 @@ def test_mistakes_are_named(
 ) -> None:
     monkeypatch.chdir(faces.parent)
     Path("names.txt").write_text("Al\nDi\n")
-    assert run(lambda: call(*arguments)) == 2
+    assert call(*arguments) == 2
     assert message in capsys.readouterr().err
     assert Path("names.txt").read_text() == "Al\nDi\n"
     assert (faces / "Al" / "0.png").exists()
