@@ -107,20 +107,23 @@ class Frame:
 
 def jpeg_frame(encoded: bytes) -> Frame:
     """What a JPEG says before its first scan. Raises Undecodable where no frame header is among that."""
-    frame, adobe, regular, behind = None, None, True, 2
+    header: tuple[int, ...] | None = None
+    adobe, regular, behind = None, True, 2
     for marker, start, end in _segments(encoded):
         regular &= start == behind
         behind = end
         if marker == 0xEE and encoded[start + 4 : start + 9] == b"Adobe" and end - start >= 16:
             adobe = encoded[start + 15]
         elif marker in _FRAMES and end - start >= 10:
-            frame = frame or (marker, *struct.unpack_from(">BHHB", encoded, start + 4))
-            regular &= end - start == 10 + 3 * frame[-1]
+            header = header or (marker, *struct.unpack_from(">BHHB", encoded, start + 4))
+            regular &= end - start == 10 + 3 * header[-1]
         else:
             regular &= marker in _BESIDES
-    if frame is None:
+    if header is None:
         raise Undecodable("a JPEG without a frame header")
-    return Frame(*frame, adobe=adobe, regular=regular and encoded.startswith(b"\xff\xda", behind))
+    marker, bits, height, width, components = header
+    regular &= encoded.startswith(b"\xff\xda", behind)
+    return Frame(marker, bits, height, width, components, adobe, regular)
 
 
 def _segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
