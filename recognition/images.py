@@ -185,15 +185,18 @@ def fit(pixels: Pixels, size: int, how: str) -> Pixels:
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
         pixels = pixels[top : top + side, left : left + side]
-    return np.rint(_scaled(_scaled(pixels, size).swapaxes(0, 1), size).swapaxes(0, 1)).astype(np.uint8)
+    height, width = pixels.shape[:2]
+    rows = _scaled(pixels.reshape(height, -1), size).reshape(size, width, 3)
+    columns = _scaled(rows.swapaxes(0, 1).reshape(width, -1), size).reshape(size, size, 3)
+    return np.rint(columns.swapaxes(0, 1)).astype(np.uint8)
 
 
 def _scaled(lines: NDArray[np.generic], size: int) -> NDArray[np.float32]:
-    """`lines` [n, ...] as `size` lines: a sum over the taps that is the same in every thread and beside any image."""
+    """`lines` [n, m] as `size` lines: a sum over the taps that is the same in every thread and beside any image."""
     places, shares = _taps(len(lines), size)
-    scaled = np.zeros((size, *lines.shape[1:]), np.float32)
+    scaled = np.zeros((size, lines.shape[1]), np.float32)
     for place, share in zip(places, shares, strict=True):
-        scaled += lines[place] * share[:, None, None]
+        scaled += lines[place] * share[:, None]
     return scaled
 
 
