@@ -1,34 +1,36 @@
 """Train: `torchrun --nproc_per_node=N train.py [CONFIG] [section.key=value ...]`, or `python train.py` for one process.
 
 CONFIG is a TOML file, configs/demo.toml if none is given. The same command continues a run that was interrupted.
+`srun` and `mpirun` start processes as torchrun does.
 """
 
-import os
 import sys
 from pathlib import Path
 
-from recognition import config
+from recognition import program
 
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
-INTERRUPTED = 130
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run, and return the exit status: 0 complete, 2 the user's mistake, 130 interrupted with a checkpoint."""
+    return program.run(lambda: _train(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _train(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         sys.stdout.write(__doc__)
         return 0
-    path = DEMO if not arguments or "=" in arguments[0] else Path(arguments.pop(0))
-    try:
-        settings = config.load(path, arguments)
-        from recognition.trainer import train  # a mistake in the settings shows before the seconds that torch takes
+    with program.imports():
+        from recognition import config, progress
+    path, overrides = config.command_line(arguments, DEMO)
+    settings = config.load(path, overrides)
+    # A mistake in the settings shows before the seconds that torch takes.
+    with program.imports(), progress.working("starting: loading torch", after=0):
+        from recognition.trainer import train
 
-        return 0 if train(settings) else INTERRUPTED
-    except config.UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"error: {error}\n")
-        return 2
+    return 0 if train(settings) else program.INTERRUPTED
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -5,6 +5,7 @@ objects and flags work even before `start`. Where a `group` may be given, None m
 has to be called by all ranks of its group.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -23,11 +24,11 @@ from torch.distributed import distributed_c10d
 
 from recognition import config as configuration
 from recognition import hardware
+from recognition.launch import Launched, launched
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LARGEST_KEPT = 31 << 20
 
 
@@ -55,30 +56,54 @@ class Ranks:
 
 
 def start(config: configuration.Distributed, threads: int = 0) -> Ranks:
-    """Make the process group that `torchrun` describes, or a group of one when started without it.
+    """Make the process group that torchrun, srun, mpirun or Kubeflow describes, or a group of one without them.
 
     `threads`: CPU threads of torch; 0 shares the cores out evenly over the local processes.
     Collectives are bounded by `config.init_timeout_seconds` until `set_timeout` is called. On GPUs, tensors of the
     CPU go through gloo and those of the GPU through NCCL.
-    Raises UserError when the launcher's variables are incomplete or NCCL is asked for without enough GPUs.
+    Raises UserError when the launcher's variables are incomplete or contradict each other, NCCL is asked for without
+    enough GPUs, or the ranks do not find each other.
     """
-    numbers = _launcher_numbers()
-    rank, world, local_rank, local_world = numbers or (0, 1, 0, 1)
+    found = launched()
+    if found is not None:
+        os.environ |= found.variables()
+        if found.note and found.local_rank == 0:
+            logger.warning("rank %d of %d %s", found.rank, found.world, found.note)
+    place = found or Launched(rank=0, world=1, local_rank=0, local_world=1, address="", port=0)
+    rank, world, local_rank, local_world = place.rank, place.world, place.local_rank, place.local_world
     device = _device(config.backend, local_rank, local_world, alone=world == 1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=config.init_timeout_seconds),
-        rank=rank,
-        world_size=world,
-        # A group of one needs neither an address nor a port: its store is a table in memory.
-        store=None if numbers else dist.HashStore(),  # type: ignore[attr-defined]
-        device_id=device if device.type == "cuda" else None,
-    )
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=config.init_timeout_seconds),
+            rank=rank,
+            world_size=world,
+            # A group of one needs neither an address nor a port: its store is a table in memory.
+            store=None if found else dist.HashStore(),  # type: ignore[attr-defined]
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise configuration.UserError(_not_met(place, str(error), config.init_timeout_seconds)) from None
     torch.set_num_threads(hardware.threads(threads, local_world))
     _keep_freed_memory()
     return Ranks(rank, world, local_rank, local_world, device)
+
+
+def _not_met(place: Launched, said: str, seconds: float) -> str:
+    """Why the ranks have not found each other."""
+    where = f"{place.address}:{place.port}"
+    if "EADDRINUSE" in said:
+        return (
+            f"port {place.port} of {place.address} is taken, by another run perhaps: start torchrun with --standalone, "
+            "which finds a free port, or give another MASTER_PORT (torchrun --master_port)"
+        )
+    return (
+        f"rank {place.rank} of {place.world} has not met the others at {where} within {seconds:g} s "
+        f"(distributed.init_timeout_seconds): {said.strip().splitlines()[0]}\nAll {place.world} processes have to be "
+        f"started, and {where} has to be reachable from each machine"
+    )
 
 
 def stop() -> None:
@@ -92,6 +117,16 @@ def set_timeout(seconds: float, group: dist.ProcessGroup | None = None) -> None:
     # Older releases of torch have the same function under its second name only.
     set_group_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     set_group_timeout(timedelta(seconds=seconds), group)
+
+
+def absent(seconds: float = 2.0) -> list[int]:
+    """The ranks that do not call this within `seconds` of this one: after a collective timed out, those that hang."""
+    store, world = distributed_c10d._get_default_store(), dist.get_world_size()
+    with contextlib.suppress(RuntimeError):  # the store may be gone with its rank
+        store.set(f"present/{dist.get_rank()}", "")
+        time.sleep(seconds)
+        return [rank for rank in range(world) if not store.check([f"present/{rank}"])]
+    return []
 
 
 def new_group(seconds: float) -> dist.ProcessGroup:
@@ -196,10 +231,13 @@ def start_reduce_scatter_rows(
 
 
 ECHO_SECONDS = 3.0
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 class Interrupt:
-    """While entered, SIGINT and SIGTERM set `requested` instead of ending the process; a later SIGINT ends it.
+    """While entered, SIGINT, SIGTERM, SIGHUP (the terminal was closed) and SIGUSR1 (a scheduler's warning that time is
+    up) set `requested` instead of ending the process; a later SIGINT ends it. A SIGHUP that is ignored, as under nohup,
+    stays so.
 
     A SIGINT that follows the first within `ECHO_SECONDS` is its echo: a terminal's Ctrl-C reaches a rank directly and
     once more through the launcher.
@@ -214,7 +252,10 @@ class Interrupt:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in _SIGNALS:
+            number = getattr(signal, name, None)  # Windows has the first two
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                continue
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -233,29 +274,14 @@ class Interrupt:
                 signal.default_int_handler(number, frame)
 
 
-def _launcher_numbers() -> tuple[int, int, int, int] | None:
-    """Rank, world, local rank and local world as the launcher gave them; None without a launcher."""
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        return None
-    missing = [name for name in _LAUNCHER_VARIABLES if not os.environ.get(name)]
-    if missing:
-        raise configuration.UserError(
-            f"RANK or WORLD_SIZE is set, but {', '.join(missing)} is not: start several processes with torchrun, "
-            "or unset the former to run one"
-        )
-    try:
-        rank, world, local_rank, local_world = (int(os.environ[name]) for name in _LAUNCHER_VARIABLES[:4])
-    except ValueError as error:
-        given = ", ".join(f"{name}={os.environ[name]}" for name in _LAUNCHER_VARIABLES[:4])
-        raise configuration.UserError(f"the launcher's variables have to be whole numbers: {given}") from error
-    return rank, world, local_rank, local_world
-
-
 def _device(backend: str, local_rank: int, local_world: int, *, alone: bool) -> torch.device:
     """The device of a process; `alone`: it is the only one of the run."""
     if backend == "auto" and alone and torch.backends.mps.is_available():
         return torch.device("mps")
     gpus = torch.cuda.device_count()
+    if gpus and backend != "gloo" and os.environ.get("SLURM_GPUS_PER_TASK"):
+        # SLURM shows each of its tasks the GPUs of that task alone.
+        return torch.device("cuda", 0)
     if backend == "nccl" and gpus < local_world:
         raise configuration.UserError(
             f"distributed.backend is nccl, which needs a GPU per process: {local_world} processes here, {gpus} GPUs; "

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,15 +10,50 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from recognition.kinds import what_is
+
+_HINTS = (
+    ("nescaped '\\\\'", "in double quotes a \\\\ begins a character's code: write / or put the text in single quotes"),
+    ("nvalid hex", "in double quotes a \\\\ begins a character's code: write / or put the text in single quotes"),
+    ("after a key in a key/value pair", "a setting is written key = value, one a line"),
+    ("overwrite a value", "the key stands here and further above: remove one"),
+    ("declare", "the section stands here and further above: put their keys together"),
+    ("nvalid value", 'a text needs quotes, as in name = "arcface"; true and false are in small letters'),
+    ("nvalid statement", "sections are written [name], settings key = value, comments begin with #"),
+)
+"""Parts of tomllib's messages, and what helps."""
+
 
 def read(path: Path) -> dict[str, Any]:
     """The tree of a TOML file. Raises ValueError, which names the file, where there is none or it is not TOML."""
+    if path.is_dir():
+        inside = sorted(path.glob("*.toml"))
+        hint = f", such as {inside[0]}" if inside else ""
+        raise ValueError(f"{path}: is a folder; give a file of settings{hint}")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        # A mark of UTF-8 at the beginning, as Windows' editors write it, says nothing.
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
+    except ValueError:
+        raise ValueError(f"{path}: not valid TOML: the file is {what_is(path)}") from None
+    try:
+        return tomllib.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from None
+        kind = what_is(path)
+        if kind != "text":
+            raise ValueError(f"{path}: not valid TOML: the file is {kind}") from None
+        raise ValueError(f"{path}: not valid TOML: {_in_words(str(error), text)}") from None
+
+
+def _in_words(message: str, text: str) -> str:
+    """A message of tomllib's, with the line that it is about and what helps."""
+    place = re.search(r"line (\d+)", message)
+    lines = text.splitlines()
+    number = int(place[1]) if place else len(lines)
+    line = lines[number - 1].strip() if 0 < number <= len(lines) else ""
+    hint = next((hint for part, hint in _HINTS if part in message), "")
+    return "; ".join(part for part in (message, f"the line is: {line}" if line else "", hint) if part)
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], root: type[BaseModel]) -> list[str]:
@@ -43,9 +79,10 @@ def _apply(tree: dict[str, Any], override: str, root: type[BaseModel]) -> str | 
     if not equals or len(keys) < 2 or not all(keys):
         return f"{override}: an override is written section.key=value"
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+        override.encode()
+    except UnicodeEncodeError:
+        return f"{override!r}: is not text in UTF-8; rename what it names, or link it under another name"
+    value = _value(text.strip(), _annotation(keys, root))
     for depth, key in enumerate(keys[:-1], start=1):
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
@@ -54,6 +91,31 @@ def _apply(tree: dict[str, Any], override: str, root: type[BaseModel]) -> str | 
         tree.clear()
     tree[keys[-1]] = value
     return None
+
+
+def _value(text: str, annotation: Any) -> Any:
+    """What the text of an override is in TOML; the text itself where it is none, or a path that looks like a number."""
+    try:
+        # In brackets, so that neither a comment nor a second line is lost behind the value.
+        values = tomllib.loads(f"value = [{text}]")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    if len(values) != 1 or (Path in _parts(annotation) and not isinstance(values[0], str | list)):
+        return text
+    return values[0]
+
+
+def _annotation(keys: list[str], root: type[BaseModel]) -> Any:
+    """The type of the field that the keys lead to; None where there is no such field."""
+    fields = (model.model_fields.get(keys[-1]) for model in _models_at(keys[:-1], root))
+    return next((field.annotation for field in fields if field is not None), None)
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """A type and all that it is made of."""
+    yield annotation
+    for argument in get_args(annotation):
+        yield from _parts(argument)
 
 
 def _name_defaults(tree: dict[str, Any], model: type[BaseModel]) -> None:
@@ -90,7 +152,8 @@ def explain(error: Any, root: type[BaseModel]) -> str:
             return f"{path}: {message}" if path else message
         case _:
             message = error["msg"][0].lower() + error["msg"][1:]
-            return f"{path}: {message}, not {json.dumps(value, default=str)}"
+            hint = "; write true or false, in small letters" if value in ("True", "False") else ""
+            return f"{path}: {message}, not {json.dumps(value, default=str)}{hint}"
 
 
 def _variants(annotation: Any) -> Iterator[type[BaseModel]]:

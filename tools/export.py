@@ -5,27 +5,41 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recognition import config
-from recognition.deploy.onnx import export
-from recognition.run_folder import load_backbone
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from recognition import program
+
+with program.imports():
+    from recognition import config
+    from recognition.argument_types import path
+    from recognition.deploy.onnx import export
+    from recognition.outputs import check_output
+    from recognition.run_folder import load_backbone
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export as the command line says; returns the exit status."""
+    return program.run(lambda: _main(_parser().parse_args(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
+    parser.add_argument("run", type=path, metavar="RUN", help="the folder of a run")
+    parser.add_argument("--output", type=path, required=True, metavar="FILE", help="the ONNX file to write")
     parser.add_argument("--which", choices=("last", "best"), default="last", help="newest checkpoint, or best verified")
-    options = parser.parse_args(arguments)
-    try:
-        backbone, facts = load_backbone(options.run, options.which)
-        settings = config.load(options.run / "config.toml", check_paths=False).export
-        parity = export(backbone, options.output, facts, settings)
-    except config.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    megabytes = options.output.stat().st_size / 1e6
-    print(f"{options.output}: {megabytes:.1f} MB, {backbone.image_size} px, {backbone.embedding_size} values")
+    return parser
+
+
+def _main(options: argparse.Namespace) -> int:
+    output = check_output(options.output, kind="file", inputs=[options.run])
+    if output.suffix == ".json":
+        raise config.UserError(f"{output}: the model's card has this name; give a name that ends in .onnx")
+    check_output(output.with_suffix(".json"), kind="file")
+    backbone, facts = load_backbone(options.run, options.which)
+    settings = config.load(options.run / "config.toml", check_paths=False).export
+    parity = export(backbone, output, facts, settings)
+    megabytes = output.stat().st_size / 1e6
+    print(f"{output}: {megabytes:.1f} MB, {backbone.image_size} px, {backbone.embedding_size} values")
     print(
         "ONNX Runtime against the backbone, batches of 1 and 5: "
         f"max relative difference {parity.max_difference:.2e}, min cosine {parity.min_cosine:.7f}"

@@ -1,11 +1,10 @@
 """The training set: where it is, how it is read and changed, and faces that are rendered for it."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from recognition.config.base import BelowOne, Fraction, InputPath, Section
+from recognition.config.base import BelowOne, Fraction, InputPath, OutputPath, Section
 
 
 class Augment(Section):
@@ -39,7 +38,7 @@ class Data(Section):
 
     path: InputPath
     """A .rec file with its .idx, a folder that holds `train.rec`, or a folder of identity folders."""
-    cache: Path | None = None
+    cache: OutputPath | None = None
     """Where the index goes when the data's own folder is read-only. Default: the user's cache folder."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     """What decodes and changes images. `auto`: NVIDIA DALI where it is installed, else torchvision, which gives the

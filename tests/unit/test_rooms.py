@@ -9,14 +9,18 @@ PACKAGE = Path(__file__).parents[2] / "recognition"
 ROOMS = {"data", "models", "head", "evaluation", "deploy"}
 # Each knows those below it; the rooms do not know each other, but that deploy and evaluation share the Embedder.
 LEVELS = [
+    {"kinds"},
     {"toml"},
-    {"config", "storage"},
-    {"hardware", "images"},
-    {"distributed", "progress"},
-    {"tracking", "outputs"},
+    {"config", "storage", "terminal"},
+    {"hardware", "images", "argument_types", "launch", "reasons"},
+    {"distributed", "progress", "logs", "clock", "lock"},
+    {"events"},
+    {"tracking", "outputs", "failures", "preparation"},
     {"processes"},
     {"checkpoint", "loss_scale", "optimizer", *ROOMS},
-    {"run_folder", "measure"},
+    {"starting_point"},
+    {"run_folder", "measure", "steps", "resuming"},
+    {"summary", "verifying"},
     {"trainer", "benchmark", "doctor"},
     {"program"},
 ]
