@@ -107,20 +107,23 @@ class Frame:
 
 def jpeg_frame(encoded: bytes) -> Frame:
     """What a JPEG says before its first scan. Raises Undecodable where no frame header is among that."""
-    frame, adobe, regular, behind = None, None, True, 2
+    header: tuple[int, ...] | None = None
+    adobe, regular, behind = None, True, 2
     for marker, start, end in _segments(encoded):
         regular &= start == behind
         behind = end
         if marker == 0xEE and encoded[start + 4 : start + 9] == b"Adobe" and end - start >= 16:
             adobe = encoded[start + 15]
         elif marker in _FRAMES and end - start >= 10:
-            frame = frame or (marker, *struct.unpack_from(">BHHB", encoded, start + 4))
-            regular &= end - start == 10 + 3 * frame[-1]
+            header = header or (marker, *struct.unpack_from(">BHHB", encoded, start + 4))
+            regular &= end - start == 10 + 3 * header[-1]
         else:
             regular &= marker in _BESIDES
-    if frame is None:
+    if header is None:
         raise Undecodable("a JPEG without a frame header")
-    return Frame(*frame, adobe=adobe, regular=regular and encoded.startswith(b"\xff\xda", behind))
+    marker, bits, height, width, components = header
+    regular &= encoded.startswith(b"\xff\xda", behind)
+    return Frame(marker, bits, height, width, components, adobe, regular)
 
 
 def _segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
@@ -182,15 +185,18 @@ def fit(pixels: Pixels, size: int, how: str) -> Pixels:
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
         pixels = pixels[top : top + side, left : left + side]
-    return np.rint(_scaled(_scaled(pixels, size).swapaxes(0, 1), size).swapaxes(0, 1)).astype(np.uint8)
+    height, width = pixels.shape[:2]
+    rows = _scaled(pixels.reshape(height, -1), size).reshape(size, width, 3)
+    columns = _scaled(rows.swapaxes(0, 1).reshape(width, -1), size).reshape(size, size, 3)
+    return np.rint(columns.swapaxes(0, 1)).astype(np.uint8)
 
 
 def _scaled(lines: NDArray[np.generic], size: int) -> NDArray[np.float32]:
-    """`lines` [n, ...] as `size` lines: a sum over the taps that is the same in every thread and beside any image."""
+    """`lines` [n, m] as `size` lines: a sum over the taps that is the same in every thread and beside any image."""
     places, shares = _taps(len(lines), size)
-    scaled = np.zeros((size, *lines.shape[1:]), np.float32)
+    scaled = np.zeros((size, lines.shape[1]), np.float32)
     for place, share in zip(places, shares, strict=True):
-        scaled += lines[place] * share[:, None, None]
+        scaled += lines[place] * share[:, None]
     return scaled
 
 

@@ -328,7 +328,7 @@ def others() -> dict[str, Kind]:
         "TIFF, CMYK": Kind(save(cmyk, "TIFF"), RGB),
         "TIFF, several pages": Kind(save(picture, "TIFF", save_all=True, append_images=[second]), RGB),
         "TIFF, tiled": Kind(tiled_tiff(RGB), RGB),
-        "TIFF, big-endian": Kind(save(picture, "TIFF", big_tiff=True), RGB),
+        "TIFF, BigTIFF": Kind(save(picture, "TIFF", big_tiff=True), RGB),
         **{f"TIFF, orientation {value}": Kind(encoded, turned(RGB, value)) for value, encoded in tagged.items()},
         "PPM": Kind(save(picture, "PPM"), RGB),
         "PPM, text": Kind(ascii_rgb, RGB),

@@ -111,6 +111,27 @@ def test_without_json_only_the_table(main, model, make_set, capsys):
     assert "{" not in capsys.readouterr().out
 
 
+def test_images_of_another_size_are_fitted_as_asked(main, model, make_set, tmp_path, capsys):
+    path = make_set("faces.bin", 20)
+    images, same = pickle.loads(path.read_bytes())
+    framed = []
+    for image in images:  # a frame of 4 pixels on the left and on the right, which a crop takes off again
+        stream = io.BytesIO()
+        pixels = np.asarray(Image.open(io.BytesIO(image)))
+        Image.fromarray(np.pad(pixels, ((0, 0), (4, 4), (0, 0)), mode="wrap")).save(stream, "PNG")
+        framed.append(stream.getvalue())
+    (tmp_path / "framed.bin").write_bytes(pickle.dumps((framed, same)))
+    results = {}
+    for name, given in {"crop": ["--fit", "crop"], "resize": []}.items():
+        for file in ("faces.bin", "framed.bin"):
+            assert main(["--model", str(model), "--pairs", str(tmp_path / file), "--json", *given]) == 0
+            results[name, file] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results["crop", "framed.bin"]["threshold"] == results["crop", "faces.bin"]["threshold"]
+    assert results["resize", "framed.bin"]["threshold"] != results["resize", "faces.bin"]["threshold"]
+    assert main(["--model", str(model), "--pairs", str(tmp_path / "framed.bin"), "--fit", "exact"]) == 2
+    assert "is 24 x 16 pixels, not 16 x 16" in capsys.readouterr().err
+
+
 def test_mistakes_exit_with_2_and_no_traceback(main, model, make_set, tmp_path, capsys):
     good = str(make_set("good.bin", 20))
     for given, pairs, message in (
