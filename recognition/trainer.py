@@ -17,7 +17,7 @@ from recognition.config import Config, UserError
 from recognition.data.faces import write_faces
 from recognition.data.index import open_index
 from recognition.data.pipeline import Pipeline
-from recognition.deploy.onnx import export
+from recognition.deploy.onnx import check_export, export
 from recognition.distributed import Interrupt, Ranks
 from recognition.evaluation.pairs import PairSet, read_pairs
 from recognition.evaluation.verification import Verification, check_pairs, embed_pairs, verify
@@ -94,6 +94,8 @@ class Trainer:
 
         self.backbone = build_backbone(config.backbone, config.run.seed)
         self.beginning = start_from(self.backbone, config.backbone, config.run.folder, goes_on=self.checkpoint is not None)
+        if config.export.enabled:
+            _local_main_first(ranks, lambda: ranks.is_main and check_export(self.backbone, config.export))
         self.backbone.to(ranks.device)
         scaled = config.backbone.precision == "float16"
         self.loss_scale = LossScale(config.training, ranks.head_device, enabled=scaled)
