@@ -23,7 +23,9 @@ def start_from(backbone: Backbone, settings: config.Backbone, run: Path, *, goes
     do not fit.
     """
     if goes_on:
-        return [] if settings.weights is None else [f"{settings.weights} is not read: the run goes on from a checkpoint"]
+        return (
+            [] if settings.weights is None else [f"{settings.weights} is not read: the run goes on from a checkpoint"]
+        )
     if settings.weights is None:
         _, _, tag = settings.name.partition(".")
         frozen = "frozen modules keep weights drawn at random: set backbone.weights" if settings.freeze else ""
@@ -66,7 +68,9 @@ def _read_folder(folder: Path) -> tuple[Path, dict[str, Tensor]]:
             return folder, _read(folder)
         except (CheckpointError, OSError) as error:
             others = f"; give the run's folder, {folder.parent.parent}, whose newest complete one is taken"
-            raise UserError(f"backbone.weights: {error}{others if len(step_folders(folder.parent)) > 1 else ''}") from None
+            raise UserError(
+                f"backbone.weights: {error}{others if len(step_folders(folder.parent)) > 1 else ''}"
+            ) from None
     run = folder.parent if folder.name == "checkpoints" else folder
     if found := newest(run / "checkpoints"):
         return found

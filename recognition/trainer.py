@@ -93,7 +93,9 @@ class Trainer:
         self.schedule = Schedule.of(config.training, self.index.num_images / config.training.global_batch)
 
         self.backbone = build_backbone(config.backbone, config.run.seed)
-        self.beginning = start_from(self.backbone, config.backbone, config.run.folder, goes_on=self.checkpoint is not None)
+        self.beginning = start_from(
+            self.backbone, config.backbone, config.run.folder, goes_on=self.checkpoint is not None
+        )
         if config.export.enabled:
             _local_main_first(ranks, lambda: ranks.is_main and check_export(self.backbone, config.export))
         self.backbone.to(ranks.device)

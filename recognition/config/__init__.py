@@ -251,12 +251,9 @@ def _schedule_mistakes(training: Training) -> list[str]:
         mistakes.append("training.schedule = multistep needs training.milestones, for example [10.0, 16.0]")
     if any(after <= before for before, after in itertools.pairwise(milestones)):
         mistakes.append(f"training.milestones must rise, which {list(milestones)} do not")
-    for milestone in milestones:
-        if not training.warmup_epochs < milestone < training.epochs:
-            mistakes.append(
-                f"training.milestones: {milestone} is not between training.warmup_epochs ({training.warmup_epochs}) and "
-                f"training.epochs ({training.epochs})"
-            )
+    if out := [str(each) for each in milestones if not training.warmup_epochs < each < training.epochs]:
+        between = f"training.warmup_epochs ({training.warmup_epochs}) and training.epochs ({training.epochs})"
+        mistakes.append(f"training.milestones: {', '.join(out)} not between {between}")
     return mistakes
 
 

@@ -228,6 +228,7 @@ def _traced(backbone: _Frozen, opset: int) -> "onnx.ModelProto":
             dynamic_axes={"data": {0: "batch"}, "embedding": {0: "batch"}},
             input_names=["data"],
             output_names=["embedding"],
+            verbose=False,
         )
     model = onnx.load_from_string(content.getvalue())
     model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)

@@ -134,7 +134,9 @@ def freeze(backbone: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
             near = [f"trunk.{name}"] if f"trunk.{name}" in modules else difflib.get_close_matches(name, modules, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             parts = [each for each, module in modules.items() if each.count(".") < 2 and module.state_dict()]
-            raise UserError(f"backbone.freeze: no module {name}{hint}\n  it has {', '.join(parts)}, and others in these")
+            raise UserError(
+                f"backbone.freeze: no module {name}{hint}\n  it has {', '.join(parts)}, and others in these"
+            )
         if not modules[name].state_dict():
             raise UserError(f"backbone.freeze: {name} has no weights to freeze; name the module that has")
         modules[name].requires_grad_(False).eval()

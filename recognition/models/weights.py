@@ -63,7 +63,9 @@ def read_file(path: Path) -> Any:
     if path.suffix == ".distcp":
         raise UserError(f"backbone.weights: {path} is one file of a checkpoint: {_instead(path)}")
     if kind == "an ONNX model":
-        raise UserError(f"backbone.weights: {path} is a model for deployment, which is not trained on: {_instead(path)}")
+        raise UserError(
+            f"backbone.weights: {path} is a model for deployment, which is not trained on: {_instead(path)}"
+        )
     if kind not in _READ:
         raise UserError(f"backbone.weights: {path} is no file of weights, but {kind}")
     try:
@@ -189,9 +191,7 @@ def _misfits(candidate: _Candidate, own: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def _refusal(
-    origin: Path | str, content: Any, best: _Candidate, misfits: list[str], own: Mapping[str, Tensor]
-) -> str:
+def _refusal(origin: Path | str, content: Any, best: _Candidate, misfits: list[str], own: Mapping[str, Tensor]) -> str:
     if not best.fit(own)[1]:
         misfits = [f"it holds {_contents(content)}", f"the backbone has {_listed(list(own))}"]
     lines = [f"backbone.weights: {origin}{best.place} does not fit this backbone", *misfits]
