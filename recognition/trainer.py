@@ -97,7 +97,7 @@ class Trainer:
             self.backbone, config.backbone, config.run.folder, goes_on=self.checkpoint is not None
         )
         if config.export.enabled:
-            _local_main_first(ranks, lambda: ranks.is_main and check_export(self.backbone, config.export))
+            _local_main_first(ranks, lambda: check_export(self.backbone, config.export) if ranks.is_main else None)
         self.backbone.to(ranks.device)
         scaled = config.backbone.precision == "float16"
         self.loss_scale = LossScale(config.training, ranks.head_device, enabled=scaled)

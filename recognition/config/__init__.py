@@ -183,8 +183,8 @@ class Export(Section):
     enabled: bool = True
     """Write `model.onnx` at the end of the run."""
     opset: Annotated[int, Field(ge=11)] = 18
-    """ONNX operator set. Below 17 torch's older exporter writes the file, which knows fewer networks: convolutional ones
-    go down to 11, for TensorRT 7 and the like."""
+    """ONNX operator set. Below 17 torch's older exporter writes the file, which knows fewer networks; IResNet,
+    MobileFaceNet, ResNet, ConvNeXt and ViT go down to 11, for TensorRT 7 and the like."""
     max_difference: PositiveFloat = 1e-3
     """Largest allowed |difference| between ONNX Runtime's and the backbone's embedding, relative to its norm."""
     min_cosine: Fraction = 0.9999

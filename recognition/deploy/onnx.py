@@ -8,8 +8,10 @@ import inspect
 import io
 import json
 import logging
+import os
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,8 +60,9 @@ def export(backbone: nn.Module, path: Path | str, facts: Mapping[str, Any], sett
     The file's metadata holds the preprocessing, `facts` (JSON values) and the parity, measured at batches of 1 and 5.
     The card, at `card_path(path)`, holds the same as JSON, and the file's size and SHA-256.
 
-    Raises UserError where a package is missing, where the card would replace a file that is no card, where the network cannot be exported or is too large for one file, and
-    where the parity is beyond the tolerances in `settings`; `path` is then not touched.
+    Raises UserError where a package is missing, where the card would replace a file that is no card, where the network
+    cannot be exported or is too large for one file, and where the parity is beyond the tolerances in `settings`; `path`
+    is then not touched.
     """
     _require_packages()
     import onnx
@@ -215,14 +218,14 @@ def _traced(backbone: _Frozen, opset: int) -> "onnx.ModelProto":
 
     for module in backbone.modules():
         if hasattr(module, "fused_attn"):  # timm's attention, for which that exporter has no operator before opset 14
-            module.fused_attn = False
+            setattr(module, "fused_attn", False)  # noqa: B010  # a module's attribute, for mypy, is another module
     content = io.BytesIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings(), _silence():
         warnings.simplefilter("ignore")  # it says at each call that it is the older one
         torch.onnx.export(
             backbone,
             (_example(backbone),),
-            content,
+            content,  # type: ignore[arg-type]  # that exporter takes open files
             dynamo=False,
             opset_version=opset,
             dynamic_axes={"data": {0: "batch"}, "embedding": {0: "batch"}},
@@ -233,6 +236,20 @@ def _traced(backbone: _Frozen, opset: int) -> "onnx.ModelProto":
     model = onnx.load_from_string(content.getvalue())
     model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
     return model
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep standard output free of the whole graph, which the older exporter's C++ prints where it fails."""
+    sys.stdout.flush()
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _example(backbone: _Frozen) -> torch.Tensor:

@@ -10,7 +10,6 @@ import inspect
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import timm

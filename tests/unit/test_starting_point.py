@@ -1,4 +1,4 @@
-"""A backbone's weights from another run, from one of its checkpoints, or from a file; and a run's backbone for export."""
+"""A backbone's weights from another run, one of its checkpoints, or a file; and a run's backbone for export."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What of a file of weights fits a backbone: this package's, timm's and other trainers', and what is said of the rest."""
+"""What of a file of weights fits a backbone, this package's, timm's and other trainers', and what is said of it."""
 
 import gzip
 import pickle
