@@ -299,7 +299,8 @@ def _best(folder: RunFolder) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         return folder.best, state, dict(json.loads(record.read_text(encoding="utf-8")))
     except Exception as error:  # what a damaged file raises is anybody's guess
         raise UserError(
-            f"{folder.best} or {record.name} is damaged ({type(error).__name__}); --which last takes the newest checkpoint"
+            f"{folder.best} or {record.name} is damaged ({type(error).__name__}); "
+            "--which last takes the newest checkpoint"
         ) from None
 
 

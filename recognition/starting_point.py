@@ -57,7 +57,7 @@ def newest(checkpoints: Path) -> tuple[Path, dict[str, Tensor]] | None:
 
 
 def _read_folder(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The backbone in a run's folder, in its folder of checkpoints, or in one checkpoint, and the checkpoint it is of."""
+    """The backbone in a run's folder, in its folder of checkpoints or in one of them, and the checkpoint it is of."""
     if folder.name.endswith(".partial"):
         raise UserError(
             f"backbone.weights: {folder} is a checkpoint that is being written, or whose run has died; "

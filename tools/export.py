@@ -12,7 +12,7 @@ from recognition import program
 with program.imports():
     from recognition import config
     from recognition.argument_types import path
-    from recognition.deploy.onnx import export
+    from recognition.deploy.onnx import card_path, export
     from recognition.outputs import check_output
     from recognition.run_folder import load_backbone
 
@@ -27,16 +27,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=path, metavar="RUN", help="the folder of a run")
     parser.add_argument("--output", type=path, required=True, metavar="FILE", help="the ONNX file to write")
     parser.add_argument("--which", choices=("last", "best"), default="last", help="newest checkpoint, or best verified")
+    parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set, in place of the run's export.opset")
     return parser
 
 
 def _main(options: argparse.Namespace) -> int:
     output = check_output(options.output, kind="file", inputs=[options.run])
-    if output.suffix == ".json":
-        raise config.UserError(f"{output}: the model's card has this name; give a name that ends in .onnx")
-    check_output(output.with_suffix(".json"), kind="file")
+    check_output(card_path(output), kind="file")
     backbone, facts = load_backbone(options.run, options.which)
-    settings = config.load(options.run / "config.toml", check_paths=False).export
+    changes = [] if options.opset is None else [f"export.opset={options.opset}"]
+    settings = config.load(options.run / "config.toml", changes, check_paths=False).export
     parity = export(backbone, output, facts, settings)
     megabytes = output.stat().st_size / 1e6
     print(f"{output}: {megabytes:.1f} MB, {backbone.image_size} px, {backbone.embedding_size} values")
@@ -48,4 +48,4 @@ def _main(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program.run(main))

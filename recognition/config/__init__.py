@@ -194,8 +194,8 @@ class Export(Section):
     enabled: bool = True
     """Write `model.onnx` at the end of the run."""
     opset: Annotated[int, Field(ge=11)] = 18
-    """ONNX operator set. Below 17 torch's older exporter writes the file, which knows fewer networks: convolutional ones
-    go down to 11, for TensorRT 7 and the like."""
+    """ONNX operator set. Below 17 torch's older exporter writes the file, which knows fewer networks; IResNet,
+    MobileFaceNet, ResNet, ConvNeXt and ViT go down to 11, for TensorRT 7 and the like."""
     max_difference: PositiveFloat = 1e-3
     """Largest allowed |difference| between ONNX Runtime's and the backbone's embedding, relative to its norm."""
     min_cosine: Fraction = 0.9999
@@ -262,12 +262,9 @@ def _schedule_mistakes(training: Training) -> list[str]:
         mistakes.append("training.schedule = multistep needs training.milestones, for example [10.0, 16.0]")
     if any(after <= before for before, after in itertools.pairwise(milestones)):
         mistakes.append(f"training.milestones must rise, which {list(milestones)} do not")
-    for milestone in milestones:
-        if not training.warmup_epochs < milestone < training.epochs:
-            mistakes.append(
-                f"training.milestones: {milestone} is not between training.warmup_epochs ({training.warmup_epochs}) and "
-                f"training.epochs ({training.epochs})"
-            )
+    if out := [str(each) for each in milestones if not training.warmup_epochs < each < training.epochs]:
+        between = f"training.warmup_epochs ({training.warmup_epochs}) and training.epochs ({training.epochs})"
+        mistakes.append(f"training.milestones: {', '.join(out)} not between {between}")
     return mistakes
 
 

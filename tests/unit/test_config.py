@@ -197,6 +197,17 @@ def test_settings_of_the_head_that_do_not_go_together(write: Write, overrides: l
     ("overrides", "words"),
     [
         (["training.global_batch=100", "training.accumulation=3"], ["(100)", "training.accumulation (3)"]),
+        (["training.schedule=multistep"], ["multistep needs training.milestones, for example [10.0, 16.0]"]),
+        (["training.milestones=[10.0]"], ["training.milestones is for training.schedule = multistep, not polynomial"]),
+        (
+            ["training.schedule=multistep", "training.milestones=[12.0, 8.0]"],
+            ["training.milestones must rise, which [12.0, 8.0] do not"],
+        ),
+        (
+            ["training.schedule=multistep", "training.milestones=[1, 20]", "training.warmup_epochs=1"],
+            ["training.milestones: 1.0, 20.0 not between training.warmup_epochs (1.0) and training.epochs (20.0)"],
+        ),
+        (["export.opset=10"], ["export.opset: input should be greater than or equal to 11, not 10"]),
         (["training.epochs=2", "training.warmup_epochs=2"], ["training.warmup_epochs (2.0)", "training.epochs (2.0)"]),
     ],
 )

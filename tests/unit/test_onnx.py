@@ -1,6 +1,7 @@
 import copy
 import hashlib
 import json
+import sys
 
 import numpy as np
 import onnx
@@ -10,7 +11,7 @@ from torch import nn
 
 from recognition.config import Backbone, Export, UserError
 from recognition.deploy.embedder import OnnxEmbedder
-from recognition.deploy.onnx import export
+from recognition.deploy.onnx import check_export, export
 from recognition.models.backbone import BackboneEmbedder, build_backbone
 
 SIZE, D = 16, 8
@@ -267,3 +268,67 @@ def test_a_real_backbone_in_bfloat16_at_another_opset(tmp_path, images):
     # Float32 on both sides, through a few layers whose sums are in another order.
     np.testing.assert_allclose(OnnxEmbedder(tmp_path / "model.onnx")(images), expected, rtol=1e-4, atol=1e-4)
     assert parity.max_difference < NEAR
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "opset", "ir_version"),
+    [
+        ("iresnet18", {}, 11, 6),
+        ("mobilefacenet", {}, 12, 7),
+        ("test_resnet", {}, 16, 8),
+        ("vit_tiny_patch16_224", {"depth": 1}, 11, 6),
+        ("convnext_atto", {}, 13, 7),
+    ],
+)
+def test_older_opsets(name, options, opset, ir_version, tmp_path):
+    settings = Backbone(name=name, options=options, image_size=32, embedding_size=12, precision="float32")
+    backbone = build_backbone(settings, seed=3)
+    images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    backbone(torch.from_numpy(images.transpose(0, 3, 1, 2)).float() / 127.5 - 1)
+    export(backbone, tmp_path / "model.onnx", {}, Export(opset=opset))
+    model = onnx.load(tmp_path / "model.onnx")
+    assert [item.version for item in model.opset_import] == [opset]
+    assert model.ir_version == ir_version  # of ONNX's table, by which readers of that time know what they can read
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    embedder = OnnxEmbedder(tmp_path / "model.onnx")
+    expected = BackboneEmbedder(backbone, float32=True)(images)
+    for batch in (1, 6):
+        found = embedder(images[:batch])
+        # Float32 on both sides, whose sums are in another order.
+        assert np.abs(found - expected[:batch]).max() < 1e-4 * np.linalg.norm(expected, axis=1).max()
+
+
+class More(Small):
+    """Has a step that not every opset can write."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator = operator
+
+    def forward(self, images, *, float32=False):
+        return super().forward(images, float32=float32) + self.operator(images)
+
+
+def test_an_opset_that_is_too_low_is_refused_before_training_with_the_lowest_that_works(capfd):
+    sampling = More(
+        lambda x: nn.functional.grid_sample(x, x[:, :2, :2, :4].permute(0, 2, 3, 1), align_corners=False)[:, 0].flatten(
+            1
+        )
+    )
+    with pytest.raises(UserError, match=r"at opset 11: .*grid_sampler.*; set export\.opset=16$"):
+        check_export(sampling, Export(opset=11))
+    check_export(sampling, Export(opset=16))
+    assert capfd.readouterr().out == ""  # the older exporter prints its whole graph where it fails
+    with pytest.raises(UserError, match=r"at opset 99: "):
+        check_export(small(), Export(opset=99))
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_package_that_is_missing_is_named_before_training(package, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    for attempt in (
+        lambda: check_export(small(), Export()),
+        lambda: export(small(), tmp_path / "x.onnx", {}, Export()),
+    ):
+        with pytest.raises(UserError, match=f"pip install {package}, or set export.enabled=false"):
+            attempt()

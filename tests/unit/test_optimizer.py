@@ -113,12 +113,6 @@ def test_norms_biases_and_slopes_are_a_group_without_decay_and_frozen_parameters
     }
 
 
-def test_a_backbone_that_is_frozen_whole_is_refused() -> None:
-    model = small().requires_grad_(False)
-    with pytest.raises(ValueError, match="empty parameter list"):
-        build_optimizer(model, SGD, decay_norms_and_biases=False)
-
-
 @pytest.mark.parametrize("settings", [SGD, ADAMW], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_a_step_that_is_not_finite_changes_nothing(settings: config.SGD | config.AdamW, steps_before: int) -> None:
@@ -264,3 +258,33 @@ def test_the_margin_grows_from_zero() -> None:
     schedule = Schedule.of(config.Training(epochs=10), steps_per_epoch=8.0)
     assert [schedule.margin_strength(step, 0.5) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     assert schedule.margin_strength(0, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_multistep_is_that_of_torch_behind_the_warm_up(warmup: int) -> None:
+    training = config.Training(
+        epochs=6, warmup_epochs=warmup, schedule="multistep", milestones=(2.0, 3.5, 5.0), gamma=0.2
+    )
+    schedule = Schedule.of(training, steps_per_epoch=4.0)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    peer = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[8, 14, 20], gamma=0.2)
+    expected = []
+    for _ in range(24):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        peer.step()
+    expected[: 4 * warmup] = [(step + 1) / (4 * warmup + 1) for step in range(4 * warmup)]
+    assert [schedule.factor(step) for step in range(schedule.total_steps)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_backbone_that_is_frozen_whole_leaves_nothing_to_do() -> None:
+    model = small().requires_grad_(False)
+    for settings in (SGD, ADAMW):
+        optimizer = build_optimizer(model, settings, decay_norms_and_biases=False)
+        before = snapshot(model, optimizer)
+        set_lr(optimizer, 0.3)
+        norm = clip_gradients(model.parameters(), 5.0)
+        assert norm == 0
+        step_if_finite(optimizer, norm.isfinite())
+        assert identical(snapshot(model, optimizer), before)
+        assert optimizer_tensors(optimizer, model) == {}
