@@ -174,3 +174,12 @@ train.main(["configs/demo.toml"])
     )
     assert done.returncode == 3, done.stderr
     assert done.stderr.splitlines()[0].endswith("INFO starting: loading torch")
+
+
+def test_another_rank_leaves_the_first_ones_display_a_line_to_draw_on(
+    screen: Callable[[int], Terminal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = screen(80)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    terminal.write("[rank 1] WARNING a bad image")
+    assert file.getvalue() == "\r\x1b[K[rank 1] WARNING a bad image\n\n"
