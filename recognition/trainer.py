@@ -192,8 +192,9 @@ class Trainer:
     def _train(self) -> bool:
         """Train; returns whether the last step was reached, of which there is a checkpoint then."""
         config, total, first = self.config, self.schedule.total_steps, self.step
+        beginning = "first step, which compiles the backbone" if config.backbone.compile else "first step"
         while self.step < total:
-            with progress.working("first step") if self.step == first else contextlib.nullcontext():
+            with progress.working(beginning) if self.step == first else contextlib.nullcontext():
                 values = self._train_step(self.step)
             self.step += 1
             if self.step == first + 1:

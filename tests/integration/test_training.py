@@ -204,6 +204,10 @@ def test_the_file_that_is_shipped_verifies_as_the_checkpoint_does(faces: Path, t
     assert resolved["backbone.precision"] == "float32" and "auto" not in resolved.values()
     told = (tmp_path / "run/log.txt").read_text()
     assert f"2 processes on {resolved['device']}" in told and "backbone in float32, channels-last" in told
+    assert (
+        f"complete: {STEPS} steps in " in told
+        and f"accuracy on pairs: {card['verification']['pairs']['accuracy']:.2%}" in told
+    )
     result = verify(shipped, pairs.same)
     assert card["verification"]["pairs"]["accuracy"] == pytest.approx(result.accuracy)
     best, facts = load_backbone(tmp_path / "run", "best")

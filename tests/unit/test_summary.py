@@ -50,7 +50,7 @@ def test_a_run_without_sets_says_where_its_model_is_and_how_to_go_on(tmp_path: P
 def test_results_and_what_was_passed_over_are_told(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.best.with_suffix(".json").write_text('{"step": 2000, "accuracy": 0.99}')
-    lines = [json.dumps({"sample": sample}) for sample in (7, 9, 7)]  # as two ranks may have found one
+    lines = [json.dumps({"sample": sample, "rank": rank}) for rank, sample in enumerate((7, 9, 7))]
     folder.quarantine.write_text("\n".join([*lines, '{"sample": 1', "null", ""]))
     sets = {"evaluation": {"pairs": ["lfw.bin", "my set.bin"]}}
     told = closing(settings(tmp_path, **sets), {"lfw": 0.985, "my set": 0.9512}, nonfinite=4, start=1000)
