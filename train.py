@@ -2,6 +2,9 @@
 
 CONFIG is a TOML file, configs/demo.toml if none is given. The same command continues a run that was interrupted.
 `srun` and `mpirun` start processes as torchrun does.
+
+SIGINT, SIGTERM, SIGHUP and SIGUSR1 (as of SLURM's --signal=USR1@120) leave a checkpoint and end the run with status
+130. torchrun hands them on to its processes, SIGUSR1 only with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1.
 """
 
 import sys
@@ -22,11 +25,12 @@ def _train(arguments: list[str]) -> int:
         sys.stdout.write(__doc__)
         return 0
     with program.imports():
-        from recognition import config
+        from recognition import config, progress
     path, overrides = config.command_line(arguments, DEMO)
     settings = config.load(path, overrides)
-    with program.imports():
-        from recognition.trainer import train  # a mistake in the settings shows before the seconds that torch takes
+    # A mistake in the settings shows before the seconds that torch takes.
+    with program.imports(), progress.working("starting", after=0):
+        from recognition.trainer import train
 
     return 0 if train(settings) else program.INTERRUPTED
 

@@ -129,6 +129,12 @@ class RunFolder:
             path.rename(place)
         return aside
 
+    def refuse_folders(self) -> None:
+        """Raise UserError where a folder has the name of a file that the run is going to write."""
+        for path in (self.best, self.model, self.results, self.quarantine, self.path / "metrics.jsonl"):
+            if path.is_dir():
+                raise UserError(f"{path} is a folder, but the run writes a file of that name: move it elsewhere")
+
     def warn_of_room(self, checkpoint: int, keep: int) -> None:
         """Warn where the disk has no room for `keep` checkpoints of so many bytes and the one that is being written."""
         there = len(list(self.checkpoints.glob("step-*")))

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from recognition import distributed, failures, hardware, lock, logs, progress, resuming, summary
@@ -182,6 +181,7 @@ class Trainer:
         """Put the folder in order for this run, on the main rank: nothing speaks against it any more."""
         if self.step == 0 and (aside := self.folder.set_aside()):
             log.warning("%s: what an earlier attempt left is in %s now", self.folder.path, aside.name)
+        self.folder.refuse_folders()
         self.folder.keep_config(self.asked)
         size = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors().values())
         self.folder.warn_of_room(size, self.config.checkpoint.keep)

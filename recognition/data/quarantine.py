@@ -69,13 +69,16 @@ class Quarantine:
         if self.path is None:
             return
         facts = {"sample": sample, "label": int(self.index.labels[sample]), "where": where, "error": error}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One write in append mode, so that the lines of several ranks do not mix.
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            os.write(file, (json.dumps(facts, ensure_ascii=False) + "\n").encode())
-        finally:
-            os.close(file)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # One write in append mode, so that the lines of several ranks do not mix.
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.write(file, (json.dumps(facts, ensure_ascii=False) + "\n").encode())
+            finally:
+                os.close(file)
+        except OSError as problem:
+            _log.warning("%s cannot be written (%s): training goes on without it", self.path, problem.strerror)
 
     def _check(self) -> None:
         total = self.index.num_images
