@@ -59,7 +59,8 @@ _OF_AN_ATTEMPT = (
     "log.txt",
     "events.out.tfevents.*",
     "config.toml",
-    "checkpoints/*",
+    "checkpoints/latest",
+    "checkpoints/step-*[0-9]",
 )
 """The files that a run writes into its folder."""
 
