@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recognition import config
-from recognition.deploy.onnx import export
+from recognition import config, program
+from recognition.deploy.onnx import card_path, export
+from recognition.outputs import check_output
 from recognition.run_folder import load_backbone
 
 
@@ -16,16 +17,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
     parser.add_argument("--which", choices=("last", "best"), default="last", help="newest checkpoint, or best verified")
+    parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set, in place of the run's export.opset")
     options = parser.parse_args(arguments)
-    try:
-        backbone, facts = load_backbone(options.run, options.which)
-        settings = config.load(options.run / "config.toml", check_paths=False).export
-        parity = export(backbone, options.output, facts, settings)
-    except config.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    megabytes = options.output.stat().st_size / 1e6
-    print(f"{options.output}: {megabytes:.1f} MB, {backbone.image_size} px, {backbone.embedding_size} values")
+    output = check_output(options.output, kind="file")
+    check_output(card_path(output), kind="file")
+    backbone, facts = load_backbone(options.run, options.which)
+    changes = [] if options.opset is None else [f"export.opset={options.opset}"]
+    settings = config.load(options.run / "config.toml", changes, check_paths=False).export
+    parity = export(backbone, output, facts, settings)
+    megabytes = output.stat().st_size / 1e6
+    print(f"{output}: {megabytes:.1f} MB, {backbone.image_size} px, {backbone.embedding_size} values")
     print(
         "ONNX Runtime against the backbone, batches of 1 and 5: "
         f"max relative difference {parity.max_difference:.2e}, min cosine {parity.min_cosine:.7f}"
@@ -34,4 +35,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program.run(main))

@@ -56,15 +56,16 @@ def export(backbone: nn.Module, path: Path | str, facts: Mapping[str, Any], sett
     `arcface_onnx.py`) are met: H fixed, one output, no early node that it takes for normalisation.
 
     The file's metadata holds the preprocessing, `facts` (JSON values) and the parity, measured at batches of 1 and 5.
-    The card, `path` with the suffix .json, holds the same as JSON, and the file's size and SHA-256.
+    The card, at `card_path(path)`, holds the same as JSON, and the file's size and SHA-256.
 
-    Raises UserError where a package is missing, where the network cannot be exported or is too large for one file, and
+    Raises UserError where a package is missing, where the card would replace a file that is no card, where the network cannot be exported or is too large for one file, and
     where the parity is beyond the tolerances in `settings`; `path` is then not touched.
     """
     _require_packages()
     import onnx
 
     path = Path(path)
+    _refuse_to_replace(card_path(path))
     frozen = _Frozen(backbone)
     card = _card(frozen, facts)
     bytes_held = sum(tensor.numel() * tensor.element_size() for tensor in frozen.state_dict().values())
@@ -93,9 +94,26 @@ def export(backbone: nn.Module, path: Path | str, facts: Mapping[str, Any], sett
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(content)
-    write_text(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
+    write_text(card_path(path), json.dumps(card, indent=2) + "\n")
     _log.info("wrote %s: difference at most %.2e, cosine at least %.6f", path, parity.max_difference, parity.min_cosine)
     return parity
+
+
+def card_path(path: Path) -> Path:
+    """Where the card of an ONNX file lies: beside it, `x.json` for `x.onnx`, and `x.y.json` for any other `x.y`."""
+    return path.with_suffix(".json") if path.suffix == ".onnx" else path.with_name(f"{path.name}.json")
+
+
+def _refuse_to_replace(card: Path) -> None:
+    """Raise UserError if there is a file in the card's place that is no card."""
+    if not card.exists():
+        return
+    try:
+        tree = json.loads(card.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        tree = None
+    if not isinstance(tree, dict) or not {"input_layout", "sha256"} <= tree.keys():
+        raise UserError(f"{card} is in the place of the export's card, and is none: move it, or give another output")
 
 
 class _Frozen(nn.Module):

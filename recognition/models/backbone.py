@@ -133,7 +133,7 @@ def freeze(backbone: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
         if name not in modules:
             near = [f"trunk.{name}"] if f"trunk.{name}" in modules else difflib.get_close_matches(name, modules, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            parts = [each for each in modules if each.count(".") == 1 or "." not in each]
+            parts = [each for each, module in modules.items() if each.count(".") < 2 and module.state_dict()]
             raise UserError(f"backbone.freeze: no module {name}{hint}\n  it has {', '.join(parts)}, and others in these")
         if not modules[name].state_dict():
             raise UserError(f"backbone.freeze: {name} has no weights to freeze; name the module that has")

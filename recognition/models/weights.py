@@ -7,6 +7,7 @@ of tensors in the file is tried with every prefix that its names have, and the o
 import inspect
 import itertools
 import pickle
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -107,7 +108,7 @@ def load_weights(backbone: nn.Module, content: Any, origin: Path | str) -> list[
     if dropped:
         notes.append(f"weights of the classifier are left out: {_listed(dropped)}")
     if other := best.size - len(best.state) - len(dropped):
-        notes.append(f"weights that are not the backbone's are left out: {other} tensors")
+        notes.append(f"weights that are not the backbone's are left out: {other} tensor{'s' if other > 1 else ''}")
     return notes
 
 
@@ -151,6 +152,8 @@ def _as_timm_adapts(candidate: _Candidate, backbone: nn.Module) -> _Candidate | 
         return None
     trunk = {name.removeprefix("trunk."): t for name, t in candidate.state.items() if name.startswith("trunk.")}
     rest = {name: t for name, t in candidate.state.items() if not name.startswith("trunk.")}
+    if "norm.weight" not in trunk and "fc_norm.weight" in trunk:  # the same norm, of all positions or of their mean
+        trunk = {re.sub(r"^fc_norm\.", "norm.", name): tensor for name, tensor in trunk.items()}
     try:
         trunk = adapt(trunk, backbone.trunk) if len(inspect.signature(adapt).parameters) > 1 else adapt(trunk)
     except Exception:  # it takes a file of its own model for granted

@@ -1,7 +1,5 @@
 """Any timm model and the neck: shapes, precision, keys of randomness, weights, refusals."""
 
-import pickle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,6 @@ from recognition.models.backbone import (
     BackboneEmbedder,
     Neck,
     build_backbone,
-    load_weights,
     seed_step,
 )
 
@@ -226,57 +223,16 @@ def test_embedder() -> None:
         embedder(faces / 255)
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
-def test_own_weights_round_trip(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"backbone{suffix}"
-    source = build_backbone(small(), seed=1)
-    state = {f"_orig_mod.{name}": tensor.contiguous() for name, tensor in source.state_dict().items()}
-    if suffix == ".safetensors":
-        pytest.importorskip("safetensors.torch").save_file(state, path)
-    else:
-        torch.save(state, path)
-    loaded = build_backbone(small(weights=path), seed=2).state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in source.state_dict().items())
-
-
-class Evil:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("executed"),))
-
-
-@pytest.mark.parametrize("content", ["code", "noise", "list", "another"])
-def test_weights_that_cannot_be_used(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "weights.pt"
-    match content:
-        case "code":
-            torch.save({"a": Evil()}, path)
-            wanted = "more than tensors"
-        case "noise":
-            path.write_bytes(b"noise")
-            wanted = "weights.pt"
-        case "list":
-            torch.save([1, 2], path)
-            wanted = "not a state dict"
-        case _:
-            torch.save(build_backbone(small(embedding_size=8)).state_dict(), path)
-            wanted = r"neck.linear.weight \[8, 512\] for \[16, 512\]"
-    with pytest.raises(UserError, match=wanted):
-        load_weights(build_backbone(small()), path)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_evil_is_evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    pickle.loads(pickle.dumps(Evil()))
-    assert (tmp_path / "executed").exists()
-
-
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
         ({"name": "iresnet51"}, "iresnet51; did you mean .*iresnet50"),
-        ({"name": "resnet18.a1_in1k"}, "did you mean resnet18"),
+        ({"name": "resnet18.a1"}, "timm has no weights resnet18.a1, but a1_in1k, .*resnet18 alone will do"),
+        ({"name": "resnet18t.a1_in1k"}, "no timm model resnet18t.a1_in1k; did you mean resnet18"),
+        ({"name": "iresnet18", "options": {"pretrained": True}}, "pretrained: .*timm has none of iresnet18"),
+        ({"freeze": ("layer1",)}, "no module layer1; did you mean trunk.layer1.*\n.* trunk.conv1, "),
+        ({"freeze": ("trunk", "nek")}, "freeze: no module nek; did you mean neck"),
+        ({"freeze": ("trunk.act1",)}, "freeze: trunk.act1 has no weights"),
         ({"options": {"drop_pth_rate": 0.1}}, "drop_pth_rate: .* did you mean drop_path_rate"),
         (
             {"name": "poolformer_s12", "options": {"drop_pth_rate": 0.1}},
