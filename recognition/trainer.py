@@ -55,7 +55,7 @@ def train(config: Config) -> bool:
     ranks = distributed.start(config.distributed, config.training.threads)
     try:
         with (
-            failures.shared(ranks),
+            failures.shared(ranks.store, ranks.rank, ranks.world),
             Interrupt() as interrupt,
             contextlib.closing(Trainer(config, ranks, interrupt)) as trainer,
         ):
