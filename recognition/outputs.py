@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from recognition.config import UserError
+from recognition.config.base import UserError, expanded
 
 _OF_A_RUN = {
     "config.toml": "its settings",
@@ -33,16 +33,6 @@ def check_output(
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}; choose another output") from None
     return path
-
-
-def expanded(path: Path) -> Path:
-    """The path with `~` or `~name` at its beginning as a home folder. Raises UserError for a name that is unknown."""
-    if "\x00" in str(path):
-        raise UserError(f"{str(path)!r}: a path cannot hold a NUL character")
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise UserError(f"{path}: no home folder is known for {path.parts[0]}; write the path out") from None
 
 
 def _refuse(path: Path, kind: str, inputs: Sequence[Path], overwrite: bool) -> None:
@@ -85,12 +75,8 @@ def _run_that_owns(path: Path) -> tuple[Path, str] | None:
 
 
 def _try_to_write(path: Path, kind: str) -> None:
-    """Make a file beside the output, or in the nearest folder that exists, and remove it. Raises OSError, UserError."""
+    """Make a file beside the output, or in the nearest folder that exists, and remove it. Raises OSError."""
     folder = path if kind == "folder" else path.parent
-    if kind == "file" and not folder.is_dir():
-        if folder.exists():
-            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is not a folder")
-        raise UserError(f"{path}: there is no folder {folder}; make it first: mkdir -p {folder}")
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from recognition import distributed, lock, progress
 from recognition.config import UserError
@@ -67,9 +66,9 @@ class Turns:
         self._turn += 1
         result: T | None = None
         error: BaseException | None = None
-        if self.ranks.world == 1:
+        if self.ranks.store is None:
             return None if work is None else work()
-        store = dist.PrefixStore(f"{self._name}/{self._turn}", distributed_c10d._get_default_store())
+        store = dist.PrefixStore(f"{self._name}/{self._turn}", self.ranks.store)
         if work is not None:
             try:
                 with _beating(store, self.silence):

@@ -62,7 +62,7 @@ def _tell(error: Exception) -> int:
     from recognition.config.base import FailedElsewhere
 
     if isinstance(error, FailedElsewhere):
-        _keep_for_launcher(f"stopped, for another rank failed: {error}", time.time() + 1)
+        _keep_for_launcher("stopped, because another rank had failed", time.time() + 1)
         if error.is_far and _local_rank() == "0":
             _write(f"error: {error}\n")
         return error.status

@@ -43,7 +43,7 @@ def train(config: Config) -> bool:
         ranks = distributed.start(config.distributed, config.training.threads)
     with contextlib.ExitStack() as stack:
         stack.callback(distributed.stop)
-        stack.enter_context(failures.shared(ranks))
+        stack.enter_context(failures.shared(ranks.store, ranks.rank, ranks.world))
         stack.enter_context(logs.telling(ranks.rank))
         interrupt = stack.enter_context(Interrupt())
         turns = Turns(ranks, config.distributed.init_timeout_seconds)
@@ -257,7 +257,7 @@ class Trainer:
 
     def _who_hangs(self) -> str:
         seconds = self.config.distributed.timeout_seconds
-        missing = ", ".join(str(rank) for rank in distributed.absent()) or "?"
+        missing = ", ".join(str(rank) for rank in distributed.absent(self.ranks)) or "?"
         return (
             f"step {self.step}: rank {missing} has not taken part for {seconds} seconds (distributed.timeout_seconds). "
             f"Look whether its disk or network hangs where it reads {self.config.data.path}; the same command goes on "

@@ -13,12 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
+from recognition import program
 
-from recognition import hardware
-from recognition.config import Augment, Data, UserError
-from recognition.data.index import Index, open_index
-from recognition.data.pipeline import Pipeline
+with program.imports():
+    import torch
+
+    from recognition import hardware
+    from recognition.argument_types import path, positive
+    from recognition.config import Augment, Data, UserError
+    from recognition.data.index import Index, open_index
+    from recognition.data.pipeline import Pipeline
 
 AUGMENTS = {
     "flip": Augment(),
@@ -38,8 +42,12 @@ _WARM_UP = 5
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure as the command line says; returns the exit status."""
+    return program.run(lambda: _main(_parser().parse_args(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a data set, as in data.path")
+    parser.add_argument("--data", type=path, required=True, metavar="DIR", help="a data set, as in data.path")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument(
         "--loader",
@@ -48,30 +56,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=["auto"],
         help="as in data.loader; several take turns, and are compared (default: auto)",
     )
-    parser.add_argument("--batch", type=int, default=256, help="images (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="batches, after a warm-up (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="that decode on the CPU (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=256, help="images (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=100, help="batches, after a warm-up (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="that decode on the CPU (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def _main(options: argparse.Namespace) -> int:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: there is no CUDA device")
     found: dict[str, float] = {}
-    try:
-        loaders = list(dict.fromkeys(map(hardware.loader, options.loader)))
-        with tempfile.TemporaryDirectory() as cache:
-            index = open_index(options.data, Path(cache))
-            for name, augment in AUGMENTS.items():
-                rates = [_rates(index, augment, loader, options) for loader in loaders]
-                for loader, (per_second, per_cpu_second) in zip(loaders, rates, strict=True):
-                    prefix = name if len(loaders) == 1 else f"{loader}_{name}"
-                    found[f"{prefix}_images_per_second"] = per_second
-                    found[f"{prefix}_images_per_cpu_second"] = per_cpu_second
-                    print(
-                        f"{name:<12} {loader:<12} {per_second:>7,.0f} img/s, {per_cpu_second:>7,.0f} per CPU-second"
-                        f" ({per_second / rates[0][0]:.2f} x, {per_cpu_second / rates[0][1]:.2f} x {loaders[0]}),"
-                        f" batch {options.batch}, on {options.device}"
-                    )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    loaders = list(dict.fromkeys(map(hardware.loader, options.loader)))
+    with tempfile.TemporaryDirectory() as cache:
+        index = open_index(options.data, Path(cache))
+        for name, augment in AUGMENTS.items():
+            rates = [_rates(index, augment, loader, options) for loader in loaders]
+            for loader, (per_second, per_cpu_second) in zip(loaders, rates, strict=True):
+                prefix = name if len(loaders) == 1 else f"{loader}_{name}"
+                found[f"{prefix}_images_per_second"] = per_second
+                found[f"{prefix}_images_per_cpu_second"] = per_cpu_second
+                print(
+                    f"{name:<12} {loader:<12} {per_second:>7,.0f} img/s, {per_cpu_second:>7,.0f} per CPU-second"
+                    f" ({per_second / rates[0][0]:.2f} x, {per_cpu_second / rates[0][1]:.2f} x {loaders[0]}),"
+                    f" batch {options.batch}, on {options.device}"
+                )
     if options.json:
         print(json.dumps(found))
     return 0

@@ -13,13 +13,17 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from pydantic import ValidationError
+from recognition import program
 
-from recognition import config, hardware
-from recognition.config import UserError
-from recognition.head.benchmark import REFERENCE_STEPS, Details, Result, measure
-from recognition.head.plan import HeadPlan
+with program.imports():
+    import torch
+    from pydantic import ValidationError
+
+    from recognition import config, hardware
+    from recognition.argument_types import positive
+    from recognition.config import UserError
+    from recognition.head.benchmark import REFERENCE_STEPS, Details, Result, measure
+    from recognition.head.plan import HeadPlan
 
 LOSSES = [loss.model_fields["name"].default for loss in get_args(get_args(config.Loss)[0])]
 OPTIMIZERS: dict[str, config.Optimizer] = {"sgd": config.SGD(), "adamw": config.AdamW()}
@@ -27,11 +31,15 @@ OPTIMIZERS: dict[str, config.Optimizer] = {"sgd": config.SGD(), "adamw": config.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure as the command line says; returns the exit status."""
+    return program.run(lambda: _main(_parser().parse_args(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--ranks", type=_positive, default=1, help="processes, on GPUs one each (default: 1)")
-    parser.add_argument("--classes", type=_positive, required=True, help="identities over all ranks")
-    parser.add_argument("--batch", type=_positive, default=64, help="images per rank (default: %(default)s)")
+    parser.add_argument("--ranks", type=positive, default=1, help="processes, on GPUs one each (default: 1)")
+    parser.add_argument("--classes", type=positive, required=True, help="identities over all ranks")
+    parser.add_argument("--batch", type=positive, default=64, help="images per rank (default: %(default)s)")
     parser.add_argument("--sample-rate", type=float, default=1.0, help="Partial FC's fraction of classes (default: 1)")
     parser.add_argument("--loss", choices=LOSSES, default="cosface", metavar="NAME", help="default: %(default)s")
     parser.add_argument(
@@ -40,21 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of the products")
     parser.add_argument("--kernels", choices=("auto", "torch", "triton"), default="auto", help="what does the work")
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="what moves the rows")
-    parser.add_argument("--embedding-size", type=_positive, default=512, help="default: %(default)s")
-    parser.add_argument("--chunk", type=_positive, help="classes per chunk (default: what suits the device)")
-    parser.add_argument("--steps", type=_positive, default=5, help="steps to measure after a warm-up (default: 5)")
-    parser.add_argument("--threads", type=_positive, default=1, help="threads per process on a CPU (default: 1)")
+    parser.add_argument("--embedding-size", type=positive, default=512, help="default: %(default)s")
+    parser.add_argument("--chunk", type=positive, help="classes per chunk (default: what suits the device)")
+    parser.add_argument("--steps", type=positive, default=5, help="steps to measure after a warm-up (default: 5)")
+    parser.add_argument("--threads", type=positive, default=1, help="threads per process on a CPU (default: 1)")
     parser.add_argument("--reference", action="store_true", help=f"and {REFERENCE_STEPS} steps of the plain head")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    options = parser.parse_args(arguments)
-    try:
-        plan = _plan(options)
-        result, details = measure(plan, options.steps, threads=options.threads, reference=options.reference)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return parser
+
+
+def _main(options: argparse.Namespace) -> int:
+    plan = _plan(options)
+    result, details = measure(plan, options.steps, threads=options.threads, reference=options.reference)
     _show(plan, result, details)
     if options.json:
         print(json.dumps(result.to_json()))
@@ -133,12 +138,6 @@ def _bytes(count: float) -> str:
 
 def _parts(parts: dict[str, int]) -> str:
     return ", ".join(f"{name} {_bytes(count)}" for name, count in parts.items())
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -13,34 +13,42 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from pydantic import ValidationError
+from recognition import program
 
-from recognition import config, distributed, hardware, toml
-from recognition.benchmark import Result, Variant, measure, measure_grid
-from recognition.config import UserError
+with program.imports():
+    import torch
+    from pydantic import ValidationError
+
+    from recognition import config, distributed, hardware, toml
+    from recognition.argument_types import above_one, above_zero, path, whole
+    from recognition.benchmark import Result, Variant, measure, measure_grid
+    from recognition.config import UserError
 
 LAYOUTS = {"channels-last": True, "contiguous": False}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure as the command line says; returns the exit status."""
+    return program.run(lambda: _main(_parser().parse_args(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--backbone", default="iresnet50", metavar="NAME", help="default: %(default)s")
-    which.add_argument("--recipe", type=Path, metavar="FILE", help="take the backbone of this configuration")
-    parser.add_argument("--batch", type=_above_one, default=256, help="images in a step (default: %(default)s)")
-    parser.add_argument("--classes", type=_above_one, default=93_431, help="identities (default: MS1MV3's 93431)")
-    parser.add_argument("--image-size", type=_above_one, default=112, help="pixels a side (default: %(default)s)")
-    parser.add_argument("--steps", type=_above_one, default=40, help="of each, after a warm-up (default: %(default)s)")
+    which.add_argument("--recipe", type=path, metavar="FILE", help="take the backbone of this configuration")
+    parser.add_argument("--batch", type=above_one, default=256, help="images in a step (default: %(default)s)")
+    parser.add_argument("--classes", type=above_one, default=93_431, help="identities (default: MS1MV3's 93431)")
+    parser.add_argument("--image-size", type=above_one, default=112, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--steps", type=above_one, default=40, help="of each, after a warm-up (default: %(default)s)")
     parser.add_argument(
         "--compiler",
         choices=("inductor", "aot_eager", "none"),
         default="inductor",
         help="torch.compile's backend; without a compiler for the machine, aot_eager or none (default: %(default)s)",
     )
-    parser.add_argument("--threads", type=int, default=0, help="of torch on a CPU (default: as many as cores)")
+    parser.add_argument("--threads", type=whole, default=0, help="of torch on a CPU (default: as many as cores)")
     parser.add_argument("--grid", action="store_true", help="measure each precision, layout and torch.compile")
     parser.add_argument(
         "--precisions",
@@ -52,16 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--layouts", nargs="+", choices=tuple(LAYOUTS), default=list(LAYOUTS), help="of the grid (default: both)"
     )
-    parser.add_argument("--peak", type=float, metavar="TFLOPS", help="of the device in bfloat16, where it is not known")
+    parser.add_argument("--peak", type=above_zero, metavar="TFLOPS", help="of the device in bfloat16")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    options = parser.parse_args(arguments)
-    try:
-        result = _measure(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return parser
+
+
+def _main(options: argparse.Namespace) -> int:
+    result = _measure(options)
     if isinstance(result, Result):
         _show(options, result)
     else:
@@ -152,13 +157,6 @@ def _show(options: argparse.Namespace, result: Result) -> None:
         lines.append(("peak memory", f"{result.memory_bytes / 1e9:.2f} GB, compiled"))
     for name, value in lines:
         print(f"{name:<16} {value}")
-
-
-def _above_one(text: str) -> int:
-    """BatchNorm needs two images, and a loss two classes."""
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 1")
-    return int(text)
 
 
 if __name__ == "__main__":

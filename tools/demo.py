@@ -6,30 +6,44 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recognition import config
-from recognition.config import UserError
-from recognition.data.faces import write_faces
-from recognition.deploy.embedder import OnnxEmbedder
-from recognition.evaluation.embedder import Embedder
-from recognition.evaluation.pairs import read_pairs
-from recognition.evaluation.verification import Verification, embed_pairs, verify
-from recognition.models.backbone import BackboneEmbedder
-from recognition.run_folder import RunFolder, load_backbone
-from recognition.storage import write_text
+from recognition import program
+
+with program.imports():
+    from rich.console import Console
+    from rich.table import Table
+
+    from recognition import config
+    from recognition.config import UserError
+    from recognition.data.faces import write_faces
+    from recognition.deploy.embedder import OnnxEmbedder
+    from recognition.evaluation.embedder import Embedder
+    from recognition.evaluation.pairs import read_pairs
+    from recognition.evaluation.verification import Verification, embed_pairs, verify
+    from recognition.models.backbone import BackboneEmbedder
+    from recognition.run_folder import RunFolder, load_backbone
+    from recognition.storage import write_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Demonstrate as the command line says; returns the exit status."""
+    return program.run(lambda: _main(_parser().parse_args(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--started", type=float, default=time.time(), help="when the clock started, in epoch seconds")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to configs/demo.toml")
-    arguments = parser.parse_args()
+    return parser
+
+
+def _main(arguments: argparse.Namespace) -> int:
     console = Console()
     try:
         settings = config.load(REPOSITORY / "configs" / "demo.toml", arguments.overrides)
@@ -47,9 +61,6 @@ def main() -> int:
             _verify("checkpoint", BackboneEmbedder(backbone, float32=True), settings),
             _verify("ONNX file", OnnxEmbedder(run.model), settings),
         ]
-    except UserError as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        return 2
     except subprocess.CalledProcessError as error:
         console.print(f"error: the training stopped with status {error.returncode}", style="red")
         return error.returncode

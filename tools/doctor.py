@@ -14,31 +14,37 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from recognition import program
 
-from recognition import config, doctor, hardware, measure
-from recognition.config import UserError
+with program.imports():
+    import torch
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from recognition import config, doctor, hardware, measure
+    from recognition.argument_types import path, positive
+    from recognition.config import UserError
+    from recognition.outputs import check_output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Examine as the command line says; returns the exit status."""
+    return program.run(lambda: _main(_parser().parse_args(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    parser.add_argument("--ranks", type=_positive, help="processes on this machine (default: one a GPU, else 2)")
-    parser.add_argument("--folder", type=Path, default=Path(), help="whose disk is measured (default: this one)")
+    parser.add_argument("--ranks", type=positive, help="processes on this machine (default: one a GPU, else 2)")
+    parser.add_argument("--folder", type=path, default=Path(), help="whose disk is measured (default: this one)")
     parser.add_argument("--quick", action="store_true", help="measure a tenth as long, which is less certain")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    options = parser.parse_args(arguments)
-    try:
-        found = _examine(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return parser
+
+
+def _main(options: argparse.Namespace) -> int:
+    found = _examine(options)
     if options.json:
         print(json.dumps(found))
     return 0
@@ -48,6 +54,9 @@ def _examine(options: argparse.Namespace) -> dict[str, Any]:
     """Print what is found, and return it as JSON values by name."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: there is no CUDA device")
+    if not options.folder.is_dir():
+        raise UserError(f"--folder: {options.folder} is no folder; name the one whose disk is to be measured")
+    check_output(options.folder, kind="folder")
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     ranks = options.ranks or (torch.cuda.device_count() if on_gpu else min(2, hardware.cores()))
@@ -126,12 +135,6 @@ def _giga(rate: float) -> str:
     """In thousands of millions, to three figures."""
     value = rate / 1e9
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

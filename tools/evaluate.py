@@ -8,35 +8,43 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recognition.config import UserError
-from recognition.deploy.embedder import OnnxEmbedder
-from recognition.evaluation.embedder import Embedder
-from recognition.evaluation.pairs import PairSet, read_pairs
-from recognition.evaluation.verification import FARS, embed_pairs, verify
+from recognition import program
+
+with program.imports():
+    import numpy as np
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from recognition.argument_types import path, positive
+    from recognition.deploy.embedder import OnnxEmbedder
+    from recognition.evaluation.embedder import Embedder
+    from recognition.evaluation.pairs import PairSet, read_pairs
+    from recognition.evaluation.verification import FARS, embed_pairs, verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate as the command line says; returns the exit status."""
+    return program.run(lambda: _main(_parser().parse_args(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="an ONNX file, or the folder of a run")
-    parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="InsightFace .bin or LFW pairs.txt files")
-    parser.add_argument("--images", type=Path, help="image folder of pairs.txt files (default: looked for beside them)")
-    parser.add_argument("--batch", type=_positive, default=64, help="images per forward pass (default: %(default)s)")
+    parser.add_argument("--model", type=path, required=True, help="an ONNX file, or the folder of a run")
+    parser.add_argument("--pairs", type=path, nargs="+", required=True, help="InsightFace .bin or LFW pairs.txt files")
+    parser.add_argument("--images", type=path, help="image folder of pairs.txt files (default: looked for beside them)")
+    parser.add_argument("--batch", type=positive, default=64, help="images per forward pass (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    options = parser.parse_args(arguments)
-    try:
-        sets = [read_pairs(path, options.images) for path in options.pairs]
-        embedder = load_embedder(options.model)
-        results = {str(pairs.path): evaluate(embedder, pairs, options.batch) for pairs in sets}
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return parser
+
+
+def _main(options: argparse.Namespace) -> int:
+    sets = [read_pairs(path, options.images) for path in options.pairs]
+    embedder = load_embedder(options.model)
+    results = {str(pairs.path): evaluate(embedder, pairs, options.batch) for pairs in sets}
     Console().print(_table(options.model, list(results.values())))
     if options.json:
         first = next(iter(results.values()))
@@ -87,13 +95,6 @@ def _table(model: Path, results: list[dict[str, Any]]) -> Table:
         table.add_row(f"TAR@FAR={far} %", *("n/a" if rate is None else f"{100 * rate:.2f}" for rate in rates))
     table.add_row("seconds", *(f"{result['seconds']:.1f}" for result in results))
     return table
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
 
 
 if __name__ == "__main__":

@@ -5,21 +5,36 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recognition import config, program
-from recognition.deploy.onnx import card_path, export
-from recognition.outputs import check_output
-from recognition.run_folder import load_backbone
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from recognition import program
+
+with program.imports():
+    from recognition import config
+    from recognition.argument_types import path
+    from recognition.deploy.onnx import card_path, export
+    from recognition.outputs import check_output
+    from recognition.run_folder import load_backbone
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export as the command line says; returns the exit status."""
+    return program.run(lambda: _main(_parser().parse_args(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the ONNX file to write")
+    parser.add_argument("run", type=path, metavar="RUN", help="the folder of a run")
+    parser.add_argument("--output", type=path, required=True, metavar="FILE", help="the ONNX file to write")
     parser.add_argument("--which", choices=("last", "best"), default="last", help="newest checkpoint, or best verified")
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set, in place of the run's export.opset")
-    options = parser.parse_args(arguments)
-    output = check_output(options.output, kind="file")
+    return parser
+
+
+def _main(options: argparse.Namespace) -> int:
+    output = check_output(options.output, kind="file", inputs=[options.run])
+    if output.suffix == ".json":
+        raise config.UserError(f"{output}: the model's card has this name; give a name that ends in .onnx")
     check_output(card_path(output), kind="file")
     backbone, facts = load_backbone(options.run, options.which)
     changes = [] if options.opset is None else [f"export.opset={options.opset}"]
@@ -35,4 +50,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(main))
+    sys.exit(main())

@@ -3,36 +3,43 @@
 import argparse
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from recognition import program
 
-from recognition.config import UserError
-from recognition.data.index import Index, build, open_index
+with program.imports():
+    import numpy as np
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from recognition.argument_types import path
+    from recognition.data.index import Index, build, open_index
+    from recognition.outputs import check_output
 
 
-def main() -> int:
-    """Returns the exit status: 2 for a mistake in what was given."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Index as the command line says; returns the exit status."""
+    return program.run(lambda: _main(_parser().parse_args(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (("build", "index the data anew"), ("show", "say what the index holds; built if there is none")):
         command = commands.add_parser(name, help=what, description=what)
-        command.add_argument("path", type=Path, help="a .rec file, a folder with train.rec, or one folder per identity")
-        command.add_argument("--cache", type=Path, help="where the index goes when the data is read-only")
-    arguments = parser.parse_args()
+        command.add_argument("path", type=path, help="a .rec file, a folder with train.rec, or one folder per identity")
+        command.add_argument("--cache", type=path, help="where the index goes when the data is read-only")
+    return parser
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    if arguments.cache is not None:
+        check_output(arguments.cache, kind="folder")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        index = _index(build if arguments.command == "build" else open_index, arguments.path, arguments.cache)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    index = _index(build if arguments.command == "build" else open_index, arguments.path, arguments.cache)
     _show(index)
     return 0
 

@@ -15,12 +15,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pydantic import ValidationError
+from recognition import program
 
-from recognition import config
-from recognition.config import UserError
-from recognition.head.plan import HeadPlan
-from recognition.models.cost import BackboneCost, backbone_cost
+with program.imports():
+    from pydantic import ValidationError
+
+    from recognition import config
+    from recognition.argument_types import above_zero, positive
+    from recognition.config import UserError
+    from recognition.head.plan import HeadPlan
+    from recognition.models.cost import BackboneCost, backbone_cost
 
 FRAMEWORK_BYTES = 2_000_000_000
 """An estimate: CUDA's context, buffers of NCCL, workspaces of cuBLAS and cuDNN, and what the allocator cannot use."""
@@ -162,35 +166,38 @@ class Plan:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Plan as the command line says; returns the exit status."""
+    return program.run(lambda: _main(_parser().parse_args(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", type=_positive, required=True, help="identities")
-    parser.add_argument("--gpus", type=_positive, required=True, help="in all")
-    parser.add_argument("--gpu-memory", type=_above_zero, required=True, metavar="GB", help="of each")
+    parser.add_argument("--classes", type=positive, required=True, help="identities")
+    parser.add_argument("--gpus", type=positive, required=True, help="in all")
+    parser.add_argument("--gpu-memory", type=above_zero, required=True, metavar="GB", help="of each")
     parser.add_argument("--backbone", default="iresnet100", metavar="NAME", help="as backbone.name (%(default)s)")
-    parser.add_argument("--batch", type=_positive, default=128, help="images per GPU (%(default)s)")
+    parser.add_argument("--batch", type=positive, default=128, help="images per GPU (%(default)s)")
     parser.add_argument("--sample-rate", type=float, default=1.0, help="Partial FC's fraction of classes (%(default)s)")
     parser.add_argument(
         "--state", choices=("float32", "split", "bfloat16"), default="float32", help="how rows are kept"
     )
     parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="of backbone and rows")
-    parser.add_argument("--embedding-size", type=_positive, default=512, help="(%(default)s)")
-    parser.add_argument("--image-size", type=_positive, default=112, help="pixels (%(default)s)")
-    parser.add_argument("--tflops", type=_above_zero, default=790.0, help="of bfloat16 products (%(default)s)")
-    parser.add_argument("--bandwidth", type=_above_zero, default=3.0, metavar="TB/S", help="of memory (%(default)s)")
+    parser.add_argument("--embedding-size", type=positive, default=512, help="(%(default)s)")
+    parser.add_argument("--image-size", type=positive, default=112, help="pixels (%(default)s)")
+    parser.add_argument("--tflops", type=above_zero, default=790.0, help="of bfloat16 products (%(default)s)")
+    parser.add_argument("--bandwidth", type=above_zero, default=3.0, metavar="TB/S", help="of memory (%(default)s)")
     parser.add_argument(
         "--link",
-        type=_above_zero,
+        type=above_zero,
         metavar="GB/S",
         help=f"out of a GPU ({LINKS[0]:g} up to {IN_A_MACHINE} GPUs, else {LINKS[1]:g})",
     )
-    parser.add_argument("--efficiency", type=_above_zero, default=0.4, help="share of the floor's speed (%(default)s)")
+    parser.add_argument("--efficiency", type=above_zero, default=0.4, help="share of the floor's speed (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    options = parser.parse_args(arguments)
-    try:
-        plan = _plan(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return parser
+
+
+def _main(options: argparse.Namespace) -> int:
+    plan = _plan(options)
     nearest = [] if plan.fits else plan.nearest()
     _show(plan, nearest)
     if options.json:
@@ -251,22 +258,6 @@ def _show(plan: Plan, nearest: list[tuple[str, Plan]]) -> None:
         print(f"  {change:<36} {size / 1e9:>12,.1f} GB, {other.images_per_second:,.0f} img/s")
     if not nearest:
         print("  nothing near: take smaller parts at once, or GPUs with more memory")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
-def _above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
 
 
 if __name__ == "__main__":

@@ -13,16 +13,21 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from torch import Tensor
+from recognition import program
 
-from recognition.config import UserError
-from recognition.head import tiles
-from recognition.head.negatives import Curricular, Filtered, Linear
-from recognition.head.products import Products, Summand, Taking
-from recognition.head.rows import Rows, State
-from recognition.head.tiles import Kernel, Problem, Section, Tile, Work
-from recognition.storage import write_text
+with program.imports():
+    import torch
+    from torch import Tensor
+
+    from recognition.argument_types import positive
+    from recognition.config import UserError
+    from recognition.head import tiles
+    from recognition.head.negatives import Curricular, Filtered, Linear
+    from recognition.head.products import Products, Summand, Taking
+    from recognition.head.rows import Rows, State
+    from recognition.head.tiles import Kernel, Problem, Section, Tile, Work
+    from recognition.outputs import check_output
+    from recognition.storage import write_text
 
 SIDES = [(256, 128, 64), (128, 256, 64), (128, 256, 32), (128, 128, 64), (128, 128, 32), (64, 256, 64), (64, 256, 32)]
 SIDES += [(64, 128, 64), (64, 128, 32), (64, 128, 16), (128, 64, 64), (64, 64, 64), (64, 64, 32)]
@@ -45,22 +50,25 @@ CENTERS = 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure as the command line says; returns the exit status."""
+    return program.run(lambda: _main(_parser().parse_args(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=_positive, nargs="+", default=[1024], help="gathered images (default: 1024)")
-    parser.add_argument("--classes", type=_positive, default=262_144, help="classes of this GPU (%(default)s)")
-    parser.add_argument("--embedding-size", type=_positive, default=512, help="default: %(default)s")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1024], help="gathered images (default: 1024)")
+    parser.add_argument("--classes", type=positive, default=262_144, help="classes of this GPU (%(default)s)")
+    parser.add_argument("--embedding-size", type=positive, default=512, help="default: %(default)s")
     parser.add_argument("--work", choices=get_args(Work), nargs="+", default=list(get_args(Work)), help="default: all")
-    parser.add_argument("--workspace", type=_positive, default=256, metavar="MIB", help="of a chunk (%(default)s)")
+    parser.add_argument("--workspace", type=positive, default=256, metavar="MIB", help="of a chunk (%(default)s)")
     parser.add_argument("--write", action="store_true", help="put the section into the table")
-    options = parser.parse_args(arguments)
-    try:
-        device = _device()
-        name, section = _tuned(device, options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return parser
+
+
+def _main(options: argparse.Namespace) -> int:
+    if options.write:
+        check_output(tiles.TABLE, kind="file")
+    device = _device()
+    name, section = _tuned(device, options)
     print(section.to_toml(name), end="")
     if options.write:
         write_text(tiles.TABLE, tiles.put(tiles.TABLE.read_text(encoding="utf-8"), name, section))
@@ -181,12 +189,6 @@ def _milliseconds(run: Callable[[], Any]) -> float:
     from triton.testing import do_bench
 
     return float(do_bench(run, return_mode="median"))
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -25,16 +25,19 @@ class ConfigError(UserError):
     """Every mistake of a configuration, one a line, each with its path."""
 
 
-def _expanded(path: Path) -> Path:
-    """With `~` as the home folder, which shells leave alone behind a `=`."""
+def expanded(path: Path) -> Path:
+    """Put the home folder in the place of `~`, which shells leave alone behind a `=`. Raises UserError."""
     text = str(path)
-    odd = next((character for character in text if character in "\0\n\r"), None)
+    odd = next((character for character in text if character < " " and character != "\t"), None)
     if odd is not None:
-        raise ValueError(f"a path cannot hold {odd!r} here: {text!r}; rename it, or link it under another name")
+        raise UserError(
+            f"a path cannot hold the character {odd!r} here: {text!r}; rename it, or link it under another name. Where "
+            "a \\ was meant, put the text in single quotes"
+        )
     try:
         return path.expanduser()
     except RuntimeError:
-        raise ValueError(f"no home folder is known for {path.parts[0]}: write {text} out") from None
+        raise UserError(f"no home folder is known for {path.parts[0]}: write {text} out") from None
 
 
 def _not_empty(value: Any) -> Any:
@@ -77,9 +80,9 @@ def as_list(value: Any) -> Any:
 
 # A path that has to exist when a run starts; it is not looked for when an old run's settings are only read.
 InputPath = Annotated[
-    Path, Field(strict=False), BeforeValidator(_not_empty), AfterValidator(_expanded), AfterValidator(_must_exist)
+    Path, Field(strict=False), BeforeValidator(_not_empty), AfterValidator(expanded), AfterValidator(_must_exist)
 ]
-OutputPath = Annotated[Path, Field(strict=False), BeforeValidator(_not_empty), AfterValidator(_expanded)]
+OutputPath = Annotated[Path, Field(strict=False), BeforeValidator(_not_empty), AfterValidator(expanded)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
