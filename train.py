@@ -4,7 +4,8 @@ CONFIG is a TOML file, configs/demo.toml if none is given. The same command cont
 `srun` and `mpirun` start processes as torchrun does.
 
 SIGINT, SIGTERM, SIGHUP and SIGUSR1 (as of SLURM's --signal=USR1@120) leave a checkpoint and end the run with status
-130. torchrun hands them on to its processes, SIGUSR1 only with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1.
+130. torchrun hands them on to its processes; SIGUSR1 it does with
+--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 alone.
 """
 
 import sys
@@ -29,7 +30,7 @@ def _train(arguments: list[str]) -> int:
     path, overrides = config.command_line(arguments, DEMO)
     settings = config.load(path, overrides)
     # A mistake in the settings shows before the seconds that torch takes.
-    with program.imports(), progress.working("starting", after=0):
+    with program.imports(), progress.working("starting: loading torch", after=0):
         from recognition.trainer import train
 
     return 0 if train(settings) else program.INTERRUPTED

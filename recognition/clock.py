@@ -1,9 +1,10 @@
 """How fast a run goes, and how long it will take with the verifications and checkpoints that are to come."""
 
+import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,11 +37,11 @@ class Eta:
 class Clock:
     """Steps per second over the last records, and the time spent in pauses, which does not count for them.
 
-    `every`: steps between two pauses of a kind (`verification`, `saving`), one more of which follows the last step;
-    0 leaves that one alone.
+    `every`: for a kind of pause (`verification`, `saving`), the numbers of steps at whose multiples there is one; one
+    follows the last step too. 0 has no multiples.
     """
 
-    def __init__(self, total_steps: int = 0, every: Mapping[str, int] | None = None) -> None:
+    def __init__(self, total_steps: int = 0, every: Mapping[str, Sequence[int]] | None = None) -> None:
         self.total_steps, self.every = total_steps, dict(every or {})
         self._started = time.monotonic()
         self._paused: dict[str, list[float]] = {}
@@ -78,7 +79,7 @@ class Clock:
         seconds, unknown = (self.total_steps - step) / rate, 0
         for kind, every in self.every.items():
             times = self._paused.get(kind)
-            to_come = 1 + ((self.total_steps - 1) // every - (step - 1) // every if every else 0)
+            to_come = 1 + _multiples(every, self.total_steps - 1) - _multiples(every, step - 1)
             if times:
                 seconds += to_come * sum(times) / len(times)
             elif kind == "verification":
@@ -87,6 +88,13 @@ class Clock:
 
     def _lost(self) -> float:
         return sum(sum(times) for times in self._paused.values())
+
+
+def _multiples(numbers: Sequence[int], end: int) -> int:
+    """How many numbers from 1 to `end` are multiples of any of `numbers`: by inclusion and exclusion."""
+    numbers = [number for number in numbers if number]
+    chosen = [some for size in range(1, len(numbers) + 1) for some in itertools.combinations(numbers, size)]
+    return sum((-1) ** (len(some) + 1) * (end // math.lcm(*some)) for some in chosen)
 
 
 def _rate(start: tuple[int, float], end: tuple[int, float]) -> float | None:

@@ -17,6 +17,12 @@ from recognition import terminal
 TOLD = 3
 """How often a warning is told before it is only counted."""
 
+_HARMLESS = {
+    # torch.compile asks for CUDA's folder on machines without a GPU too, where nothing is missed.
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+}
+"""What libraries say that no user can do anything about: the beginnings of records, by logger."""
+
 _PACKAGE = "recognition"
 _log = logging.getLogger(__name__)
 _active: list["Log"] = []
@@ -138,6 +144,15 @@ class Log(logging.Handler):
         self._file.write((self._lines.format(record) + "\n").encode("utf-8", "backslashreplace"))
 
 
+class _Without(logging.Filter):
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self.beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.beginning)
+
+
 @contextmanager
 def telling(rank: int = 0) -> Iterator[Log]:
     """Have what this package and Python's warnings say told while in here; inside another one, it is that one."""
@@ -150,6 +165,9 @@ def telling(rank: int = 0) -> Iterator[Log]:
     if not rank:
         package.setLevel(logging.INFO)
     logging.captureWarnings(True)
+    quiet = {logging.getLogger(name): _Without(text) for name, text in _HARMLESS.items()}
+    for logger, without in quiet.items():
+        logger.addFilter(without)
     _active.append(log)
     try:
         yield log
@@ -160,6 +178,8 @@ def telling(rank: int = 0) -> Iterator[Log]:
         warnings.showwarning = shown
         package.setLevel(level)
         root.removeHandler(log)
+        for logger, without in quiet.items():
+            logger.removeFilter(without)
 
 
 def _form(rank: int) -> Line:

@@ -43,27 +43,31 @@ def closing(
     ]
     rate = tracker.clock.mean_rate()
     if rate is not None:
-        found.append(f"speed: {rate * tracker.images_per_step:,.1f} img/s on average")
+        found.append(f"mean speed: {rate * tracker.images_per_step:,.1f} img/s")
     found += [f"accuracy on {name}: {accuracy:.2%}" for name, accuracy in accuracies.items()]
     best = folder.best.with_suffix(".json")
     if accuracies and best.is_file():
         record = json.loads(best.read_text())
         mean = "mean " if len(accuracies) > 1 else ""
-        found.append(f"best: {mean}accuracy {record['accuracy']:.2%} at step {record['step']:,}: {folder.best}")
+        found += [f"best {mean}accuracy: {record['accuracy']:.2%} at step {record['step']:,}", f"  {folder.best}"]
     quarantined = _quarantined(folder.quarantine)
     if quarantined:
-        found.append(f"replaced: {quarantined:,} images that cannot be used, listed in {folder.quarantine}")
+        found += [f"images replaced as unusable: {quarantined:,}, listed in", f"  {folder.quarantine}"]
     if nonfinite:
-        found.append(f"not finite: {nonfinite:,} steps, which were called off")
+        found.append(f"not finite, so called off: {nonfinite:,} steps")
     if folder.model.is_file():
-        found.append(f"model: {folder.model}")
+        found += ["model:", f"  {folder.model}"]
     sets = " ".join(shlex.quote(str(path)) for path in config.evaluation.pairs) or "PAIRS"
-    run, epochs = shlex.quote(str(folder.path)), f"{2 * config.training.epochs:g}"
+    run = shlex.quote(str(folder.path))
+    # Each command stands whole on a line of its own, to be copied.
     return [
         *found,
-        f"evaluate: python tools/evaluate.py --model {run} --pairs {sets}",
-        f"go on: the same command with training.epochs={epochs} training.extend=stretch (or restart)",
-        f"curves: tensorboard --logdir {run}",
+        "evaluate it:",
+        f"  python tools/evaluate.py --model {run} --pairs {sets}",
+        "go on: the same command, and",
+        f"  training.epochs={2 * config.training.epochs:g} training.extend=stretch",
+        "curves:",
+        f"  tensorboard --logdir {run}",
     ]
 
 

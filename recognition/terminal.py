@@ -108,6 +108,9 @@ class _Display:
     def write(self, text: str) -> None:
         with self._lock:
             if self._live is None:
+                if not speaks() and is_terminal():
+                    # The live display there is another process's, which will draw it anew, by going up a line at most.
+                    text = f"\r\x1b[K{text}\n"
                 sys.stderr.write(text + "\n")
                 sys.stderr.flush()
             else:

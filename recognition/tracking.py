@@ -59,7 +59,7 @@ class Tracker:
         images_per_step: int,
         steps_per_epoch: float,
         is_main: bool,
-        every: Mapping[str, int] | None = None,
+        every: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self.config, self.is_main = config, is_main
         self.total_steps, self.start_step = total_steps, start_step
@@ -179,8 +179,9 @@ class Tracker:
             logger.info("%s", text)
 
     def block(self, lines: Sequence[str]) -> None:
-        """Lines for the reader that belong together; on a terminal without the time before each."""
+        """Lines for the reader that belong together, below the live line, which ends; on a terminal without times."""
         if self.is_main:
+            self._end_live_line()
             for line in lines:
                 logger.info("%s", line, extra={"is_block": True})
 
@@ -200,10 +201,7 @@ class Tracker:
         if self._closed:
             return
         self._closed = True
-        self._live.close()
-        self._eta = None
-        if self._line and terminal.is_terminal():
-            terminal.write(self._text(terminal.width()))
+        self._end_live_line()
         self._logs.close()
         if self.is_main:
             self._events.close()
@@ -231,6 +229,13 @@ class Tracker:
             *((rank, form.format(numbers[name])) for name, (rank, form) in forms.items() if name in numbers),
             *([] if self._eta is None else [(1, str(self._eta))]),
         ]
+
+    def _end_live_line(self) -> None:
+        self._live.close()
+        if self._line and terminal.is_terminal():
+            self._eta = None
+            terminal.write(self._text(terminal.width()))
+        self._line = ""
 
     def _text(self, width: int) -> str:
         return terminal.fit(self._parts(), width)

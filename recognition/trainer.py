@@ -3,7 +3,7 @@
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -133,8 +133,7 @@ class Trainer:
             images_per_step=config.training.global_batch,
             steps_per_epoch=self.index.num_images / config.training.global_batch,
             is_main=ranks.is_main,
-            every={"saving": config.checkpoint.every_steps}
-            | ({"verification": config.evaluation.every_steps} if self.pair_sets else {}),
+            every=self._pauses(),
         )
         with progress.working("building the image pipeline"):
             self.pipeline = Pipeline(
@@ -177,6 +176,13 @@ class Trainer:
         self.pipeline.close()
         self.tracker.close()
 
+    def _pauses(self) -> dict[str, Sequence[int]]:
+        """Steps at whose multiples there are checkpoints and verifications, each of which follows a checkpoint."""
+        saving, verification = self.config.checkpoint.every_steps, self.config.evaluation.every_steps
+        if not self.pair_sets:
+            return {"saving": (saving,)}
+        return {"saving": (saving, verification), "verification": (verification,)}
+
     def _begin(self) -> None:
         """Put the folder in order for this run, on the main rank: nothing speaks against it any more."""
         if self.step == 0 and (aside := self.folder.set_aside()):
@@ -189,8 +195,9 @@ class Trainer:
     def _train(self) -> bool:
         """Train; returns whether the last step was reached, of which there is a checkpoint then."""
         config, total, first = self.config, self.schedule.total_steps, self.step
+        beginning = "first step, which compiles the backbone" if config.backbone.compile else "first step"
         while self.step < total:
-            with progress.working("first step") if self.step == first else contextlib.nullcontext():
+            with progress.working(beginning) if self.step == first else contextlib.nullcontext():
                 values = self._train_step(self.step)
             self.step += 1
             if self.step == first + 1:

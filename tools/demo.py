@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from recognition import program
 
 with program.imports():
+    import numpy as np
     from rich.console import Console
     from rich.table import Table
 
-    from recognition import config
+    from recognition import config, progress
     from recognition.config import UserError
     from recognition.data.faces import write_faces
     from recognition.deploy.embedder import OnnxEmbedder
@@ -89,8 +90,13 @@ def _train(overrides: list[str]) -> float:
 
 def _verify(name: str, embedder: Embedder, settings: config.Config) -> Verification:
     pairs = read_pairs(settings.evaluation.pairs[0])
-    with Console().status(f"{name}: embedding {2 * len(pairs)} images and their mirror images"):
-        return verify(embed_pairs(embedder, pairs, settings.evaluation.batch), pairs.same)
+    images, batch, parts = 2 * len(pairs), settings.evaluation.batch, []
+    with progress.working(f"verifying the {name}", images) as advance:
+        for first in range(0, images, batch):
+            part = range(first, min(first + batch, images))
+            parts.append(embed_pairs(embedder, pairs, batch, part))
+            advance(part.stop)
+    return verify(np.concatenate(parts), pairs.same)
 
 
 def _table(results: list[Verification], facts: dict, summary: dict) -> Table:

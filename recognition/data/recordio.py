@@ -20,7 +20,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from recognition.config import UserError
-from recognition.storage import beside, write_text
 from recognition.data.records import (
     FIRST,
     LAST,
@@ -34,6 +33,7 @@ from recognition.data.records import (
     bad_record,
     read_records,
 )
+from recognition.storage import beside, write_text
 
 EXACT_LABELS = 1 << 24
 """float32 holds every integer below this."""

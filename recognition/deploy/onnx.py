@@ -76,7 +76,7 @@ def export(backbone: nn.Module, path: Path | str, facts: Mapping[str, Any], sett
         )
     with progress.working("converting the backbone to ONNX"):
         model = _to_onnx(frozen, settings.opset)
-    with progress.working("comparing the ONNX file with the backbone"):
+    with progress.working("checking the ONNX file"):
         parity = _parity(frozen, model)
     if not (parity.max_difference <= settings.max_difference and parity.min_cosine >= settings.min_cosine):
         raise UserError(

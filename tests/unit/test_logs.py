@@ -150,3 +150,13 @@ def test_a_log_file_that_is_full_is_said_on_the_terminal(
     assert lines(tmp_path / "log.txt") == ["INFO recognition.data: three"]
     told: list[Any] = [line[20:] for line in capsys.readouterr().err.splitlines()]
     assert len(told) == 4 and sum("log.txt cannot be written (No space" in line for line in told) == 1
+
+
+def test_only_what_is_named_is_kept_from_the_user(capsys: pytest.CaptureFixture[str]) -> None:
+    library = logging.getLogger("torch.utils.cpp_extension")
+    with telling():
+        library.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local")
+        library.warning("No C++ compiler is found")
+    told = capsys.readouterr().err
+    assert "C++ compiler" in told and "CUDA" not in told
+    assert not library.filters

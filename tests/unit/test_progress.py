@@ -1,9 +1,11 @@
 import io
 import logging
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
@@ -140,3 +142,44 @@ def test_what_matters_least_goes_first_when_there_is_no_room() -> None:
 def test_an_escaped_text_is_one_line_of_unicode(text: str, line: str) -> None:
     assert escape(text) == line
     assert len(escape(text).encode("utf-8").splitlines()) == 1
+
+
+def test_a_terminal_of_ascii_shows_bars_and_lines(screen: Callable[[int], Terminal]) -> None:
+    screen(30)
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=sys.__stderr__.errors)
+    file.isatty = lambda: True  # type: ignore[method-assign]
+    sys.stderr = file
+    with working("verifying a set that is called José ± \udcff", 10) as advance:
+        advance(5)
+        time.sleep(0.3)
+        terminal.write("an image of José is bad")
+    file.flush()
+    written = file.buffer.getvalue()
+    assert b"an image of Jos\\xe9 is bad" in written and b"verifying a set" in written
+
+
+def test_training_says_that_it_starts_before_torch_is_loaded() -> None:
+    code = """
+import sys
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            import time; time.sleep(0.2); raise SystemExit(3)
+sys.meta_path.insert(0, Stop())
+import train
+train.main(["configs/demo.toml"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.splitlines()[0].endswith("INFO starting: loading torch")
+
+
+def test_another_rank_leaves_the_first_ones_display_a_line_to_draw_on(
+    screen: Callable[[int], Terminal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = screen(80)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    terminal.write("[rank 1] WARNING a bad image")
+    assert file.getvalue() == "\r\x1b[K[rank 1] WARNING a bad image\n\n"

@@ -439,7 +439,7 @@ def test_the_remaining_time_counts_verifications_and_checkpoints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = _fake_time(monkeypatch)
-    every = {"verification": 100, "saving": 0}
+    every = {"verification": (100,), "saving": (0,)}
     etas = {}
     with tracker(tmp_path, total_steps=350, every=every) as track:
         for step in range(1, 351):
@@ -484,3 +484,14 @@ def test_the_live_line_and_the_log_fit_a_terminal(
     assert live and "loss 12.3456" in live[-1]
     told = " ".join(line.strip() for line in lines)
     assert "accuracy 99.12% +- 0.31% on 6,000 pairs; TAR@FAR 1e-1: 99.80%" in told
+
+
+def test_pauses_that_several_settings_bring_are_counted_once() -> None:
+    for every in ((0,), (7,), (4, 6), (6, 6), (4, 6, 9)):
+        timer = Clock(100, {"saving": every})
+        with timer.pause("saving"):
+            pass
+        timer._paused["saving"] = [1.0]
+        for step in (1, 11, 12, 36, 99, 100):
+            due = [number for number in range(step, 101) if number == 100 or any(e and number % e == 0 for e in every)]
+            assert timer.eta(step, 1.0).seconds == 100 - step + len(due), (every, step)
