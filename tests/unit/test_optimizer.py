@@ -264,3 +264,14 @@ def test_the_margin_grows_from_zero() -> None:
     schedule = Schedule.of(config.Training(epochs=10), steps_per_epoch=8.0)
     assert [schedule.margin_strength(step, 0.5) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     assert schedule.margin_strength(0, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("settings", [{"schedule": "cosine"}, {"power": 2.0}])
+def test_a_schedule_that_starts_again_is_that_of_a_run_which_begins_there(settings):
+    whole = config.Training(epochs=5.0, warmup_epochs=1.0, **settings)
+    added = config.Training(epochs=3.0, warmup_epochs=1.0, **settings)
+    again, fresh = Schedule.of(whole, 10, offset=20), Schedule.of(added, 10)
+    assert (again.total_steps, fresh.total_steps) == (50, 30)
+    assert [again.factor(20 + step) for step in range(31)] == [fresh.factor(step) for step in range(31)]
+    # The margin's warm-up is one of the run's beginning.
+    assert again.margin_strength(25, 4.0) == Schedule.of(whole, 10).margin_strength(25, 4.0)
