@@ -226,6 +226,7 @@ def test_a_verification_on_the_way_comes_after_its_checkpoint(
         with pytest.raises(ZeroDivisionError) as error:
             train(overrides)
     assert any("holds a checkpoint of step 2" in note for note in error.value.__notes__)
+    assert Checkpoints(run / "checkpoints", 2).find() == run / "checkpoints/step-00000002"
     assert train(overrides)
     assert [record["step"] for record in records(run)] == [1, 2, 3]
 
@@ -264,9 +265,9 @@ def test_a_disk_that_does_not_take_the_best_backbone_does_not_end_the_run(
 
 @pytest.fixture(scope="module")
 def finished(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 3 steps at a rate that falls at the second."""
+    """A run of 3 steps at a rate that falls at the third."""
     run = tmp_path_factory.mktemp("runs") / "finished"
-    assert train(settings(faces, run, 3, *stepped(1)))
+    assert train(settings(faces, run, 3, *stepped(2)))
     return run
 
 
@@ -285,12 +286,12 @@ def test_a_stretched_run_is_the_run_that_had_its_epochs_from_the_beginning(
     run, whole = tmp_path / "run", tmp_path / "whole"
     shutil.copytree(finished, run)
     with pytest.raises(UserError, match=r"training.extend=stretch or training.extend=restart"):
-        train(settings(faces, run, 5, *stepped(1)))
-    assert train(settings(faces, run, 5, *stepped(1), "training.extend=stretch"))
+        train(settings(faces, run, 5, *stepped(2)))
+    assert train(settings(faces, run, 5, *stepped(2), "training.extend=stretch"))
     # It needs the setting no more.
-    assert train(settings(faces, run, 5, *stepped(1)))
-    assert train(settings(faces, whole, 5, *stepped(1)))
-    assert rates(run) == rates(whole) == pytest.approx([RATE] + 4 * [RATE / 10])
+    assert train(settings(faces, run, 5, *stepped(2)))
+    assert train(settings(faces, whole, 5, *stepped(2)))
+    assert rates(run) == rates(whole) == pytest.approx(2 * [RATE] + 3 * [RATE / 10])
     expected, found = (read_tensors(Checkpoints(each / "checkpoints", 2).find() or each, "") for each in (whole, run))
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
@@ -306,20 +307,20 @@ def test_a_restarted_run_begins_its_rate_again_and_remembers_where(
     step = trainer.Trainer._train_step
 
     def stopped(self: trainer.Trainer, number: int) -> Any:
-        self.interrupt.requested = number == 4
+        self.interrupt.requested = number == 3
         return step(self, number)
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer.Trainer, "_train_step", stopped)
-        assert not train(settings(faces, run, 7, *stepped(1), "training.extend=restart"))
-    assert train(settings(faces, run, 7, *stepped(1)))
-    assert rates(run) == pytest.approx(2 * [RATE, RATE / 10, RATE / 10] + [RATE / 10])
+        assert not train(settings(faces, run, 7, *stepped(2), "training.extend=restart"))
+    assert train(settings(faces, run, 7, *stepped(2)))
+    assert rates(run) == pytest.approx(2 * [RATE, RATE, RATE / 10] + [RATE / 10])
     assert "starts again at step 3, with 0 steps of warm-up" in log(run)
 
 
 def test_fewer_epochs_are_refused(faces: Path, finished: Path) -> None:
     with pytest.raises(UserError, match=r"training.epochs: was 0.5, is 0.3"):
-        train(settings(faces, finished, 2, *stepped(1), "training.extend=restart"))
+        train(settings(faces, finished, 2, *stepped(2), "training.extend=restart"))
 
 
 def test_settings_that_came_after_a_checkpoint_have_their_defaults_in_it(finished: Path) -> None:
@@ -339,7 +340,7 @@ def test_settings_that_came_after_a_checkpoint_have_their_defaults_in_it(finishe
 def test_a_second_run_in_the_folder_is_refused_and_touches_nothing(faces: Path, finished: Path) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*") if path.is_file())
     with lock.held(finished), pytest.raises(UserError, match="belongs to a run that is at work"):
-        train(settings(faces, finished, 3, *stepped(1)))
+        train(settings(faces, finished, 3, *stepped(2)))
     assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*") if path.is_file()) == before
 
 
