@@ -320,7 +320,7 @@ def test_a_restarted_run_begins_its_rate_again_and_remembers_where(
 
 def test_fewer_epochs_are_refused(faces: Path, finished: Path) -> None:
     with pytest.raises(UserError, match=r"training.epochs: was 0.5, is 0.3"):
-        train(settings(faces, finished, 2, *stepped(2), "training.extend=restart"))
+        train(settings(faces, finished, 2, "training.extend=restart"))
 
 
 def test_settings_that_came_after_a_checkpoint_have_their_defaults_in_it(finished: Path) -> None:
