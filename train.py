@@ -2,6 +2,10 @@
 
 CONFIG is a TOML file, configs/demo.toml if none is given. The same command continues a run that was interrupted.
 `srun` and `mpirun` start processes as torchrun does.
+
+SIGINT, SIGTERM, SIGHUP and SIGUSR1 (as of SLURM's --signal=USR1@120) leave a checkpoint and end the run with status
+130. torchrun hands them on to its processes; SIGUSR1 it does with
+--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 alone.
 """
 
 import sys

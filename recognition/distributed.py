@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from recognition import config as configuration
-from recognition import hardware
+from recognition import failures, hardware
 from recognition.launch import Launched, launched
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ class Ranks:
     local_world: int
     device: torch.device
     """Where the images and the backbone are."""
+    store: dist.Store | None = field(default=None, compare=False, repr=False)
+    """Where the ranks met; None for one that is alone."""
 
     @property
     def head_device(self) -> torch.device:
@@ -74,36 +76,41 @@ def start(config: configuration.Distributed, threads: int = 0) -> Ranks:
     device = _device(config.backend, local_rank, local_world, alone=world == 1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    try:
+    timeout = timedelta(seconds=config.init_timeout_seconds)
+    store = None if found is None else _meet(found, timeout)
+    with failures.shared(store, rank, world):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=config.init_timeout_seconds),
+            timeout=timeout,
             rank=rank,
             world_size=world,
             # A group of one needs neither an address nor a port: its store is a table in memory.
-            store=None if found else dist.HashStore(),  # type: ignore[attr-defined]
+            store=dist.HashStore() if store is None else store,  # type: ignore[attr-defined]
             device_id=device if device.type == "cuda" else None,
         )
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise configuration.UserError(_not_met(place, str(error), config.init_timeout_seconds)) from None
     torch.set_num_threads(hardware.threads(threads, local_world))
     _keep_freed_memory()
-    return Ranks(rank, world, local_rank, local_world, device)
+    return Ranks(rank, world, local_rank, local_world, device, store)
 
 
-def _not_met(place: Launched, said: str, seconds: float) -> str:
-    """Why the ranks have not found each other."""
-    where = f"{place.address}:{place.port}"
-    if "EADDRINUSE" in said:
-        return (
-            f"port {place.port} of {place.address} is taken, by another run perhaps: start torchrun with --standalone, "
-            "which finds a free port, or give another MASTER_PORT (torchrun --master_port)"
-        )
-    return (
-        f"rank {place.rank} of {place.world} has not met the others at {where} within {seconds:g} s "
-        f"(distributed.init_timeout_seconds): {said.strip().splitlines()[0]}\nAll {place.world} processes have to be "
-        f"started, and {where} has to be reachable from each machine"
-    )
+def _meet(place: Launched, timeout: timedelta) -> dist.Store:
+    """The store at which the ranks meet. Raises UserError where they do not."""
+    try:
+        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=timeout))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where, said = f"{place.address}:{place.port}", str(error)
+        if "EADDRINUSE" in said:
+            raise configuration.UserError(
+                f"port {place.port} of {place.address} is taken, by another run perhaps: start torchrun with "
+                "--standalone, which finds a free port, or set MASTER_PORT (torchrun --master_port) to another"
+            ) from None
+        raise configuration.UserError(
+            f"rank {place.rank} of {place.world} has not met the others at {where} within {timeout.total_seconds():g} s"
+            f" (distributed.init_timeout_seconds): {said.strip().splitlines()[0]}\nAll {place.world} processes have to "
+            f"be started, and {where} has to be reachable from each machine"
+        ) from None
+    store.set_timeout(timeout)
+    return store
 
 
 def stop() -> None:
@@ -119,13 +126,14 @@ def set_timeout(seconds: float, group: dist.ProcessGroup | None = None) -> None:
     set_group_timeout(timedelta(seconds=seconds), group)
 
 
-def absent(seconds: float = 2.0) -> list[int]:
+def absent(ranks: Ranks, seconds: float = 2.0) -> list[int]:
     """The ranks that do not call this within `seconds` of this one: after a collective timed out, those that hang."""
-    store, world = distributed_c10d._get_default_store(), dist.get_world_size()
+    if ranks.store is None:
+        return []
     with contextlib.suppress(RuntimeError):  # the store may be gone with its rank
-        store.set(f"present/{dist.get_rank()}", "")
+        ranks.store.set(f"present/{ranks.rank}", "")
         time.sleep(seconds)
-        return [rank for rank in range(world) if not store.check([f"present/{rank}"])]
+        return [rank for rank in range(ranks.world) if not ranks.store.check([f"present/{rank}"])]
     return []
 
 

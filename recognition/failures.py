@@ -11,11 +11,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
-from recognition import distributed
 from recognition.config.base import FailedElsewhere, UserError
-from recognition.distributed import Ranks
 from recognition.reasons import explained
 
 PATIENCE_SECONDS = 10.0
@@ -26,40 +23,41 @@ _LATE = re.compile(r"time ?d? ?out", re.IGNORECASE)
 
 
 @contextlib.contextmanager
-def shared(ranks: Ranks) -> Iterator[None]:
+def shared(store: dist.Store | None, rank: int, world: int) -> Iterator[None]:
     """While entered, an error that follows from another rank's becomes a FailedElsewhere with that one's reason.
 
-    The first error of all stays what it is, with a note of the rank. On an error, the process group is left.
+    The first error of all stays what it is, with a note of the rank. On an error, the process group is left. `store`:
+    where the ranks meet; None for one that is alone.
     """
-    store = distributed_c10d._get_default_store() if ranks.world > 1 else None
     try:
         yield
     except Exception as error:
         if store is None:
             raise
         own = _lost(error) or error
-        first = _first(store, ranks, own)
-        # The others notice at once.
-        distributed.stop()
-        if ranks.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            _stay(store, ranks.world)
-        if first["rank"] == ranks.rank:
-            own.add_note(f"(rank {ranks.rank} of {ranks.world}, on {socket.gethostname()})")
+        first = _first(store, rank, own)
+        if dist.is_initialized():
+            # The others notice at once.
+            dist.destroy_process_group()
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            _stay(store, world)
+        if first["rank"] == rank:
+            own.add_note(f"(rank {rank} of {world}, on {socket.gethostname()})")
             if own is error:
                 raise
             raise own from error
-        where = f"rank {first['rank']} of {ranks.world}, on {first['host']}"
+        where = f"rank {first['rank']} of {world}, on {first['host']}"
         elsewhere = FailedElsewhere(f"{first['reason']}\n({where})")
         elsewhere.is_far, elsewhere.status = first["host"] != socket.gethostname(), first["status"]
         raise elsewhere from error
 
 
-def _first(store: Any, ranks: Ranks, error: Exception) -> dict[str, Any]:
+def _first(store: dist.Store, rank: int, error: Exception) -> dict[str, Any]:
     """What failed first, on any rank: this error, unless another was before it or is what it follows from."""
     sentence = explained(error)
     reason = sentence if sentence is not None else f"{type(error).__name__}: {error}"
     host, status = socket.gethostname(), 1 if sentence is None else 2
-    own = {"rank": ranks.rank, "host": host, "reason": reason, "status": status}
+    own = {"rank": rank, "host": host, "reason": reason, "status": status}
     try:
         if isinstance(error, FailedElsewhere | _ConnectionLost):
             with contextlib.suppress(RuntimeError):
@@ -94,7 +92,7 @@ def _lost(error: Exception) -> _ConnectionLost | None:
     )
 
 
-def _stay(store: Any, world: int) -> None:
+def _stay(store: dist.Store, world: int) -> None:
     """Keep the store, which ends with this process, until all ranks have read it."""
     until = time.monotonic() + PATIENCE_SECONDS
     with contextlib.suppress(RuntimeError):

@@ -25,7 +25,7 @@ except ImportError:  # Windows
 _log = logging.getLogger(__name__)
 
 NAME = ".lock"
-_WRITTEN_WITHIN = 2.0
+_WRITTEN_WITHIN = 0.5
 """Seconds that another process may take from making the file to writing it."""
 
 
@@ -67,13 +67,13 @@ def _take(path: Path) -> int:
 def _claim(descriptor: int, path: Path, *, made: bool) -> bool:
     """Write this process into the file; False where the file has lost its name meanwhile. Raises UserError if taken."""
     if not _flock(descriptor):
-        raise _refusal(path, _holder(descriptor, wait=True))
+        raise _refusal(path, _holder(descriptor, 4 * _WRITTEN_WITHIN))
     try:
         if not os.path.samestat(os.fstat(descriptor), path.stat()):
             return False
     except FileNotFoundError:
         return False
-    holder = None if made else _holder(descriptor, wait=True)
+    holder = None if made else _holder(descriptor, _WRITTEN_WITHIN)
     if holder is not None:
         if is_alive(holder):
             raise _refusal(path, holder)
@@ -98,15 +98,15 @@ def _flock(descriptor: int) -> bool:
     return True
 
 
-def _holder(descriptor: int, *, wait: bool) -> dict[str, Any] | None:
-    """What the file says; None if nothing that can be read, once its maker has had time to write it."""
-    until = time.monotonic() + _WRITTEN_WITHIN
+def _holder(descriptor: int, seconds: float) -> dict[str, Any] | None:
+    """What the file says; None if nothing that can be read, once its maker has had `seconds` to write it."""
+    until = time.monotonic() + seconds
     while True:
         try:
             found = json.loads(os.pread(descriptor, 4096, 0))
             return found if isinstance(found, dict) else None
         except ValueError:
-            if not wait or time.monotonic() > until:
+            if time.monotonic() > until:
                 return None
             time.sleep(0.05)
 

@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-import torch.distributed as dist
-from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from recognition import distributed, lock, progress
 from recognition.config import UserError
@@ -67,9 +66,9 @@ class Turns:
         self._turn += 1
         result: T | None = None
         error: BaseException | None = None
-        if self.ranks.world == 1:
+        if self.ranks.store is None:
             return None if work is None else work()
-        store = dist.PrefixStore(f"{self._name}/{self._turn}", distributed_c10d._get_default_store())
+        store = PrefixStore(f"{self._name}/{self._turn}", self.ranks.store)
         if work is not None:
             try:
                 with _beating(store, self.silence):
@@ -85,7 +84,7 @@ class Turns:
             raise FailedElsewhere(f"{what}: another rank failed")
         return result
 
-    def _wait(self, store: dist.Store, what: str) -> None:
+    def _wait(self, store: Store, what: str) -> None:
         """Return when all ranks are done."""
         seen, since, pause = "", time.monotonic(), 0.001
         waited_for = list(range(self.ranks.world))
@@ -107,7 +106,7 @@ class Turns:
 
 
 @contextlib.contextmanager
-def _beating(store: dist.Store, silence: float) -> Iterator[None]:
+def _beating(store: Store, silence: float) -> Iterator[None]:
     """Beat while the block is seen to work."""
     finished = threading.Event()
     advanced = threading.Event()

@@ -59,7 +59,8 @@ _OF_AN_ATTEMPT = (
     "log.txt",
     "events.out.tfevents.*",
     "config.toml",
-    "checkpoints/*",
+    "checkpoints/latest",
+    "checkpoints/step-*[0-9]",
 )
 """The files that a run writes into its folder."""
 
@@ -128,6 +129,12 @@ class RunFolder:
             place.parent.mkdir(parents=True, exist_ok=True)
             path.rename(place)
         return aside
+
+    def refuse_folders(self) -> None:
+        """Raise UserError where a folder has the name of a file that the run is going to write."""
+        for path in (self.best, self.model, self.results, self.quarantine, self.path / "metrics.jsonl"):
+            if path.is_dir():
+                raise UserError(f"{path} is a folder, but the run writes a file of that name: move it elsewhere")
 
     def warn_of_room(self, checkpoint: int, keep: int) -> None:
         """Warn where the disk has no room for `keep` checkpoints of so many bytes and the one that is being written."""

@@ -60,7 +60,8 @@ class Update:
         """Steps that were called off, in all."""
         self.nonfinite_in_a_row = torch.zeros_like(self.nonfinite)
         self.rows_moved_alone = torch.zeros_like(self.nonfinite)
-        """Of those in a row, in how many the loss was finite, so that a fused head had moved before the rest was known."""
+        """In how many of those in a row the loss was finite, so that a fused head had moved before the rest was known.
+        """
 
     def __call__(self, step: int, batches: Iterator[Batch], schedule: Schedule) -> dict[str, Tensor | float]:
         """Do update number `step`; returns what is recorded of it, on the device."""

@@ -42,7 +42,7 @@ def train(config: Config) -> bool:
         ranks = distributed.start(config.distributed, config.training.threads)
     with contextlib.ExitStack() as stack:
         stack.callback(distributed.stop)
-        stack.enter_context(failures.shared(ranks))
+        stack.enter_context(failures.shared(ranks.store, ranks.rank, ranks.world))
         stack.enter_context(logs.telling(ranks.rank))
         interrupt = stack.enter_context(Interrupt())
         turns = Turns(ranks, config.distributed.init_timeout_seconds)
@@ -185,6 +185,7 @@ class Trainer:
         """Put the folder in order for this run, on the main rank: nothing speaks against it any more."""
         if self.step == 0 and (aside := self.folder.set_aside()):
             log.warning("%s: what an earlier attempt left is in %s now", self.folder.path, aside.name)
+        self.folder.refuse_folders()
         self.folder.keep_config(self.asked)
         size = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors().values())
         self.folder.warn_of_room(size, self.config.checkpoint.keep)
@@ -261,7 +262,7 @@ class Trainer:
 
     def _who_hangs(self) -> str:
         seconds = self.config.distributed.timeout_seconds
-        missing = ", ".join(str(rank) for rank in distributed.absent()) or "?"
+        missing = ", ".join(str(rank) for rank in distributed.absent(self.ranks)) or "?"
         return (
             f"step {self.step}: rank {missing} has not taken part for {seconds} seconds (distributed.timeout_seconds). "
             f"Look whether its disk or network hangs where it reads {self.config.data.path}; the same command goes on "

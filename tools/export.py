@@ -48,4 +48,4 @@ def _main(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(main))
+    sys.exit(main())

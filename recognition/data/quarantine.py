@@ -71,13 +71,16 @@ class Quarantine:
             return
         facts = {"sample": sample, "label": int(self.index.labels[sample]), "where": where, "error": error}
         facts |= {"lost": True} if lost else {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One write in append mode, so that the lines of several ranks do not mix.
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            os.write(file, (json.dumps(facts, ensure_ascii=False) + "\n").encode())
-        finally:
-            os.close(file)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # One write in append mode, so that the lines of several ranks do not mix.
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.write(file, (json.dumps(facts, ensure_ascii=False) + "\n").encode())
+            finally:
+                os.close(file)
+        except OSError as problem:
+            _log.warning("%s cannot be written (%s): training goes on without it", self.path, problem.strerror)
 
     def _load(self, path: Path) -> None:
         """Take over what an earlier part of the run has listed; lines that are cut or fit no sample are passed over."""

@@ -200,8 +200,11 @@ def test_a_rank_that_hangs_is_noticed_in_time():
     assert 0.4 < seconds < 30
 
 
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
 def test_interrupt_notes_signals_and_a_later_sigint_acts(monkeypatch):
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in INTERRUPTS}
     for number in before:
         with Interrupt() as interrupt:
             assert not interrupt.requested
@@ -217,6 +220,17 @@ def test_interrupt_notes_signals_and_a_later_sigint_acts(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         assert interrupt.requested
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_interrupt_restores_handlers_after_an_error():

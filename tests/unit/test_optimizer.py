@@ -288,3 +288,14 @@ def test_a_backbone_that_is_frozen_whole_leaves_nothing_to_do() -> None:
         step_if_finite(optimizer, norm.isfinite())
         assert identical(snapshot(model, optimizer), before)
         assert optimizer_tensors(optimizer, model) == {}
+
+
+@pytest.mark.parametrize("settings", [{"schedule": "cosine"}, {"power": 2.0}])
+def test_a_schedule_that_starts_again_is_that_of_a_run_which_begins_there(settings):
+    whole = config.Training(epochs=5.0, warmup_epochs=1.0, **settings)
+    added = config.Training(epochs=3.0, warmup_epochs=1.0, **settings)
+    again, fresh = Schedule.of(whole, 10, offset=20), Schedule.of(added, 10)
+    assert (again.total_steps, fresh.total_steps) == (50, 30)
+    assert [again.factor(20 + step) for step in range(31)] == [fresh.factor(step) for step in range(31)]
+    # The margin's warm-up is one of the run's beginning.
+    assert again.margin_strength(25, 4.0) == Schedule.of(whole, 10).margin_strength(25, 4.0)
