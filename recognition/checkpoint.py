@@ -41,7 +41,7 @@ _PARTIAL = ".partial"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that could not be written or read; raised alike on all ranks, with the rank and its reason."""
 
 

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import resource
 import sys
 import time
 from collections import deque
@@ -220,9 +219,17 @@ class Clock:
 
 
 def peak_memory() -> int:
-    """Peak memory of this process in bytes: what torch has allocated on its GPU, or resident memory without one."""
+    """Peak memory of this process in bytes: what torch has allocated on its GPU, or resident memory without one.
+
+    0 where the system does not say.
+    """
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ModuleNotFoundError:
+        # On Windows.
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

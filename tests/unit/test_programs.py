@@ -301,3 +301,11 @@ def test_an_output_without_permission(place: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr("recognition.outputs.tempfile.TemporaryFile", refuse)
     with pytest.raises(UserError, match="folder/x: cannot be written: Permission denied; choose another output"):
         check_output(Path("folder/x"), kind="file")
+
+
+def test_windows_has_no_module_resource(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recognition import tracking
+
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
+    assert tracking.peak_memory() == 0
