@@ -135,9 +135,8 @@ def _read_idx(idx: Path) -> tuple[np.ndarray, np.ndarray]:
             warnings.simplefilter("ignore")  # that it holds no data is said below
             table = np.loadtxt(idx, dtype=np.int64, comments=None, ndmin=2)
     except ValueError as error:
-        raise UserError(
-            f"{idx}: not lines of key and offset ({error}; the file is {what_is(idx)}). {way_out}"
-        ) from None
+        reason = f"{error}; the file is {what_is(idx)}"
+        raise UserError(f"{idx}: not lines of key and offset ({reason}). {way_out}") from None
     if not len(table):
         raise UserError(f"{idx}: is empty. {way_out}")
     if table.shape[1] != 2:

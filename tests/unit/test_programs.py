@@ -202,6 +202,7 @@ def raising(error: BaseException) -> Callable[[], int]:
         (ModuleNotFoundError("", name="nvidia.dali"), 2, "-m pip install nvidia-dali-cuda130\n"),
         (ModuleNotFoundError("", name="PIL.Image"), 2, "-m pip install pillow\n"),
         (ModuleNotFoundError("", name="resource"), 2, "WSL on Windows\n"),
+        (ModuleNotFoundError("", name="torch._C._none"), 2, "the torch that is installed here has no torch._C._none"),
         (ImportError("libcudnn.so.9: cannot open", name="torch"), 2, "torch is installed here, but cannot be loaded"),
         (UserError("data.path: no text: \udce9"), 2, "no text: \\udce9"),
     ],
