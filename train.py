@@ -22,11 +22,12 @@ def _train(arguments: list[str]) -> int:
         sys.stdout.write(__doc__)
         return 0
     with program.imports():
-        from recognition import config
+        from recognition import config, progress
     path, overrides = config.command_line(arguments, DEMO)
     settings = config.load(path, overrides)
-    with program.imports():
-        from recognition.trainer import train  # a mistake in the settings shows before the seconds that torch takes
+    # A mistake in the settings shows before the seconds that torch takes.
+    with program.imports(), progress.working("starting: loading torch", after=0):
+        from recognition.trainer import train
 
     return 0 if train(settings) else program.INTERRUPTED
 

@@ -5,6 +5,7 @@ objects and flags work even before `start`. Where a `group` may be given, None m
 has to be called by all ranks of its group.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -127,6 +128,16 @@ def set_timeout(seconds: float, group: dist.ProcessGroup | None = None) -> None:
     set_group_timeout(timedelta(seconds=seconds), group)
 
 
+def absent(seconds: float = 2.0) -> list[int]:
+    """The ranks that do not call this within `seconds` of this one: after a collective timed out, those that hang."""
+    store, world = distributed_c10d._get_default_store(), dist.get_world_size()
+    with contextlib.suppress(RuntimeError):  # the store may be gone with its rank
+        store.set(f"present/{dist.get_rank()}", "")
+        time.sleep(seconds)
+        return [rank for rank in range(world) if not store.check([f"present/{rank}"])]
+    return []
+
+
 def new_group(seconds: float) -> dist.ProcessGroup:
     """Another group of all ranks, whose collectives are bounded by `seconds` and do not queue with the others'."""
     group = dist.new_group(timeout=timedelta(seconds=seconds))
@@ -229,10 +240,13 @@ def start_reduce_scatter_rows(
 
 
 ECHO_SECONDS = 3.0
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 class Interrupt:
-    """While entered, SIGINT and SIGTERM set `requested` instead of ending the process; a later SIGINT ends it.
+    """While entered, SIGINT, SIGTERM, SIGHUP (the terminal was closed) and SIGUSR1 (a scheduler's warning that time is
+    up) set `requested` instead of ending the process; a later SIGINT ends it. A SIGHUP that is ignored, as under nohup,
+    stays so.
 
     A SIGINT that follows the first within `ECHO_SECONDS` is its echo: a terminal's Ctrl-C reaches a rank directly and
     once more through the launcher.
@@ -247,7 +261,10 @@ class Interrupt:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in _SIGNALS:
+            number = getattr(signal, name, None)  # Windows has the first two
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                continue
             self._previous[number] = signal.signal(number, self._note)
         return self
 

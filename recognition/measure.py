@@ -22,6 +22,7 @@ from recognition import distributed, hardware
 from recognition.config import UserError
 from recognition.data.faces import encode
 from recognition.processes import processes
+from recognition.storage import beside
 
 _SIDE = {"cpu": 512, "cuda": 4096}
 _CHANNELS, _MAP, _BATCH = 64, 28, 32
@@ -181,7 +182,7 @@ def exchange(device: torch.device, ranks: int, effort: Effort) -> Exchange:
 
 def disk(folder: Path, size: int) -> Disk:
     """Write a file of `size` bytes into `folder` and read it. Raises UserError where that cannot be done."""
-    path = folder / f".doctor-{os.getpid()}"
+    path = beside(folder / "doctor")
     block = os.urandom(1 << 20)
     blocks = max(1, size >> 20)
     try:

@@ -1,5 +1,6 @@
 """The backbone's optimizer, its schedule as a function of the step, and an update that obeys a flag on the device."""
 
+import bisect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ def build_optimizer(
     Without `decay_norms_and_biases`, parameters of at most one dimension (the scales and shifts of norms, biases,
     slopes of PReLU) form a group of their own that does not decay. The state starts as zeros, laid out as
     the parameters are, so build this when the backbone is on its device and in its memory format.
-    Raises ValueError if every parameter is frozen.
+    Frozen ones are left out; where all are, it has nothing to do.
     """
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
@@ -31,7 +32,7 @@ def build_optimizer(
         {"params": parameters, "weight_decay": weight_decay}
         for parameters, weight_decay in ((decayed, optimizer.weight_decay), (undecayed, 0.0))
         if parameters
-    ]
+    ] or [{"params": []}]
     # Only the fused kernels can skip an update on the device; they are also the fastest, on a CPU too.
     built: Optimizer
     if isinstance(optimizer, config.SGD):
@@ -114,31 +115,50 @@ class Schedule:
     total_steps: int
     """Updates of the run."""
     warmup_steps: int
-    """Updates before the peak; below `total_steps`."""
+    """Updates before the peak; below `total_steps` - `offset`."""
     steps_per_epoch: float
     """Updates per pass over the data; not a whole number as a rule."""
     shape: Literal["polynomial", "cosine", "multistep"] = "polynomial"
-    """How the rate falls from the peak, at t = warmup_steps, to zero at t = total_steps."""
+    """How the rate falls from the peak, at t = warmup_steps: to zero at t = total_steps, or at each of `milestones`."""
     power: float = 1.0
     """Exponent of the polynomial."""
+    milestones: tuple[int, ...] = ()
+    """Steps of `multistep`, rising."""
+    gamma: float = 0.1
+    """What each of them multiplies by."""
+    offset: int = 0
+    """The step at which the rate starts again: it is that of a run that begins there, over the steps that are left."""
 
     @classmethod
-    def of(cls, training: config.Training, steps_per_epoch: float) -> "Schedule":
+    def of(cls, training: config.Training, steps_per_epoch: float, offset: int = 0) -> "Schedule":
         """The schedule that a configuration describes; epochs are rounded to the nearest step, and to one at least."""
         total_steps = max(1, round(training.epochs * steps_per_epoch))
-        warmup_steps = min(round(training.warmup_epochs * steps_per_epoch), total_steps - 1)
-        return cls(total_steps, warmup_steps, steps_per_epoch, training.schedule, training.power)
+        warmup_steps = max(0, min(round(training.warmup_epochs * steps_per_epoch), total_steps - offset - 1))
+        return cls(
+            total_steps,
+            warmup_steps,
+            steps_per_epoch,
+            training.schedule,
+            training.power,
+            tuple(round(epochs * steps_per_epoch) for epochs in training.milestones),
+            training.gamma,
+            offset,
+        )
 
     def factor(self, step: int) -> float:
         """What the peak learning rate is multiplied by at `step`, in [0, 1].
 
         With W = warmup_steps and T = total_steps: (t + 1) / (W + 1) before W, so that the first step already learns
-        and step W is the first at the peak; then, with p = (t - W) / (T - W), (1 - p) ** power or (1 + cos(pi p)) / 2.
-        Every step of the run learns; from T on the factor is 0.
+        and step W is the first at the peak; then, with p = (t - W) / (T - W), (1 - p) ** power or (1 + cos(pi p)) / 2,
+        which are 0 from T on; or gamma ** n, with n the milestones at t or before it. Every step of the run learns.
+        t and T count from `offset`.
         """
+        step, total_steps = step - self.offset, self.total_steps - self.offset
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
-        left = max(0.0, (self.total_steps - step) / (self.total_steps - self.warmup_steps))
+        if self.shape == "multistep":
+            return self.gamma ** bisect.bisect_right(self.milestones, step)
+        left = max(0.0, (total_steps - step) / (total_steps - self.warmup_steps))
         if self.shape == "cosine":
             return (1 - math.cos(math.pi * left)) / 2
         return left**self.power

@@ -1,21 +1,26 @@
 """A run's output folder: what lies where, whether it may be resumed, and the backbone that it holds."""
 
+import contextlib
 import json
-import pickle
+import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from pydantic import ValidationError
+from torch import Tensor, nn
 
 from recognition import config as configuration
-from recognition.checkpoint import Checkpoints, read_tensors
+from recognition.checkpoint import read_manifest
 from recognition.config import Config, UserError
-from recognition.kinds import what_is
 from recognition.models.backbone import Backbone, build_backbone
+from recognition.starting_point import newest
 from recognition.storage import replacing, write_text
+
+log = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = (
     "run.folder",
@@ -32,6 +37,7 @@ FREE_TO_CHANGE = (
     "head.precision",
     "head.chunk",
     "head.workspace_mib",
+    "training.extend",
     "training.threads",
     "training.loss_scale",
     "training.loss_scale_growth_steps",
@@ -43,6 +49,19 @@ FREE_TO_CHANGE = (
     "export",
 )
 """What may differ between a run and its continuation: none of it changes what a step computes, up to rounding."""
+_OF_AN_ATTEMPT = (
+    "best.*",
+    "model.*",
+    "results.json",
+    "failure.json",
+    "quarantine.jsonl",
+    "metrics.jsonl",
+    "log.txt",
+    "events.out.tfevents.*",
+    "config.toml",
+    "checkpoints/*",
+)
+"""The files that a run writes into its folder."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +95,85 @@ class RunFolder:
         """State dict of the backbone with the best verification so far; `best.json` says where it is from."""
         return self.path / "best.pt"
 
+    @property
+    def results(self) -> Path:
+        """The final verification: `step`, and the numbers of each set."""
+        return self.path / "results.json"
+
+    @property
+    def failure(self) -> Path:
+        """Where the last attempt began, and where and why it ended, if it failed."""
+        return self.path / "failure.json"
+
     def create(self) -> None:
         """Make the folder. Raises UserError where that cannot be done."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run.folder: cannot write to {self.path}: {error.strerror}") from None
+
+    def set_aside(self) -> Path | None:
+        """Move what an earlier attempt left into a folder `earlier-N`, which is returned; None if it left nothing.
+
+        For a run that begins anew: the checkpoints that are left can only be damaged ones.
+        """
+        left = [path for pattern in _OF_AN_ATTEMPT for path in sorted(self.path.glob(pattern))]
+        if not [path for path in left if path != self.config]:
+            return None
+        number = 1
+        while (aside := self.path / f"earlier-{number}").exists():
+            number += 1
+        for path in left:
+            place = aside / path.relative_to(self.path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(place)
+        return aside
+
+    def warn_of_room(self, checkpoint: int, keep: int) -> None:
+        """Warn where the disk has no room for `keep` checkpoints of so many bytes and the one that is being written."""
+        there = len(list(self.checkpoints.glob("step-*")))
+        needed = checkpoint * max(1, keep + 1 - there)
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            log.warning(
+                "%s: %.1f GB are free, but checkpoints of %.1f GB each need %.1f GB more: make room, lower "
+                "checkpoint.keep (%d), or set run.folder to a larger disk",
+                self.path,
+                free / 1e9,
+                checkpoint / 1e9,
+                needed / 1e9,
+                keep,
+            )
+
+    def final_verification(self, step: int) -> dict[str, dict[str, Any]]:
+        """The numbers of each set after the last step, `step`, as far as they are known."""
+        found = _read_json(self.results)
+        verification = found.get("verification")
+        return verification if found.get("step") == step and isinstance(verification, dict) else {}
+
+    def keep_final_verification(self, step: int, numbers: dict[str, dict[str, Any]]) -> None:
+        """Write what `final_verification` reads."""
+        write_text(self.results, json.dumps({"step": step, "verification": numbers}, indent=2) + "\n")
+
+    def has_model_of(self, step: int) -> bool:
+        """Whether the deployable is there, and is that of `step`."""
+        return self.model.exists() and _read_json(self.model.with_suffix(".json")).get("step") == step
+
+    def note_failure(self, begun: int, step: int, reason: str) -> str:
+        """Note that an attempt from step `begun` on ended at `step`; returns what to add if the one before did so too.
+
+        Two attempts that began at the same step have got nowhere in between, and a third will not either.
+        """
+        before = _read_json(self.failure)
+        with contextlib.suppress(OSError):
+            write_text(self.failure, json.dumps({"from": begun, "step": step, "reason": reason}) + "\n")
+        if before.get("from") != begun:
+            return ""
+        first_line = str(before.get("reason")).partition("\n")[0]
+        return (
+            f"\nThe attempt before began at step {begun} too and failed at step {before.get('step')}, so the same "
+            f"command will not get further unless something is changed. It said: {first_line}"
+        )
 
     def keep_config(self, config: Config) -> None:
         """Write the resolved configuration, once nothing speaks against this run in this folder."""
@@ -90,78 +182,144 @@ class RunFolder:
     def refuse_if_changed(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         """Compare the facts of a checkpoint with those of the run that would continue it.
 
-        Raises UserError naming every field whose change would make another run of it.
+        Raises UserError naming every field whose change would make another run of it, and the ways to go on.
         """
-        mistakes = []
+        mistakes, ways = (
+            [],
+            ["Set them back", f"start another run with run.folder=... and backbone.weights={self.path}"],
+        )
         if old["fingerprint"] != new["fingerprint"]:
             mistakes.append(
                 f"data.path: the run began on {old['images']} images of {old['identities']} identities "
                 f"({old['fingerprint'][:12]}), this index has {new['images']} of {new['identities']} "
                 f"({new['fingerprint'][:12]})"
             )
-        before, after = dict(_leaves(old["config"])), dict(_leaves(new["config"]))
+        before, after = dict(_leaves(_whole(old["config"]))), dict(_leaves(new["config"]))
         for name in sorted(before.keys() | after.keys()):
             free = any(name == field or name.startswith(field + ".") for field in FREE_TO_CHANGE)
-            if not free and before.get(name) != after.get(name):
-                mistakes.append(f"{name}: was {json.dumps(before.get(name))}, is {json.dumps(after.get(name))}")
+            if free or before.get(name) == after.get(name):
+                continue
+            if name == "training.epochs" and after[name] > before[name]:
+                if after["training.extend"] != "no":
+                    continue
+                ways.append("train on for more epochs with training.extend=stretch or training.extend=restart")
+            mistakes.append(f"{name}: was {json.dumps(before.get(name))}, is {json.dumps(after.get(name))}")
         if mistakes:
             raise UserError(
                 f"{self.path} holds a run that these settings would not continue:\n"
                 + "\n".join(f"  {mistake}" for mistake in mistakes)
-                + "\nSet them back, or start another run with run.folder=... (backbone.weights takes its best.pt)"
+                + f"\n{'; or '.join(ways)}"
             )
 
-    def best_accuracy(self) -> float:
-        """Accuracy of the best backbone so far; 0 where there is none."""
-        record = self.best.with_suffix(".json")
-        return float(json.loads(record.read_text())["accuracy"]) if record.exists() and self.best.exists() else 0.0
 
-    def keep_best(self, backbone: nn.Module, step: int, accuracy: float) -> None:
+class Best:
+    """The backbone with the best verification so far, in a run's folder: `best.pt`, and `best.json` beside it.
+
+    One that the disk does not take is kept in memory and tried again, as a run is worth more than its file.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.path, self.record = folder.best, folder.best.with_suffix(".json")
+        self._waiting: tuple[dict[str, Tensor], dict[str, float]] | None = None
+
+    def accuracy(self) -> float:
+        """Accuracy of the best backbone so far; 0 where there is none."""
+        if self._waiting is not None:
+            return self._waiting[1]["accuracy"]
+        return float(_read_json(self.record).get("accuracy", 0.0)) if self.path.exists() else 0.0
+
+    def offer(self, backbone: nn.Module, step: int, accuracy: float) -> None:
         """Keep the backbone's state dict if `accuracy`, the mean over the sets, beats the best so far."""
-        if accuracy <= self.best_accuracy():
+        if accuracy > self.accuracy():
+            state = {name: tensor.detach().cpu().clone() for name, tensor in backbone.state_dict().items()}
+            self._waiting = state, {"step": step, "accuracy": accuracy}
+        self.write()
+
+    def write(self) -> None:
+        """Write what waits to be written. A failure is warned of."""
+        if self._waiting is None:
             return
-        with replacing(self.best) as temporary:
-            torch.save(backbone.state_dict(), temporary)
-        write_text(self.best.with_suffix(".json"), json.dumps({"step": step, "accuracy": accuracy}) + "\n")
+        state, record = self._waiting
+        try:
+            with replacing(self.path) as temporary:
+                torch.save(state, temporary)
+            write_text(self.record, json.dumps(record) + "\n")
+        # torch has RuntimeErrors of its own for a disk that is full.
+        except (OSError, RuntimeError) as error:
+            log.warning("%s cannot be written (%s): it is tried again at the next checkpoint", self.path, error)
+        else:
+            self._waiting = None
 
 
 def load_backbone(run: Path, which: Literal["last", "best"] = "last") -> tuple[Backbone, dict[str, Any]]:
     """The trained backbone of the run in folder `run`, on the CPU in eval mode, with facts about it.
 
     `last` is the newest checkpoint that verifies, `best` the one with the best verification during training.
-    Needs neither the data nor a process group. Raises UserError where there is none.
+    Needs neither the data nor a process group. Raises UserError where there is none, with the way out.
     """
     folder = RunFolder(Path(run))
     if not folder.config.exists():
-        raise UserError(f"{run} is not a run folder: it has no config.toml")
+        inside = next((f"; give {above}" for above in folder.path.parents if (above / "config.toml").exists()), "")
+        raise UserError(f"{run} is not a run folder: it has no config.toml{inside}")
     settings = configuration.load(folder.config, check_paths=False)
     backbone = build_backbone(settings.backbone.model_copy(update={"weights": None}), settings.run.seed)
-    if which == "best":
-        if not folder.best.exists():
-            raise UserError(f"{run} has no best.pt: it is kept by the verifications of a run (evaluation.pairs)")
-        try:
-            state = torch.load(folder.best, map_location="cpu", weights_only=True)
-            facts: dict[str, Any] = json.loads(folder.best.with_suffix(".json").read_bytes())
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            kinds = f"best.pt is {what_is(folder.best)}, best.json {what_is(folder.best.with_suffix('.json'))}"
-            raise UserError(f"{folder.best} cannot be read ({kinds}): take the newest checkpoint instead") from error
-    else:
-        checkpoints = Checkpoints(folder.checkpoints, settings.checkpoint.keep)
-        found = checkpoints.find()
-        if found is None:
-            raise UserError(f"{folder.checkpoints} holds no complete checkpoint")
-        state = {name.removeprefix("backbone."): tensor for name, tensor in read_tensors(found, "backbone.").items()}
-        facts = {
-            name: value for name, value in checkpoints.facts(found).items() if name not in ("config", "loss_scale")
-        }
+    origin, state, facts = _best(folder) if which == "best" else _last(folder)
     try:
         backbone.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(
-            f"{run}: what it holds of its {which} backbone is not of the backbone that {folder.config} describes: "
-            f"{str(error).splitlines()[-1].strip()}"
-        ) from error
+            f"{origin} is not of the backbone that {folder.config} describes ({settings.backbone.name}), but left from "
+            f"an earlier attempt: remove it, or take the other of --which last and --which best\n{error}"
+        ) from None
     return backbone.eval(), facts | {"backbone": settings.backbone.name, "loss": settings.head.loss.name}
+
+
+def _last(folder: RunFolder) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The newest checkpoint that verifies, its backbone's state and its facts."""
+    found = newest(folder.checkpoints)
+    if found is None:
+        hint = "; --which best takes its best.pt" if folder.best.exists() else ": the run has saved none yet"
+        raise UserError(f"{folder.checkpoints} holds no complete checkpoint{hint}")
+    checkpoint, state = found
+    facts = read_manifest(checkpoint).facts
+    return checkpoint, state, {name: value for name, value in facts.items() if name not in ("config", "loss_scale")}
+
+
+def _best(folder: RunFolder) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The best verification's file, its state and its facts."""
+    record = folder.best.with_suffix(".json")
+    if not folder.best.exists() or not record.exists():
+        lacks = folder.best.name if not folder.best.exists() else record.name
+        raise UserError(
+            f"{folder.path} has no {lacks}, which a run keeps that verifies (evaluation.pairs); "
+            "--which last takes its newest checkpoint"
+        )
+    try:
+        state = torch.load(folder.best, map_location="cpu", weights_only=True)
+        return folder.best, state, dict(json.loads(record.read_text(encoding="utf-8")))
+    except Exception as error:  # what a damaged file raises is anybody's guess
+        raise UserError(
+            f"{folder.best} or {record.name} is damaged ({type(error).__name__}); --which last takes the newest checkpoint"
+        ) from None
+
+
+def _whole(settings: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's settings, with the defaults of those that came later; as they are if they are no longer valid."""
+    try:
+        tree = Config.model_validate_json(json.dumps(settings)).model_dump_json()
+    except ValidationError:
+        return settings
+    whole: dict[str, Any] = json.loads(tree)
+    return whole
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ def replacing(path: Path, *, on_disk: bool = False) -> Iterator[Path]:
 
     `on_disk`: return only when the disk has both the content and the name. Raises OSError.
     """
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = beside(path)
     try:
         yield temporary
         if on_disk:
@@ -27,6 +27,11 @@ def replacing(path: Path, *, on_disk: bool = False) -> Iterator[Path]:
             sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
+    """A name that nobody else has, in the folder of `path`, for what is on the way to it."""
+    return path.with_name(f".{secrets.token_hex(8)}.tmp")
 
 
 def write_text(path: Path, text: str, *, on_disk: bool = False) -> None:

@@ -90,7 +90,7 @@ def _train(overrides: list[str]) -> float:
 def _verify(name: str, embedder: Embedder, settings: config.Config) -> Verification:
     pairs = read_pairs(settings.evaluation.pairs[0])
     with Console().status(f"{name}: embedding {2 * len(pairs)} images and their mirror images"):
-        return verify(embed_pairs(embedder, pairs, settings.evaluation.batch), pairs.same)
+        return verify(embed_pairs(embedder, pairs, settings.evaluation.batch, fit=settings.data.fit), pairs.same)
 
 
 def _table(results: list[Verification], facts: dict, summary: dict) -> Table:

@@ -16,35 +16,85 @@ with program.imports():
     import numpy as np
     from rich.box import SIMPLE
     from rich.console import Console
-    from rich.progress import track
     from rich.table import Table
+    from rich.text import Text
 
+    from recognition import progress, terminal
     from recognition.argument_types import path, positive
-    from recognition.deploy.embedder import OnnxEmbedder
+    from recognition.config import UserError
+    from recognition.deploy.embedder import OnnxEmbedder, Reading
     from recognition.evaluation.embedder import Embedder
-    from recognition.evaluation.pairs import PairSet, read_pairs
+    from recognition.evaluation.pairs import PairSet
+    from recognition.evaluation.sets import open_sets
     from recognition.evaluation.verification import FARS, embed_pairs, verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate as the command line says; returns the exit status."""
-    return program.run(lambda: _main(_parser().parse_args(arguments)))
+    return program.run(lambda: _evaluate(_parser().parse_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=path, required=True, help="an ONNX file, or the folder of a run")
-    parser.add_argument("--pairs", type=path, nargs="+", required=True, help="InsightFace .bin or LFW pairs.txt files")
-    parser.add_argument("--images", type=path, help="image folder of pairs.txt files (default: looked for beside them)")
+    parser.add_argument(
+        "--pairs",
+        type=path,
+        nargs="+",
+        required=True,
+        help="InsightFace .bin files, or lists of pairs: LFW's pairs.txt, CALFW's, CPLFW's, lines `path path label`",
+    )
+    parser.add_argument("--images", type=path, help="image folder of the lists (default: looked for beside them)")
+    parser.add_argument(
+        "--skip-missing",
+        action="store_true",
+        help="leave out pairs one of whose images is missing or cannot be decoded (default: refuse)",
+    )
+    parser.add_argument(
+        "--folds",
+        choices=("file", "even"),
+        default="file",
+        help="ten folds of the file's order, or with both kinds of pairs spread evenly first (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fit",
+        choices=("resize", "crop", "exact"),
+        default="resize",
+        help="what becomes of images of another size than the model's, as data.fit has it (default: %(default)s)",
+    )
     parser.add_argument("--batch", type=positive, default=64, help="images per forward pass (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    others = parser.add_argument_group("ONNX files of other programs")
+    others.add_argument("--size", type=positive, help="height and width of the images, where the file leaves them free")
+    others.add_argument("--output", metavar="NAME", help="the output that is the embedding, where several may be")
+    channels = "one number, or one for each of the network's channels"
+    others.add_argument("--mean", type=float, nargs="+", help=f"what is subtracted from levels 0 to 255: {channels}")
+    others.add_argument("--std", type=float, nargs="+", help=f"what the difference is divided by: {channels}")
+    others.add_argument(
+        "--bgr", action=argparse.BooleanOptionalAction, help="whether the network's channels are blue, green, red"
+    )
     return parser
 
 
-def _main(options: argparse.Namespace) -> int:
-    sets = [read_pairs(path, options.images) for path in options.pairs]
-    embedder = load_embedder(options.model)
-    results = {str(pairs.path): evaluate(embedder, pairs, options.batch) for pairs in sets}
+def _evaluate(options: argparse.Namespace) -> int:
+    reading = Reading(options.size, options.output, options.mean, options.std, options.bgr)
+    with progress.working("loading the model"):
+        embedder = load_embedder(options.model, reading)
+    for note in getattr(embedder, "notes", ()):
+        terminal.write(f"{terminal.escape(str(options.model))}: {note}")
+    sets = open_sets(
+        options.pairs,
+        embedder.image_size,
+        folder=options.images,
+        missing="skip" if options.skip_missing else "refuse",
+        folds=options.folds,
+        fit=options.fit,
+    )
+    for pairs in sets:
+        terminal.write(pairs.taken)
+        for doubt in pairs.doubts:
+            terminal.write(f"WARNING {pairs.name}: {doubt}")
+    results = {str(pairs.path): evaluate(embedder, pairs, options.batch, options.fit) for pairs in sets}
     Console().print(_table(options.model, list(results.values())))
     if options.json:
         first = next(iter(results.values()))
@@ -52,12 +102,15 @@ def _main(options: argparse.Namespace) -> int:
     return 0
 
 
-def load_embedder(model: Path) -> Embedder:
+def load_embedder(model: Path, reading: Reading | None = None) -> Embedder:
     """The embedder of an ONNX file, or of a run folder: its `model.onnx`, else its newest checkpoint."""
+    reading = reading or Reading()
     if not model.is_dir():
-        return OnnxEmbedder(model)
+        return OnnxEmbedder(model, reading=reading)
     if (model / "model.onnx").is_file():
-        return OnnxEmbedder(model / "model.onnx")
+        return OnnxEmbedder(model / "model.onnx", reading=reading)
+    if reading != Reading():
+        raise UserError(f"{model}: --size, --output, --mean, --std and --bgr are for ONNX files; leave them out")
     import torch
 
     from recognition.models.backbone import BackboneEmbedder
@@ -68,23 +121,28 @@ def load_embedder(model: Path) -> Embedder:
     return BackboneEmbedder(backbone.to(device), device, float32=True)
 
 
-def evaluate(embedder: Embedder, pairs: PairSet, batch: int) -> dict[str, Any]:
-    """The verification numbers of one set, its name, and the seconds that they took."""
-    start = time.perf_counter()
-    console = Console(stderr=True)
-    starts = range(0, 2 * len(pairs), batch)
-    parts = [
-        embed_pairs(embedder, pairs, batch, range(first, min(first + batch, 2 * len(pairs))))
-        for first in track(starts, pairs.name, console=console, transient=True, disable=not console.is_terminal)
-    ]
-    result = verify(np.concatenate(parts), pairs.same).to_json()
-    return {"name": pairs.name, **result, "seconds": round(time.perf_counter() - start, 3)}
+def evaluate(embedder: Embedder, pairs: PairSet, batch: int, fit: str = "resize") -> dict[str, Any]:
+    """The verification numbers of one set, its name, what to know of it, and the seconds that they took."""
+    start, images = time.perf_counter(), 2 * len(pairs)
+    parts = []
+    with progress.working(f"verifying {pairs.name}", images) as advance:
+        for first in range(0, images, batch):
+            part = range(first, min(first + batch, images))
+            parts.append(embed_pairs(embedder, pairs, batch, part, fit))
+            advance(part.stop)
+    try:
+        result = verify(np.concatenate(parts), pairs.same).to_json()
+    except UserError as error:
+        raise UserError(f"{pairs.name}: {error}") from None
+    seconds = round(time.perf_counter() - start, 3)
+    return {"name": pairs.name, **result, "doubts": list(pairs.doubts), "seconds": seconds}
 
 
 def _table(model: Path, results: list[dict[str, Any]]) -> Table:
-    table = Table("", title=str(model), title_justify="left", box=SIMPLE)
+    # As Text, for rich takes brackets in a text for markup.
+    table = Table("", title=Text(terminal.escape(str(model))), title_justify="left", box=SIMPLE)
     for result in results:
-        table.add_column(result["name"], justify="right")
+        table.add_column(Text(result["name"]), justify="right")
     table.add_row("pairs", *(str(result["pairs"]) for result in results))
     table.add_row(
         "accuracy %", *(f"{100 * item['accuracy']:.2f} ± {100 * item['accuracy_std']:.2f}" for item in results)

@@ -1,5 +1,6 @@
 """The description of a run: frozen sections, read from TOML and `section.key=value` overrides; docs below fields."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,7 +137,16 @@ class Evaluation(Section):
     """Verification as training goes."""
 
     pairs: Annotated[tuple[InputPath, ...], Field(strict=False), BeforeValidator(as_list)] = ()
-    """Verification sets: InsightFace `.bin` files, or LFW `pairs.txt` files beside their image folder."""
+    """Verification sets: InsightFace `.bin` files, or lists of pairs beside their image folder, such as LFW's
+    `pairs.txt`, CALFW's, CPLFW's, or lines `path path label`."""
+    images: InputPath | None = None
+    """The folder of the lists' images. Default: looked for beside each list."""
+    missing_images: Literal["refuse", "skip"] = "refuse"
+    """What becomes of pairs one of whose images is missing or cannot be decoded, as where alignment found no face.
+    `refuse`: the run does not begin; `skip`: they are left out, which is said, and changes the set's numbers."""
+    folds: Literal["file", "even"] = "file"
+    """What the ten folds of a set are. `file`: consecutive pairs in the file's order, as arcface_torch has them;
+    `even`: genuine and impostor pairs are spread evenly over them first."""
     every_steps: NonNegativeInt = 2000
     """Steps between verifications; 0: only at the end."""
     batch: PositiveInt = 64
@@ -183,8 +193,9 @@ class Export(Section):
 
     enabled: bool = True
     """Write `model.onnx` at the end of the run."""
-    opset: Annotated[int, Field(ge=17)] = 18
-    """ONNX operator set."""
+    opset: Annotated[int, Field(ge=11)] = 18
+    """ONNX operator set. Below 17 torch's older exporter writes the file, which knows fewer networks: convolutional ones
+    go down to 11, for TensorRT 7 and the like."""
     max_difference: PositiveFloat = 1e-3
     """Largest allowed |difference| between ONNX Runtime's and the backbone's embedding, relative to its norm."""
     min_cosine: Fraction = 0.9999
@@ -216,6 +227,7 @@ class Config(Section):
         if training.warmup_epochs >= training.epochs:
             warmup, epochs = training.warmup_epochs, training.epochs
             mistakes.append(f"training.warmup_epochs ({warmup}) must be below training.epochs ({epochs})")
+        mistakes += _schedule_mistakes(training)
         together = self.data.images_per_identity
         if training.global_batch // training.accumulation % together:
             batch = training.global_batch // training.accumulation
@@ -238,6 +250,25 @@ class Config(Section):
     def to_toml(self) -> str:
         """The resolved configuration as TOML; `load` reads it back to an equal one."""
         return toml.dump(json.loads(self.model_dump_json(exclude_none=True)))
+
+
+def _schedule_mistakes(training: Training) -> list[str]:
+    """What is wrong with the milestones."""
+    if training.schedule != "multistep":
+        said = f"training.milestones is for training.schedule = multistep, not {training.schedule}"
+        return [said] if training.milestones else []
+    milestones, mistakes = training.milestones, []
+    if not milestones:
+        mistakes.append("training.schedule = multistep needs training.milestones, for example [10.0, 16.0]")
+    if any(after <= before for before, after in itertools.pairwise(milestones)):
+        mistakes.append(f"training.milestones must rise, which {list(milestones)} do not")
+    for milestone in milestones:
+        if not training.warmup_epochs < milestone < training.epochs:
+            mistakes.append(
+                f"training.milestones: {milestone} is not between training.warmup_epochs ({training.warmup_epochs}) and "
+                f"training.epochs ({training.epochs})"
+            )
+    return mistakes
 
 
 def load(path: Path | str, overrides: Sequence[str] = (), *, check_paths: bool = True) -> Config:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import do_not_convert
 
 from recognition.data.augment import MEAN_GRAY
 from recognition.data.maker import Inputs, Making
+from recognition.images import jpeg_frame, png_is_whole
 
 
 class DaliMaker:
@@ -30,6 +31,7 @@ class DaliMaker:
             {name: (_DALI_TYPES[array.dtype.name], array.ndim - 1) for name, array in first.arrays.items()},
             decoder=self._decoder,
             image_size=making.image_size,
+            crop=making.fit == "crop",
             layout="HWC" if making.channels_last else "CHW",
             **self._resources(making.batch, making.ahead),
         )
@@ -55,6 +57,22 @@ class DaliMaker:
             self._graph = None  # whose memory may be needed
             self._probe = _Probe(self._decoder, self._resources(1, 1))
         return self._probe.decodes(encoded)
+
+    @staticmethod
+    def decodes_alike(encoded: bytes) -> bool:
+        """True of the common kinds: 8-bit JPEG of YCbCr or grey, PNG of up to 8 bits, WebP without metadata.
+
+        Of the others DALI rounds 16 bits otherwise, does not read text PNM, 1-bit TIFF and WebP's EXIF, turns by other
+        rules where EXIF is broken, and its GPU decoders may treat each CMYK, TIFF and JPEG 2000 in their own way. An
+        image whose header it cannot read ends the process in a large batch, so it gets none that is unusual.
+        """
+        if encoded.startswith(b"\xff\xd8"):
+            frame = jpeg_frame(encoded)
+            usual = frame.regular and frame.marker in (0xC0, 0xC1, 0xC2) and frame.components in (1, 3)
+            return usual and frame.adobe in (None, 1) and encoded.count(b"Exif\0\0") < 2
+        if encoded.startswith(b"\x89PNG"):
+            return encoded[24] <= 8 and b"eXIf" not in encoded and png_is_whole(encoded)
+        return encoded[8:16] in (b"WEBPVP8 ", b"WEBPVP8L")
 
     def close(self) -> None:
         """Free the graph."""
@@ -91,6 +109,7 @@ def _graph(
     inputs: dict[str, tuple[Any, int]],
     decoder: str,
     image_size: int,
+    crop: bool,
     layout: str,
 ) -> Any:
     """The graph. `inputs` are the arrays that come with the encoded images, name: (type, number of axes).
@@ -98,8 +117,10 @@ def _graph(
     DALI rewrites this function, so that an `if` on what is in the graph decides for each image by itself.
     """
     encoded, numbers = _sources(source, inputs)
-    images = fn.decoders.image(encoded, device=decoder, output_type=types.RGB)
+    images = _decoded(encoded, decoder)
     if numbers["resize"]:
+        if crop:
+            images = _square(images)
         images = fn.resize(images, size=[image_size, image_size])
     if "matrix" in numbers:
         images = fn.warp_affine(images, matrix=numbers["matrix"])  # beyond the border, the border's pixels go on
@@ -117,6 +138,20 @@ def _graph(
         dtype=types.FLOAT,
         output_layout=layout,
     )
+
+
+@do_not_convert
+def _decoded(encoded: Any, decoder: str) -> Any:
+    # JPEG's colours are then scaled up as libjpeg does it, which the GPU's decoder does not do by itself.
+    return fn.decoders.image(encoded, device=decoder, output_type=types.RGB, jpeg_fancy_upsampling=True)
+
+
+@do_not_convert
+def _square(images: Any) -> Any:
+    """The largest square in the middle, as `recognition.images.fit` cuts it."""
+    shape = images.shape()
+    side = fn.cast(math.min(shape[0], shape[1]), dtype=types.FLOAT)
+    return fn.crop(images, crop_h=side, crop_w=side, rounding="truncate")
 
 
 @do_not_convert
@@ -156,4 +191,4 @@ class _Probe:
 @pipeline_def
 def _decoding_graph(source: Any, decoder: str) -> Any:
     encoded = fn.external_source(source=source, dtype=types.UINT8, ndim=1)
-    return fn.decoders.image(encoded, device=decoder, output_type=types.RGB)
+    return _decoded(encoded, decoder)

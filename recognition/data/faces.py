@@ -7,7 +7,6 @@ machine its bytes are always the same; elsewhere another NumPy or Pillow may rou
 import functools
 import json
 import logging
-import os
 import pickle
 import signal
 from collections import deque
@@ -20,14 +19,14 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from recognition.config import UserError
 from recognition.data.face_identity import Identity, capture_parameters, identity_parameters
 from recognition.data.face_renderer import SIZE, compress, draw, expose
 from recognition.data.recordio import InsightFaceWriter
 from recognition.hardware import cores
+from recognition.progress import working
+from recognition.storage import replacing
 
 __all__ = ["Identity", "contact_sheet", "encode", "identity_parameters", "render", "verification_pairs", "write_faces"]
 
@@ -137,7 +136,7 @@ def write_faces(
     trained = ([(identity, image) for image in part] for identity in range(identities) for part in parts)
     verified = [tested[start : start + _CHUNK] for start in range(0, len(tested), _CHUNK)]
     encode_all = functools.partial(_encode_all, seed, image_size)
-    with _pool(workers) as pool, _counter("faces", identities * images + len(tested), progress) as advance:
+    with _pool(workers) as pool, _counter("rendering faces", identities * images + len(tested), progress) as advance:
         with InsightFaceWriter(folder) as writer:
             for names, encoded in _rendered(pool, encode_all, trained):
                 for (identity, _), image in zip(names, encoded, strict=True):
@@ -179,9 +178,8 @@ def _is_finished(folder: Path, parameters: dict[str, int]) -> bool:
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def _encode_all(seed: int, size: int, names: list[tuple[int, int]]) -> list[bytes]:
@@ -231,21 +229,17 @@ def _rendered(
 
 
 @contextmanager
-def _counter(what: str, total: int, show: bool) -> Iterator[Any]:
-    """A function that counts images: a bar on a terminal, a line every quarter elsewhere."""
-    console = Console(stderr=True)
-    if not show or not console.is_terminal:
-        done = 0
+def _counter(what: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A function that counts images, and shows them if asked to."""
+    if not show:
+        yield lambda images: None
+        return
+    done = 0
+    with working(what, total) as advance:
 
         def count(images: int) -> None:
             nonlocal done
-            if show and (done + images) * 4 // total > done * 4 // total:
-                console.print(f"{what}: {done + images:,} of {total:,} images", highlight=False)
             done += images
+            advance(done)
 
         yield count
-        return
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda images: bar.advance(task, images)

@@ -31,6 +31,8 @@ class Making:
     """Images of a step, on this rank."""
     image_size: int
     """Pixels a side."""
+    fit: str
+    """What becomes of images of another size, "resize" or "crop": see `recognition.images.fit`."""
     channels_last: bool
     """Whether a pixel's channels stand together in memory."""
     device: torch.device
@@ -57,6 +59,10 @@ class Maker(Protocol):
 
     def decodes(self, encoded: bytes) -> bool:
         """Whether an image can be decoded; it can also be asked after `next` has failed."""
+
+    @staticmethod
+    def decodes_alike(encoded: bytes) -> bool:
+        """Whether an image whose header is in order is of a kind that becomes the same pixels as by `images.decode`."""
 
     def close(self) -> None:
         """Stop working ahead and free what that needs."""

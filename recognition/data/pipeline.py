@@ -23,6 +23,7 @@ from recognition.data.index import Index
 from recognition.data.maker import Inputs, Maker, Making
 from recognition.data.order import batch_positions
 from recognition.data.quarantine import BadImage, Quarantine, check_header
+from recognition.images import Undecodable, decode, fit
 
 
 @dataclass
@@ -41,13 +42,13 @@ class Pipeline:
     """An endless iterator over this rank's batches of steps start_step, start_step + 1, ...
 
     `batch` is the global batch (of one forward pass), split over the `world` ranks as evenly as possible. Images of
-    another size are resized to `image_size` pixels a side. An image that cannot be decoded is listed in the file
-    `quarantine` and replaced by the next one of the index that can, with its own label: of `config.images_per_identity`
-    images that stand together it may then be another identity's. Threads read ahead, and `config.loader` makes the
-    images of `config.prefetch` batches ahead.
+    another size than `image_size` pixels a side are treated as `config.fit` says. An image that cannot be decoded is
+    listed in the file `quarantine` and replaced by the next one of the index that can, with its own label: of
+    `config.images_per_identity` images that stand together it may then be another identity's. Threads read ahead, and
+    `config.loader` makes the images of `config.prefetch` batches ahead.
 
     Raises UserError when a rank has no image or DALI is asked for where it is not, and from `__next__` when too many
-    images are bad or data cannot be read.
+    images are bad, data cannot be read, or an image has another size and `config.fit` is "exact".
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Pipeline:
         self._making = Making(
             batch=len(self._positions(start_step)),
             image_size=image_size,
+            fit=config.fit,
             channels_last=channels_last,
             device=device,
             threads=config.threads,
@@ -81,6 +83,7 @@ class Pipeline:
         )
         self._order = order(index.labels, config.images_per_identity, seed)
         self._quarantine = Quarantine(index, quarantine)
+        self._decode_here: set[int] = set()
         self._readers = ThreadPoolExecutor(config.prefetch, thread_name_prefix="read")
         self._reading: deque[Future[Inputs]] = deque()
         self._handed_over: deque[Inputs] = deque()
@@ -128,22 +131,43 @@ class Pipeline:
         self._ahead += 1
 
     def _prepare(self, step: int) -> Inputs:
-        """Runs in a reader's thread."""
+        """A step's inputs. Runs in a reader's thread."""
         positions = np.arange(self._positions(step).start, self._positions(step).stop)
         occasions, ordered = self._order(positions)
         samples, size = self._quarantine.replace(ordered), self._making.image_size
         encoded, resize = [b""] * len(samples), np.zeros(len(samples), np.bool_)
         for i in range(len(samples)):
-            while True:
-                encoded[i] = self._index.read(int(samples[i]))
-                try:
-                    resize[i] = check_header(encoded[i]) != (size, size)
-                    break
-                except BadImage as error:
-                    self._quarantine.add(int(samples[i]), str(error))
-                    samples[i] = self._quarantine.replace(samples[i : i + 1])[0]
+            samples[i], encoded[i], resize[i] = self._read(int(samples[i]))
         numbers = draw(self._config.augment, self._seed, occasions, samples, size)
         return Inputs(samples, encoded, {"resize": resize} | numbers.arrays())
+
+    def _read(self, sample: int) -> tuple[int, bytes, bool]:
+        """A sample, or the next one that can be used; what the maker gets for it, and whether it is to resize that."""
+        while True:
+            encoded = self._index.read(sample)
+            try:
+                height, width = check_header(encoded)
+                return sample, *self._fitted(sample, encoded, height, width)
+            except BadImage as error:
+                self._quarantine.add(sample, str(error))
+            sample = int(self._quarantine.replace(np.array([sample]))[0])
+
+    def _fitted(self, sample: int, encoded: bytes, height: int, width: int) -> tuple[bytes, bool]:
+        """What the maker gets for an image, and whether it is to resize that. Raises BadImage."""
+        size, how = self._making.image_size, self._making.fit
+        other = (height, width) != (size, size)
+        if other and how == "exact":
+            raise UserError(
+                f"{self._index.describe(sample)} is {width} x {height} pixels, but data.fit is exact and "
+                f"backbone.image_size is {size}: data.fit=resize or data.fit=crop lets it in"
+            )
+        if sample not in self._decode_here and self._make.decodes_alike(encoded):
+            return encoded, other
+        try:
+            pixels = fit(decode(encoded), size, how)
+        except Undecodable as error:
+            raise BadImage(str(error)) from None
+        return b"P6 %d %d 255\n" % (size, size) + pixels.tobytes(), False
 
     def _hand_over(self) -> Inputs:
         """What the maker takes: called once per step that is to be made ahead."""
@@ -153,15 +177,22 @@ class Pipeline:
         return inputs
 
     def _recover(self, error: RuntimeError) -> None:
-        """After a failure of the maker: list the images at fault and begin again at the step that was to come."""
+        """After a failure of the maker: begin again at the step that was to come.
+
+        An image at fault is listed, or decoded here from now on where that can be done.
+        """
         if not self._maker.decodes(_good_image()):
             raise error  # it is not the images
         found = False
         for inputs in self._handed_over:
             for sample, encoded in zip(inputs.samples.tolist(), inputs.encoded, strict=True):
                 if not self._maker.decodes(encoded):
-                    self._quarantine.add(sample, "it does not decode")
                     found = True
+                    try:
+                        decode(encoded)
+                        self._decode_here.add(sample)
+                    except Undecodable as reason:
+                        self._quarantine.add(sample, str(reason))
         if not found:
             raise error
         self._maker.close()

@@ -1,6 +1,5 @@
 """Images that cannot be decoded: telling them, listing them, and putting others in their place."""
 
-import io
 import json
 import logging
 import os
@@ -8,14 +7,11 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from recognition.config import UserError
 from recognition.data.index import Index
 from recognition.data.order import Integers
-
-MAX_PIXELS = 2**26
-"""An image with more pixels is refused unread: decoders have no limit of their own."""
+from recognition.images import Undecodable, size
 
 _BAD_ALWAYS_BORNE = 100
 _BAD_SHARE_BORNE = 0.01
@@ -93,47 +89,8 @@ class Quarantine:
 
 
 def check_header(encoded: bytes) -> tuple[int, int]:
-    """Height and width of an encoded image, in pixels, found without decoding it (about 2 us for a JPEG).
-
-    Raises BadImage for what is no image, is larger than MAX_PIXELS, or has no end, as a truncated file.
-    """
-    if encoded.startswith(b"\xff\xd8"):
-        height, width = _jpeg_size(encoded)
-        complete = encoded.rfind(b"\xff\xd9") > 0
-    elif encoded.startswith(b"\x89PNG\r\n\x1a\n") and encoded[12:16] == b"IHDR":
-        width, height = int.from_bytes(encoded[16:20]), int.from_bytes(encoded[20:24])
-        complete = encoded.rfind(b"IEND") > 0
-    else:
-        height, width = _other_size(encoded)
-        complete = True
-    if not 0 < height * width <= MAX_PIXELS:
-        raise BadImage(f"{width} x {height} pixels; at most {MAX_PIXELS} are allowed")
-    if not complete:
-        raise BadImage("truncated: it has no end marker")
-    return height, width
-
-
-def _jpeg_size(encoded: bytes) -> tuple[int, int]:
-    """From the frame header: walks the marker segments (ITU-T T.81, annex B) up to the first SOF."""
-    place = 2
-    while place + 9 <= len(encoded) and encoded[place] == 0xFF:
-        marker = encoded[place + 1]
-        if marker == 0xFF:  # a fill byte
-            place += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return int.from_bytes(encoded[place + 5 : place + 7]), int.from_bytes(encoded[place + 7 : place + 9])
-        elif marker in (0xD9, 0xDA):
-            break
-        else:
-            place += 2 + int.from_bytes(encoded[place + 2 : place + 4])
-    raise BadImage("a JPEG without a frame header")
-
-
-def _other_size(encoded: bytes) -> tuple[int, int]:
-    if not encoded:
-        raise BadImage("no bytes")
+    """`recognition.images.size`, which raises BadImage here."""
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return image.height, image.width
-    except (OSError, ValueError, Image.DecompressionBombError, Warning):
-        raise BadImage("neither a JPEG nor a PNG, nor another image of a reasonable size") from None
+        return size(encoded)
+    except Undecodable as error:
+        raise BadImage(str(error)) from None

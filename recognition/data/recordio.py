@@ -33,6 +33,7 @@ from recognition.data.records import (
     bad_record,
     read_records,
 )
+from recognition.storage import beside, write_text
 
 EXACT_LABELS = 1 << 24
 """float32 holds every integer below this."""
@@ -103,7 +104,7 @@ class Writer:
 
     def __init__(self, rec_path: Path) -> None:
         self._targets = (rec_path, rec_path.with_suffix(".idx"))
-        self._temporaries = tuple(path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in self._targets)
+        self._temporaries = tuple(beside(path) for path in self._targets)
         self._rec = self._temporaries[0].open("wb")
         self._idx = self._temporaries[1].open("w", encoding="ascii", newline="\n")
 
@@ -196,9 +197,7 @@ class InsightFaceWriter:
         self._writer.rewrite(0, pack((end, end + len(self._first_keys)), 0, b""))
         self._writer.close()
         width, height = self._size
-        temporary = self._property.with_name(f".property.{os.getpid()}.tmp")
-        temporary.write_text(f"{len(self._first_keys)},{height},{width}\n", encoding="ascii")
-        temporary.replace(self._property)
+        write_text(self._property, f"{len(self._first_keys)},{height},{width}\n")
 
     def __enter__(self) -> Self:
         return self

@@ -1,30 +1,25 @@
 """Images without DALI, for systems that it does not exist for: Pillow decodes, torch and torchvision change.
 
 Each step of the way is DALI's: levels are whole numbers of 0..255 after each change, so that the two makers' images
-differ by rounding alone. Pillow decodes rather than torchvision, whose decoder crashes on some broken PNG files.
+differ by rounding alone. `recognition.images` decodes rather than torchvision, whose decoder crashes on some broken PNG
+files.
 """
 
-import io
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import grid_sample
 from torchvision.transforms.v2 import functional
 
 from recognition.data.augment import MEAN_GRAY
 from recognition.data.maker import Inputs, Making
-
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "JPEG2000")
-"""What is decoded, by Pillow's names: what DALI decodes too."""
+from recognition.images import Undecodable, decode, fit
 
 _TOGETHER = 8  # images that one thread changes at a time: their levels fit in a core's cache
 _HALF_RANGE = 127.5
@@ -43,8 +38,11 @@ class TorchvisionMaker:
         """The next step's images."""
         self._ahead.append(self._begin(next(self._inputs)))
         images, parts = self._ahead.popleft()
-        for part in parts:
-            part.result()
+        try:
+            for part in parts:
+                part.result()
+        except Undecodable as error:
+            raise RuntimeError("an image does not decode") from error
         device = self._making.device
         if device.type == "cuda":
             return images.pin_memory().to(device, non_blocking=True)
@@ -59,6 +57,11 @@ class TorchvisionMaker:
             return False
         return True
 
+    @staticmethod
+    def decodes_alike(encoded: bytes) -> bool:
+        """Every kind is: it is `images.decode` that decodes."""
+        return True
+
     def close(self) -> None:
         """Stop working ahead."""
         self._workers.shutdown(cancel_futures=True)
@@ -71,61 +74,19 @@ class TorchvisionMaker:
             layout = torch.channels_last
         images = torch.empty(len(inputs.encoded), 3, size, size, memory_format=layout)
         parts = [slice(start, start + _TOGETHER) for start in range(0, len(images), _TOGETHER)]
-        return images, [self._workers.submit(_make, inputs, part, images[part]) for part in parts]
+        how = self._making.fit
+        return images, [self._workers.submit(_make, inputs, part, how, images[part]) for part in parts]
 
 
-class Undecodable(RuntimeError):
-    """An image that cannot be decoded, and why."""
-
-
-def decode(encoded: bytes) -> NDArray[np.uint8]:
-    """An image [H, W, 3] uint8, RGB, turned as its EXIF orientation says. Raises Undecodable."""
-    try:
-        if encoded.startswith(b"\x89PNG"):
-            Image.open(io.BytesIO(encoded), formats=FORMATS).verify()  # decoding passes over some broken checksums
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded), formats=FORMATS))
-        if image.mode.startswith("I;16"):
-            return np.repeat(np.rint(np.asarray(image) / 257).astype(np.uint8)[:, :, None], 3, axis=2)
-        return np.asarray(image.convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise nearly anything on broken data
-        raise Undecodable(f"an image does not decode: {error}") from error
-
-
-def _make(inputs: Inputs, part: slice, images: Tensor) -> None:
+def _make(inputs: Inputs, part: slice, how: str, images: Tensor) -> None:
     """Fill `images` [n, 3, S, S] with those of `part`. Runs in a worker's thread."""
     size = images.shape[-1]
     decoded = np.empty((len(images), size, size, 3), np.uint8)
     numbers = {name: array[part] for name, array in inputs.arrays.items()}
-    for place, encoded, resize in zip(decoded, inputs.encoded[part], numbers["resize"], strict=True):
-        place[:] = resized(decode(encoded), size) if resize else decode(encoded)
+    for place, encoded in zip(decoded, inputs.encoded[part], strict=True):
+        place[:] = fit(decode(encoded), size, how)
     images.copy_(changed(torch.from_numpy(decoded).permute(0, 3, 1, 2), numbers))
     images.sub_(_HALF_RANGE).div_(_HALF_RANGE)
-
-
-def resized(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """`image` [H, W, 3] at `size` pixels a side, by linear interpolation, smoothed where it shrinks."""
-    down, across = (_shares(length, size) for length in image.shape[:2])
-    columns = across @ torch.from_numpy(image.astype(np.float32))  # [H, S, 3]
-    levels = down @ columns.flatten(1)
-    return levels.round_().clamp_(0, 255).to(torch.uint8).view(size, size, 3).numpy()
-
-
-@lru_cache(256)
-def _shares(length: int, size: int) -> Tensor:
-    """[size, length]: what share a line of pixels has in each of a resized image's.
-
-    Triangles around the new pixels' centres, as wide as their distance or the old ones', whichever is more. Beyond the
-    border, the border's pixels go on, as with DALI; torchvision and Pillow cut the triangles off there.
-    """
-    width = max(length / size, 1.0)
-    centres = (np.arange(size)[:, None] + 0.5) * length / size - 0.5
-    reach = math.ceil(width)
-    places = np.floor(centres) + np.arange(-reach, reach + 2)
-    shares = np.maximum(0, 1 - np.abs(places - centres) / width)
-    shares /= shares.sum(axis=1, keepdims=True)
-    whole = np.zeros((size, length))
-    np.add.at(whole, (np.arange(size)[:, None], places.clip(0, length - 1).astype(int)), shares)
-    return torch.from_numpy(whole.astype(np.float32))
 
 
 def changed(levels: Tensor, numbers: Mapping[str, NDArray[Any]]) -> Tensor:

@@ -1,25 +1,35 @@
 """Export of a backbone to one ONNX file that reproduces its embeddings."""
 
+import contextlib
 import copy
 import hashlib
+import importlib
 import inspect
+import io
 import json
 import logging
-import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
 from torch import nn
 
-from recognition import config
+from recognition import config, progress
 from recognition.config import UserError
+from recognition.storage import replacing, write_text
 
+if TYPE_CHECKING:  # a training that exports nothing does without these packages
+    import onnx
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OWN_OPSET = 18
+"""What torch's exporter writes; at others the file is converted, which not every network stands."""
+OLDER_BELOW = 17
+"""Opsets that torch's older exporter has to write, by tracing."""
 MAX_BYTES = 2_000_000_000
 """A protobuf message, so an ONNX file without external data, cannot pass 2 GiB."""
 
@@ -48,9 +58,12 @@ def export(backbone: nn.Module, path: Path | str, facts: Mapping[str, Any], sett
     The file's metadata holds the preprocessing, `facts` (JSON values) and the parity, measured at batches of 1 and 5.
     The card, `path` with the suffix .json, holds the same as JSON, and the file's size and SHA-256.
 
-    Raises UserError where the network cannot be exported or is too large for one file, and where the parity is beyond
-    the tolerances in `settings`; `path` is then not touched.
+    Raises UserError where a package is missing, where the network cannot be exported or is too large for one file, and
+    where the parity is beyond the tolerances in `settings`; `path` is then not touched.
     """
+    _require_packages()
+    import onnx
+
     path = Path(path)
     frozen = _Frozen(backbone)
     card = _card(frozen, facts)
@@ -60,8 +73,10 @@ def export(backbone: nn.Module, path: Path | str, facts: Mapping[str, Any], sett
             f"{path}: the backbone's {bytes_held:,} bytes do not fit into one ONNX file, whose limit is 2 GiB; "
             "choose a smaller backbone or set export.enabled=false"
         )
-    model = _to_onnx(frozen, settings.opset)
-    parity = _parity(frozen, model)
+    with progress.working("converting the backbone to ONNX"):
+        model = _to_onnx(frozen, settings.opset)
+    with progress.working("checking the ONNX file"):
+        parity = _parity(frozen, model)
     if not (parity.max_difference <= settings.max_difference and parity.min_cosine >= settings.min_cosine):
         raise UserError(
             f"{path}: not written, for ONNX Runtime does not reproduce the backbone: largest relative difference "
@@ -75,8 +90,10 @@ def export(backbone: nn.Module, path: Path | str, facts: Mapping[str, Any], sett
     )
     content = model.SerializeToString()
     card |= {"opset": settings.opset, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    _write(path, content)
-    _write(path.with_suffix(".json"), (json.dumps(card, indent=2) + "\n").encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+    write_text(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
     _log.info("wrote %s: difference at most %.2e, cosine at least %.6f", path, parity.max_difference, parity.min_cosine)
     return parity
 
@@ -96,24 +113,53 @@ class _Frozen(nn.Module):
         return self.backbone(images, **self.keywords)
 
 
-def _to_onnx(backbone: _Frozen, opset: int) -> onnx.ModelProto:
-    example = torch.zeros(2, 3, backbone.image_size, backbone.image_size)
+def check_export(backbone: nn.Module, settings: config.Export) -> None:
+    """Find out before a training whether `backbone` can be exported as `settings` say.
+
+    The packages are looked for; at an opset other than the exporter's own, an export is tried. Raises UserError.
+    """
+    _require_packages()
+    if settings.opset != OWN_OPSET:
+        frozen = _Frozen(backbone)
+        _parity(frozen, _to_onnx(frozen, settings.opset))
+
+
+def _require_packages() -> None:
+    for name in PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(
+                f"the export to ONNX needs the package {name}, which cannot be imported ({error}): pip install {name}, "
+                "or set export.enabled=false"
+            ) from None
+
+
+def _to_onnx(backbone: _Frozen, opset: int) -> "onnx.ModelProto":
+    """The model at `opset`, checked. Raises UserError, with the lowest opset at which the network can be written."""
     try:
-        program = torch.onnx.export(
-            backbone,
-            (example,),
-            dynamo=True,
-            opset_version=opset,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=["data"],
-            output_names=["embedding"],
-            verbose=False,
-        )
-    except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the backbone cannot be exported to ONNX: {reason}") from error
-    assert program is not None
-    model: onnx.ModelProto = program.model_proto
+        return _written(backbone, opset)
+    except _Unable as error:
+        for other in (*range(opset + 1, OWN_OPSET), OWN_OPSET):
+            with contextlib.suppress(_Unable):
+                _written(backbone, other)
+                raise UserError(
+                    f"the backbone cannot be exported to ONNX at opset {opset}: {error}; set export.opset={other}"
+                ) from None
+        raise UserError(f"the backbone cannot be exported to ONNX: {error}") from None
+
+
+class _Unable(Exception):
+    """The network cannot be written at an opset."""
+
+
+def _written(backbone: _Frozen, opset: int) -> "onnx.ModelProto":
+    import onnx
+
+    try:
+        model = _traced(backbone, opset) if opset < OLDER_BELOW else _exported(backbone, opset)
+    except Exception as error:  # each exporter has its own, and lets through those of the network
+        raise _Unable(_first_line(error)) from error
     graph = model.graph
     for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del item.metadata_props[:]  # stack traces, with the folders of the machine that trained
@@ -123,15 +169,66 @@ def _to_onnx(backbone: _Frozen, opset: int) -> onnx.ModelProto:
             node.name = f"node_{node.name}"
     found = next(item.version for item in model.opset_import if not item.domain)
     if found != opset:
-        raise UserError(f"the backbone cannot be written at opset {opset}, but at {found}: set export.opset={found}")
+        raise _Unable(f"it could not be converted from opset {found}")
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise UserError(f"the backbone cannot be exported to ONNX: {error}") from error
+        raise _Unable(_first_line(error)) from error
     return model
 
 
-def _parity(backbone: _Frozen, model: onnx.ModelProto) -> Parity:
+def _exported(backbone: _Frozen, opset: int) -> "onnx.ModelProto":
+    program = torch.onnx.export(
+        backbone,
+        (_example(backbone),),
+        dynamo=True,
+        opset_version=opset,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        input_names=["data"],
+        output_names=["embedding"],
+        verbose=False,
+    )
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+def _traced(backbone: _Frozen, opset: int) -> "onnx.ModelProto":
+    """The model by torch's older exporter, in the oldest file format that has `opset`, as readers of old opsets do."""
+    import onnx
+
+    for module in backbone.modules():
+        if hasattr(module, "fused_attn"):  # timm's attention, for which that exporter has no operator before opset 14
+            module.fused_attn = False
+    content = io.BytesIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # it says at each call that it is the older one
+        torch.onnx.export(
+            backbone,
+            (_example(backbone),),
+            content,
+            dynamo=False,
+            opset_version=opset,
+            dynamic_axes={"data": {0: "batch"}, "embedding": {0: "batch"}},
+            input_names=["data"],
+            output_names=["embedding"],
+        )
+    model = onnx.load_from_string(content.getvalue())
+    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
+    return model
+
+
+def _example(backbone: _Frozen) -> torch.Tensor:
+    return torch.zeros(2, 3, backbone.image_size, backbone.image_size)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _parity(backbone: _Frozen, model: "onnx.ModelProto") -> Parity:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
@@ -171,13 +268,3 @@ def _card(backbone: _Frozen, facts: Mapping[str, Any]) -> dict[str, Any]:
     if clash:
         raise ValueError(f"the facts {clash} are the export's own")
     return own | dict(facts)
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

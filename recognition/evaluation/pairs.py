@@ -1,27 +1,25 @@
-"""Verification sets: InsightFace's `.bin` files, and LFW's `pairs.txt` with a folder of images.
+"""Verification sets: InsightFace's `.bin` files, and lists of pairs with a folder of images."""
 
-A `.bin` is a pickle, and people pass them around. So it is read by an unpickler to which the few NumPy names that such
-files hold mean passive records of bytes: nothing that the file names is imported or called, NumPy included.
-"""
-
-import io
-import pickle
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
-from PIL import Image
 
+from recognition import progress
 from recognition.config import UserError
+from recognition.evaluation.bins import is_pickle, read_bin
+from recognition.evaluation.folds import is_uneven, spread
+from recognition.evaluation.lists import PairList, read_list
+from recognition.evaluation.places import Places, find_folder, is_respelled
+from recognition.images import Undecodable, decode
+from recognition.terminal import escape
 
-MAX_PIXELS = 64_000_000
-"""Largest image that is decoded; a small file can claim to be a huge one."""
-
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")
-SUFFIXES = (".jpg", ".png", ".jpeg")
+Missing = Literal["refuse", "skip"]
+Folds = Literal["file", "even"]
+NAMED = 3
+"""Images of those that cannot be used that a message names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,276 +37,181 @@ class PairSet:
     """bool [P]: true for a genuine pair, false for an impostor pair."""
     files: Sequence[Path] = ()
     """2P image files, where each image has one."""
+    places: Sequence[str] = ()
+    """What each pair is called, where it is not "pair" and its number here, from 1."""
+    label: str = ""
+    """The set's name, where it is not the file's."""
+    form: str = ""
+    """What the file was taken for."""
+    doubts: Sequence[str] = ()
+    """What a reader of the set's numbers should know: a sentence each."""
 
     def __len__(self) -> int:
         return len(self.same)
 
     @property
     def name(self) -> str:
-        """The file's name without its suffix."""
-        return self.path.stem
+        """What the set is called in results: the file's name without its suffix, where no other set has that."""
+        return self.label or escape(self.path.stem)
+
+    @property
+    def taken(self) -> str:
+        """What was taken, in one line."""
+        genuine = int(self.same.sum())
+        return f"{self.name}: {self.form}, {genuine:,} genuine and {len(self) - genuine:,} impostor pairs, in 10 folds"
 
     def describe(self, image: int) -> str:
         """Names an image in an error: the set's file, the pair (from 1), which of its two, and the image's file."""
-        place = f"{self.path}: image {image % 2 + 1} of pair {image // 2 + 1}"
-        return f"{place} ({self.files[image]})" if self.files else place
+        return f"{escape(str(self.path))}: {self._place(image)}"
+
+    def _place(self, image: int) -> str:
+        pair = self.places[image // 2] if self.places else f"pair {image // 2 + 1}"
+        file = f" ({escape(str(self.files[image]))})" if self.files else ""
+        return f"image {image % 2 + 1} of {pair}{file}"
 
     def decode(self, image: int) -> np.ndarray:
-        """Image number `image` as uint8 [H, W, 3], RGB. Raises UserError where it is no image, or above MAX_PIXELS."""
+        """Image `image`, uint8 [H, W, 3]: see `recognition.images.decode`. Raises UserError where that raises."""
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                opened = Image.open(io.BytesIO(self.images[image]), formats=IMAGE_FORMATS)
-            if opened.width * opened.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            return np.asarray(opened.convert("RGB"))
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            return decode(self.images[image])
+        except Undecodable as error:
             raise UserError(
-                f"{self.describe(image)} has more than {MAX_PIXELS:,} pixels: crop and align the face first"
+                f"{self.describe(image)} cannot be decoded: {error}; replace the image, or make the set without it"
             ) from None
-        except Exception as error:  # Pillow's decoders raise nearly anything on broken data
+
+    def take(self, order: np.ndarray) -> "PairSet":
+        """The pairs with these numbers, from 0, in that order."""
+        both = [2 * int(pair) + image for pair in order for image in (0, 1)]
+        places = self.places or [f"pair {number}" for number in range(1, len(self) + 1)]
+        return replace(
+            self,
+            images=[self.images[image] for image in both],
+            same=self.same[order],
+            files=[self.files[image] for image in both] if self.files else (),
+            places=[places[int(pair)] for pair in order],
+        )
+
+    def without(self, faults: Mapping[int, str], missing: Missing) -> "PairSet":
+        """The set without the pairs of the images in `faults`, each with what is wrong with it.
+
+        Raises UserError, with the first of them, where `missing` is "refuse" and there is one.
+        """
+        if not faults:
+            return self
+        first = [f"{self._place(image)}: {reason}" for image, reason in list(faults.items())[:NAMED]]
+        more = [f"and {len(faults) - NAMED:,} more"] if len(faults) > NAMED else []
+        counted = f"{len(faults):,} of {2 * len(self):,} images cannot be used"
+        if missing == "refuse":
             raise UserError(
-                f"{self.describe(image)} cannot be decoded ({error}): replace the image, or make the set without it"
-            ) from error
+                f"{escape(str(self.path))}: {counted}:\n"
+                + "".join(f"  {line}\n" for line in [*first, *more])
+                + "Put right images in their places, or leave their pairs out: evaluation.missing_images=skip, and "
+                "--skip-missing for tools/evaluate.py"
+            )
+        lost = {image // 2 for image in faults}
+        kept = self.take(np.array([pair for pair in range(len(self)) if pair not in lost], int))
+        note = f"{len(lost):,} of {len(self):,} pairs left out, for {counted}: {'; '.join([*first, *more])}"
+        return replace(kept, doubts=[*self.doubts, note])
 
 
-def read_pairs(path: Path | str, images: Path | None = None) -> PairSet:
-    """Read a verification set; a name that ends in `.txt` is LFW's text format, any other a `.bin`.
+def read_pairs(
+    path: Path | str, images: Path | None = None, *, missing: Missing = "refuse", folds: Folds = "file"
+) -> PairSet:
+    """Read a verification set: a `.bin`, or a list of pairs, whatever its name, with its images in files.
 
     `.bin`: a pickle, protocol 0 to 5, of (list of 2P encoded images, list of P booleans), each image bytes, a Python-2
-    string or a NumPy uint8 array.
+    string or a NumPy uint8 array. Lists: the forms of `recognition.evaluation.lists`.
 
-    Text: a line `sets n` or `n`, then for each set n lines `name i j` and n lines `name i other j`
-    (http://vis-www.cs.umass.edu/lfw/README.txt). Image j of a person is `name/name_000j.jpg` (or .png, .jpeg) in the
-    folder `images`; without it, in the first of these that has the first image: the folder of the text file, then the
-    folders in it, by name. Ten sets are the protocol's ten folds and stay in the file's order; of any other number,
-    genuine and impostor pairs are taken in turns, so that ten consecutive folds hold as many of each.
+    The names in a list are looked for in the folder `images`; without it, in the one of these that has most of the
+    first: the folder of the list, then the folders in it, by name. Image j of a person of LFW's is `name/name_000j` or
+    `name_000j` with any image's suffix.
 
-    Raises UserError where the file is missing, empty, truncated or of another kind, wants to run code, holds an odd
-    number of images or another number than two per pair, or an image file is missing.
+    A set keeps the order of its file, whose ten consecutive parts are the folds. But a list that has no ten sets, and
+    whose genuine and impostor pairs these parts would hold unevenly, has both kinds spread evenly over the folds, as
+    has any set with `folds` "even".
+
+    Raises UserError where the file is missing, empty, truncated or of another kind, wants to run code, or holds an odd
+    number of images or another number than two per pair; and where images are missing, unless `missing` is "skip",
+    which leaves their pairs out.
     """
     path = Path(path)
+    name = escape(str(path))
+    if path.is_dir():
+        inside = next(iter(sorted(path.glob("*.bin")) + sorted(path.glob("*.txt"))), path / "lfw.bin")
+        raise UserError(f"{name}: cannot be read: it is a folder; give a file in it, such as {escape(str(inside))}")
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
     if not data:
-        raise UserError(f"{path}: the file is empty; copy or download it again")
-    if path.suffix.lower() == ".txt":
-        return _from_text(path, data, images)
-    return _from_pickle(path, data)
+        raise UserError(f"{name}: the file is empty; copy or download it again")
+    even = folds == "even"
+    if is_pickle(path, data):
+        pairs = PairSet(path, *read_bin(name, data), form="a .bin file")
+    else:
+        listed = read_list(name, data)
+        pairs = _with_files(path, listed, images, missing)
+        even |= is_uneven(pairs.same) if listed.sets is None else listed.sets != 10
+    if not len(pairs):
+        raise UserError("; ".join([f"{name}: the set holds no pairs; make it again", *pairs.doubts]))
+    if even:
+        pairs = replace(pairs.take(spread(pairs.same)), form=f"{pairs.form}, both kinds spread over the folds")
+    return replace(pairs, doubts=[*pairs.doubts, *_repeated(pairs)])
 
 
-class _Record:
-    """What a pickle's NumPy object is read as: its arguments and its state, with no behaviour."""
-
-    __slots__ = ("arguments", "state")
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-        self.state: Any = ()
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Type(_Record):
-    """dtype(name, align, copy)"""
-
-
-class _Array(_Record):
-    """_reconstruct(type, shape, code) with state (version, shape, dtype, Fortran order, bytes)"""
-
-
-class _Buffer(_Record):
-    """_frombuffer(bytes, dtype, shape, order)"""
-
-
-class _Scalar(_Record):
-    """scalar(dtype, bytes)"""
-
-
-class _Text(_Record):
-    """_codecs.encode(text, "latin1"): how Python 3 writes bytes at protocol 2"""
-
-
-_ALLOWED: dict[tuple[str, str], type[_Record]] = {
-    ("_codecs", "encode"): _Text,
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Type,
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): _Scalar for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _Buffer for core in ("core", "_core")},
-}
-
-
-class _Forbidden(pickle.UnpicklingError):
-    """The pickle names something that a verification set does not need."""
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> type[_Record]:
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise _Forbidden(ascii(f"{module}.{name}")) from None
-
-
-def _from_pickle(path: Path, data: bytes) -> PairSet:
-    try:
-        content = _Unpickler(io.BytesIO(data), encoding="latin1").load()
-    except _Forbidden as error:
+def _with_files(path: Path, listed: PairList, images: Path | None, missing: Missing) -> PairSet:
+    """The set of a list, with the images' files. Raises UserError as `read_pairs` does."""
+    name, entries = escape(str(path)), listed.entries
+    folder = Places(images) if images else find_folder(path.parent, [(entry.first, entry.second) for entry in entries])
+    if folder is None or not folder.root.is_dir():
+        where = images or f"{path.parent} or a folder in it"
         raise UserError(
-            f"{path}: refused: the file asks for {error}, which no verification set needs and which could run code on "
-            "this machine; get the set from another source"
-        ) from None
-    except Exception as error:  # the pickle machine raises nearly anything on broken data
-        if isinstance(error, EOFError) or "truncated" in str(error) or "exhausted" in str(error):
-            raise UserError(f"{path}: truncated after {len(data):,} bytes; copy or download it again") from None
-        raise UserError(
-            f"{path}: not a verification set ({error}); a .bin file is a pickle of (images, issame), LFW's text format "
-            "is read from a file whose name ends in .txt"
-        ) from None
-    if not isinstance(content, tuple | list) or len(content) != 2 or not isinstance(content[0], tuple | list):
-        raise UserError(f"{path}: not a verification set: the pickle does not hold (list of images, list of booleans)")
-    try:
-        same = np.array(list(_flags(content[1])), dtype=bool)
-    except (TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{path}: the second half of the pickle is not a list of booleans: {error}") from None
-    images = []
-    for number, item in enumerate(content[0]):
-        try:
-            images.append(_image(item))
-        except (TypeError, ValueError, IndexError) as error:
-            raise UserError(
-                f"{path}: image {number % 2 + 1} of pair {number // 2 + 1} is not bytes or a uint8 array: {error}"
-            ) from None
-    if len(images) % 2:
-        raise UserError(f"{path}: an odd number of images ({len(images)}), but a pair is two; make the set again")
-    if len(images) != 2 * len(same):
-        raise UserError(f"{path}: {len(images)} images for {len(same)} pairs, but a pair is two; make the set again")
-    if not images:
-        raise UserError(f"{path}: the set holds no pairs; make it again")
-    return PairSet(path, images, same)
-
-
-def _bytes(item: Any) -> bytes:
-    match item:
-        case bytes() | bytearray():
-            return bytes(item)
-        case str():
-            return item.encode("latin1")
-        case _Text(arguments=(str(text), str("latin1" | "latin-1"))):
-            return text.encode("latin1")
-    raise TypeError(f"it is of the kind {_kind(item)}")
-
-
-def _kind(item: Any) -> str:
-    return type(item).__name__.strip("_").lower()
-
-
-def _array(item: _Record) -> tuple[str, bytes]:
-    """The dtype's name (of two characters, as `u1`) and the values' bytes."""
-    match item:
-        case _Array(state=(_, _, _Type(arguments=(kind, *_)), _, data)):
-            pass
-        case _Buffer(arguments=(data, _Type(arguments=(kind, *_)), *_)):
-            pass
-        case _Scalar(arguments=(_Type(arguments=(kind, *_)), data)):
-            pass
-        case _:
-            raise TypeError("it is an incomplete array")
-    kind = _bytes(kind).decode("latin1")
-    if kind not in ("b1", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"):
-        raise TypeError(f"it is an array of dtype {kind}")
-    return kind, _bytes(data)
-
-
-def _image(item: Any) -> bytes:
-    if not isinstance(item, _Array | _Buffer):
-        return _bytes(item)
-    kind, data = _array(item)
-    if kind not in ("u1", "i1"):
-        raise TypeError(f"it is an array of dtype {kind}")
-    return data
-
-
-def _flags(items: Any) -> Iterator[bool]:
-    """The truth of each item of a list, or of an array of booleans or integers in either byte order."""
-    if isinstance(items, _Record):
-        kind, data = _array(items)
-        values = np.frombuffer(data, np.uint8).reshape(-1, int(kind[1]))
-        yield from (bool(value.any()) for value in values)
-        return
-    for number, item in enumerate(items):
-        if isinstance(item, _Scalar):
-            yield any(_array(item)[1])
-        elif item in (0, 1):
-            yield bool(item)
-        else:
-            raise ValueError(f"item {number} is of the kind {_kind(item)}")
-
-
-def _from_text(path: Path, data: bytes, images: Path | None) -> PairSet:
-    try:
-        lines = [line.split() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file; a .bin file keeps its suffix") from None
-    header = lines[0] if lines else []
-    if len(header) not in (1, 2) or not all(field.isdecimal() for field in header):
-        raise UserError(f"{path}: the first line of LFW's format is `sets n` or `n`, pairs of each kind in a set")
-    sets, size = (1, *map(int, header))[-2:]
-    if not sets * size or len(lines) - 1 != 2 * sets * size:
-        raise UserError(
-            f"{path}: {len(lines) - 1} pairs, but the first line announces 2 x {sets} x {size}; download it again"
-        )
-    pairs = [_pair(path, fields) for fields in lines[1:]]
-    same = np.array([first[0] == second[0] for first, second in pairs])
-    if same.sum() != sets * size:
-        raise UserError(f"{path}: {same.sum()} genuine pairs, but the first line announces {sets} x {size}")
-    order = np.arange(len(pairs))
-    if sets != 10:
-        order = np.stack([order[same], order[~same]], axis=1).ravel()
-    folders = [images] if images else [path.parent, *sorted(item for item in path.parent.iterdir() if item.is_dir())]
-    folder = next((folder for folder in folders if _find(folder, *pairs[0][0])), None)
-    if folder is None:
-        name, number = pairs[0][0]
-        raise UserError(
-            f"{path}: no image {_relative(name, number)}.jpg (or .png, .jpeg) in "
-            f"{images or f'{path.parent} or a folder in it'}; put the images' folder beside the file, or name it"
+            f"{name}: no image {escape(entries[0].first[0])} nor one of the next in {escape(str(where))}; put the "
+            "images' folder beside the file, or name it: evaluation.images, and --images for tools/evaluate.py"
         )
     read: dict[Path, bytes] = {}
-    files = []
-    for name, number in (image for pair in order for image in pairs[pair]):
-        file = _find(folder, name, number)
-        if file is None:
-            raise UserError(f"{path}: no image {_relative(name, number)}.jpg (or .png, .jpeg) in {folder}")
-        if file not in read:
-            read[file] = file.read_bytes()
-        files.append(file)
-    return PairSet(path, [read[file] for file in files], same[order], files)
+    files, faults, respelled = [], {}, []
+    wanted = [names for entry in entries for names in (entry.first, entry.second)]
+    with progress.working(f"reading the images of {name}", len(wanted)) as advance:
+        for image, names in enumerate(wanted):
+            advance(image)
+            file = folder.find(names)
+            files.append(file or folder.root / names[0])
+            if file is None:
+                faults[image] = "no such file"
+                continue
+            if is_respelled(file, names):
+                respelled.append(file)
+            if file not in read:
+                try:
+                    read[file] = file.read_bytes()
+                except OSError as error:
+                    faults[image] = f"cannot be read: {error.strerror or error}"
+                    continue
+            if not read[file]:
+                faults[image] = "the file is empty"
+    doubts = []
+    if respelled:
+        doubts = [
+            f"{len(respelled):,} images are under names that are spelled otherwise in the list, such as "
+            f"{escape(str(respelled[0]))}"
+        ]
+    same = np.array([entry.same for entry in entries])
+    found = [read.get(file, b"") for file in files]
+    places = [f"pair {number} in line {entry.line}" for number, entry in enumerate(entries, 1)]
+    return PairSet(path, found, same, files, places, form=listed.form, doubts=doubts).without(faults, missing)
 
 
-def _pair(path: Path, fields: list[str]) -> tuple[tuple[str, int], tuple[str, int]]:
-    """Name and number of a line's two images."""
-    match fields:
-        case [name, first, second]:
-            other = name
-        case [name, first, other, second]:
-            pass
-        case _:
-            fields = []
-    if not fields or not (first.isdecimal() and second.isdecimal()):
-        raise UserError(f"{path}: {' '.join(fields)!r} is neither `name i j` nor `name i other j`")
-    if not all(part == Path(part).name and part != ".." for part in (name, other)):
-        raise UserError(f"{path}: a person's name must be the name of a folder, not {name!r}, {other!r}")
-    return (name, int(first)), (other, int(second))
-
-
-def _relative(name: str, number: int) -> str:
-    return f"{name}/{name}_{number:04d}"
-
-
-def _find(folder: Path, name: str, number: int) -> Path | None:
-    files = (folder / f"{_relative(name, number)}{suffix}" for suffix in SUFFIXES)
-    return next((file for file in files if file.is_file()), None)
+def _repeated(pairs: PairSet) -> list[str]:
+    """What is said of pairs that the set holds twice, or that are one image twice."""
+    contents, kinds = [], dict[frozenset[bytes], set[bool]]()
+    for pair, same in enumerate(pairs.same.tolist()):
+        content = frozenset(pairs.images[2 * pair : 2 * pair + 2])
+        if b"" not in content:  # an image that is missing
+            contents.append(content)
+            kinds.setdefault(content, set()).add(same)
+    counts = {
+        "pairs are in the set already, and count each time": len(contents) - len(kinds),
+        "pairs are of an image and itself": sum(len(content) == 1 for content in contents),
+        "pairs are in the set both as genuine and as impostor": sum(len(kind) == 2 for kind in kinds.values()),
+    }
+    return [f"{count:,} of {len(pairs):,} {what}" for what, count in counts.items() if count]

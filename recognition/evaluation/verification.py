@@ -1,15 +1,16 @@
 """1:1 verification: LFW's 10-fold protocol as arcface_torch's `eval/verification.py` has it, and TAR@FAR."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from recognition.config import UserError
 from recognition.evaluation.embedder import Embedder
+from recognition.evaluation.folds import FOLDS
 from recognition.evaluation.pairs import PairSet
+from recognition.images import fit as fitted
 
-FOLDS = 10
 THRESHOLDS = np.arange(0, 4, 0.01)
 """Squared distances of unit vectors that are tried."""
 FARS = {f"1e-{exponent}": 10**exponent for exponent in range(1, 5)}
@@ -30,44 +31,45 @@ class Verification:
     """True accept rate at each false accept rate; None where the impostor pairs are too few to measure it."""
     pairs: int
     """Number of pairs, P."""
+    scores: tuple[np.ndarray, np.ndarray] = field(
+        default_factory=lambda: (np.empty(0), np.empty(0)), compare=False, repr=False
+    )
+    """Cosines of the genuine pairs, and of the impostor pairs."""
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON's types."""
-        return asdict(self)
+        """The numbers as JSON's types, without the scores."""
+        names = ("accuracy", "accuracy_std", "threshold", "tar_at_far", "pairs")
+        return {name: getattr(self, name) for name in names}
 
 
-def embed_pairs(embedder: Embedder, pairs: PairSet, batch: int, part: range | None = None) -> np.ndarray:
+def embed_pairs(
+    embedder: Embedder, pairs: PairSet, batch: int, part: range | None = None, fit: str = "resize"
+) -> np.ndarray:
     """f(x) + f(flip(x)), float32 [n, D], not normalised, of the set's images, or of those whose numbers are in `part`.
 
-    `batch` images are decoded and embedded at a time. Raises UserError for an image that cannot be decoded or is not of
-    the embedder's size: resizing one that is not aligned would give numbers without meaning.
+    `batch` images are decoded and embedded at a time; those of another size than the embedder's are treated as
+    `data.fit` says. Raises UserError for an image that cannot be decoded, and for one of another size where `fit` is
+    "exact".
     """
     part = range(2 * len(pairs)) if part is None else part
     embeddings = np.empty((len(part), embedder.embedding_size), np.float32)
     for start in range(0, len(part), batch):
-        images = np.stack([_decode(embedder.image_size, pairs, image) for image in part[start : start + batch]])
+        images = np.stack([_decode(pairs, image, embedder.image_size, fit) for image in part[start : start + batch]])
         flipped = np.ascontiguousarray(images[:, :, ::-1])
         embeddings[start : start + batch] = embedder(images) + embedder(flipped)
     return embeddings
 
 
-def check_pairs(pairs: PairSet, image_size: int) -> None:
-    """Raise what `verify` and `embed_pairs` would say of the set later: it tells a user before hours of training."""
-    try:
-        _refuse_without_meaning(pairs.same)
-    except UserError as error:
-        raise UserError(f"{pairs.path}: {error}") from None
-    _decode(image_size, pairs, 0)
-
-
-def _decode(size: int, pairs: PairSet, image: int) -> np.ndarray:
+def _decode(pairs: PairSet, image: int, size: int, how: str) -> np.ndarray:
     pixels = pairs.decode(image)
-    if pixels.shape[:2] != (size, size):
+    try:
+        return fitted(pixels, size, how)
+    except ValueError as error:
         raise UserError(
-            f"{pairs.describe(image)} is {pixels.shape[1]} x {pixels.shape[0]} pixels, but the model takes "
-            f"{size} x {size}: align the set's faces to that size first, in the way of the training images"
-        )
-    return pixels
+            f"{pairs.describe(image)} is {error}, which is what the model takes. Align the faces to that size in the "
+            "way of the training images, or let them be scaled: data.fit=resize or data.fit=crop, and --fit of "
+            "tools/evaluate.py"
+        ) from None
 
 
 def verify(embeddings: np.ndarray, same: np.ndarray) -> Verification:
@@ -85,7 +87,7 @@ def verify(embeddings: np.ndarray, same: np.ndarray) -> Verification:
     same = np.asarray(same, bool)
     if len(embeddings) != 2 * len(same):
         raise ValueError(f"{len(embeddings)} embeddings for {len(same)} pairs")
-    _refuse_without_meaning(same)
+    refuse_without_meaning(same)
     finite = np.isfinite(embeddings).all(axis=1)
     if not finite.all():
         first = int(np.argmin(finite))
@@ -96,6 +98,7 @@ def verify(embeddings: np.ndarray, same: np.ndarray) -> Verification:
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unit = embeddings / np.where(norms == 0, 1, norms)
     distances = np.square(unit[0::2] - unit[1::2]).sum(axis=1)
+    cosines = (unit[0::2] * unit[1::2]).sum(axis=1)
     accuracies, thresholds = _folds(distances, same)
     return Verification(
         accuracy=float(accuracies.mean()),
@@ -103,10 +106,12 @@ def verify(embeddings: np.ndarray, same: np.ndarray) -> Verification:
         threshold=float(thresholds.mean()),
         tar_at_far=_tar_at_far(distances[same], distances[~same]),
         pairs=len(same),
+        scores=(cosines[same], cosines[~same]),
     )
 
 
-def _refuse_without_meaning(same: np.ndarray) -> None:
+def refuse_without_meaning(same: np.ndarray) -> None:
+    """Raise UserError for fewer than ten pairs, or pairs of one kind only."""
     if len(same) < FOLDS:
         raise UserError(f"{len(same)} pairs, but {FOLDS}-fold verification takes {FOLDS} at least: use a larger set")
     if same.all() or not same.any():

@@ -7,12 +7,9 @@ in a forward pass (dropout, drop path) is drawn from torch's default generator: 
 import difflib
 import hashlib
 import inspect
-import pickle
 import re
 import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import timm
@@ -22,7 +19,6 @@ from torch import Tensor, nn
 from recognition import hardware
 from recognition.config import Backbone as BackboneConfig
 from recognition.config import UserError
-from recognition.models import insightface
 from recognition.models import iresnet as iresnet  # registered with timm by their import
 from recognition.models import mobilefacenet as mobilefacenet
 from recognition.models.layers import average_running_statistics as average_running_statistics
@@ -85,6 +81,14 @@ class Backbone(nn.Module):
             raise UserError("backbone.options.patch_drop_rate: the number of tokens varies; set backbone.neck = 'pool'")
         self.neck = Neck(kind, channels, height * breadth, config.embedding_size, config.dropout)
         self.to(memory_format=self.memory_format)
+        self.frozen = freeze(self, config.freeze)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Set the training mode, but for frozen modules: they stay in evaluation mode, so nothing of them changes."""
+        super().train(mode)
+        for name in self.frozen:
+            self.get_submodule(name).eval()
+        return self
 
     def forward(self, images: Tensor, *, float32: bool = False) -> Tensor:
         """Embed images [b,3,H,W] float32 in [-1,1] as [b,D] float32; with `float32`, without autocast."""
@@ -101,23 +105,51 @@ class Backbone(nn.Module):
             return features[:, :, None, None]
         if features.ndim == 3:
             features = features[:, self.prefix_tokens :, None]
-        return features.movedim(-1, 1) if self.channels_at_end else features
+        return features.permute(0, 3, 1, 2) if self.channels_at_end else features
 
 
 def build_backbone(config: BackboneConfig, seed: int = 0) -> Backbone:
-    """Build the backbone with initial weights that are a function of `seed`, or with those of `config.weights`.
+    """Build the backbone with initial weights that are a function of `seed`; `config.weights` is the caller's to load.
 
-    The caller's generators are left as they were. Raises UserError for a model, an option, an image size or weights
-    that do not fit.
+    The caller's generators are left as they were. Raises UserError for a model, an option or an image size that does
+    not fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_key("backbone", seed))
         backbone = Backbone(config)
-    if config.weights is not None:
-        load_weights(backbone, config.weights)
     if config.compile is True:
         backbone.trunk.compile()
     return backbone
+
+
+def freeze(backbone: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """Put the modules called `names`, and all below them, into evaluation mode, and take their gradients from them.
+
+    Returns the names. Raises UserError for one that the backbone has not, or that has no weights.
+    """
+    modules = {name: module for name, module in backbone.named_modules() if name}
+    for name in names:
+        if name not in modules:
+            near = [f"trunk.{name}"] if f"trunk.{name}" in modules else difflib.get_close_matches(name, modules, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            parts = [each for each in modules if each.count(".") == 1 or "." not in each]
+            raise UserError(
+                f"backbone.freeze: no module {name}{hint}\n  it has {', '.join(parts)}, and others in these"
+            )
+        if not modules[name].state_dict():
+            raise UserError(f"backbone.freeze: {name} has no weights to freeze; name the module that has")
+        modules[name].requires_grad_(False).eval()
+    return tuple(names)
+
+
+def describe(backbone: nn.Module, config: BackboneConfig) -> str:
+    """Say in one line what a backbone is and how much of it trains."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in backbone.parameters()]
+    line = f"{config.name}, {sum(size for size, _ in sizes) / 1e6:.1f} M parameters"
+    if not config.freeze:
+        return line
+    learning = sum(size for size, learns in sizes if learns)
+    return f"{line}, of which {learning / 1e6:.1f} M train; frozen: {', '.join(config.freeze)}"
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -163,35 +195,6 @@ class BackboneEmbedder:
             self.backbone.train(was_training)
 
 
-def load_weights(backbone: Backbone, path: Path) -> None:
-    """Load a state dict in place: ours, or InsightFace's `backbone.pth` of an IResNet or a MobileFaceNet.
-
-    `.pt` and `.pth` are read without unpickling objects; `.safetensors` needs that package. Raises UserError if the
-    file cannot be read or does not fit.
-    """
-    state = insightface.translate(_unwrap(_read(path), path))
-    own = backbone.state_dict()
-    mistakes = [
-        _listing("it lacks", [name for name in own if name not in state and not name.endswith("num_batches_tracked")]),
-        _listing("it has, unexpectedly,", [name for name in state if name not in own]),
-        _listing(
-            "of another shape:",
-            [
-                f"{name} {list(state[name].shape)} for {list(own[name].shape)}"
-                for name in own
-                if name in state and state[name].shape != own[name].shape
-            ],
-        ),
-    ]
-    if any(mistakes):
-        raise UserError(
-            f"backbone.weights: {path} does not fit this backbone\n"
-            + "".join(f"  {mistake}\n" for mistake in mistakes if mistake)
-            + "  set backbone.name, options, image_size, embedding_size and neck as they were when it was trained"
-        )
-    backbone.load_state_dict(state, strict=False)
-
-
 def _key(*parts: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
@@ -201,20 +204,18 @@ def _build_trunk(config: BackboneConfig) -> tuple[nn.Module, Tensor]:
 
     Not every model takes the image size as an argument or can leave its pooling out; what it refuses is left away.
     """
-    known = timm.list_models()
-    if config.name not in known:
-        near = difflib.get_close_matches(config.name.partition(".")[0], known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
-        raise UserError(f"backbone.name: no timm model {config.name}; {hint}")
+    name = _architecture(config.name)
     for option, instead in _OWN_OPTIONS.items():
         if option in config.options:
+            if option == "pretrained":
+                instead += _recipe(config.name)
             raise UserError(f"backbone.options.{option}: not an option; {instead}")
     size = {"img_size": config.image_size}
     unpooled = {"global_pool": ""}
     mistakes: list[Exception] = []
     for arguments in (size | unpooled, unpooled, size, {}):
         try:
-            trunk = timm.create_model(config.name, num_classes=0, **arguments, **config.options)
+            trunk = timm.create_model(name, num_classes=0, **arguments, **config.options)
             return trunk, _probe(trunk, config.image_size)
         except Exception as error:
             _check_options(config, error)
@@ -226,12 +227,36 @@ def _build_trunk(config: BackboneConfig) -> tuple[nn.Module, Tensor]:
     raise UserError(f"backbone: {config.name} does not work with {size_text} images{options}: {reason}") from chosen[0]
 
 
+def _architecture(name: str) -> str:
+    """The model's name without the tag that tells timm's files of weights for it apart."""
+    known = timm.list_models()
+    architecture, _, tag = name.partition(".")
+    if architecture not in known:
+        near = difflib.get_close_matches(architecture, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
+        raise UserError(f"backbone.name: no timm model {name}; {hint}")
+    tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise UserError(
+            f"backbone.name: timm has no weights {name}, but {', '.join(tags) or 'none'}; {architecture} alone will do"
+        )
+    return architecture
+
+
+def _recipe(name: str) -> str:
+    """How to come by timm's weights of a model, as the rest of "set backbone.weights"."""
+    if not timm.list_pretrained(f"{name.partition('.')[0]}.*"):
+        return f" to a file of weights; timm has none of {name}"
+    command = f"import timm, torch; torch.save(timm.create_model('{name}', pretrained=True).state_dict(), '{name}.pt')"
+    return f'={name}.pt, which this makes where there is a network:\n  python -c "{command}"'
+
+
 def _check_options(config: BackboneConfig, error: Exception) -> None:
     """Raise UserError if `error` says that the model has no such option as one of the configured ones."""
     refused = _UNEXPECTED.search(str(error))
     if refused is None or refused[2] not in config.options:
         return
-    module = sys.modules[timm.models.model_entrypoint(config.name).__module__]
+    module = sys.modules[timm.models.model_entrypoint(_architecture(config.name)).__module__]
     taker = getattr(module, refused[1], None)
     parameters = inspect.signature(taker).parameters.values() if taker else []
     names = [each.name for each in parameters if each.default is not each.empty and each.name not in _OWN_OPTIONS]
@@ -249,39 +274,3 @@ def _probe(trunk: nn.Module, image_size: int) -> Tensor:
     if not isinstance(features, Tensor) or not 2 <= features.ndim <= 4 or not features.numel():
         raise ValueError("its output is not one feature map")
     return features
-
-
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise UserError(f"backbone.weights: {path} needs the package safetensors") from None
-        return load_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"backbone.weights: {path} holds more than tensors; save it anew with torch.save(model.state_dict(), path)"
-        ) from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"backbone.weights: {path} cannot be read: {error}") from None
-
-
-def _unwrap(state: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict within a checkpoint, without the prefixes that DDP and torch.compile put before names."""
-    if isinstance(state, Mapping):
-        for key in ("state_dict_backbone", "state_dict", "backbone", "model"):
-            if isinstance(state.get(key), Mapping):
-                state = state[key]
-                break
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UserError(f"backbone.weights: {path} is not a state dict")
-    return {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
-
-
-def _listing(title: str, names: list[str], limit: int = 5) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{title} {', '.join(names[:limit])}{more}"

@@ -59,12 +59,13 @@ def average_running_statistics(backbone: nn.Module, group: dist.ProcessGroup | N
     """Replace every BatchNorm's running mean and variance by the mean over the ranks of `group`, in place.
 
     Collective: one all-reduce. Without it each rank evaluates, saves and exports the statistics of its own images.
+    Those in evaluation mode are left alone: they are frozen, so equal, and a mean may round them.
     """
     world = dist.get_world_size(group)
     statistics = [
         buffer
         for module in backbone.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
         for buffer in (module.running_mean, module.running_var)
         if buffer is not None
     ]

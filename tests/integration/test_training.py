@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ranks import launch_ranks
-from recognition import config, hardware, trainer
+from recognition import config, hardware, resuming, trainer
 from recognition.checkpoint import Checkpoints, read_manifest, read_tensors
 from recognition.data.faces import write_faces
 from recognition.deploy.embedder import OnnxEmbedder
@@ -227,9 +227,9 @@ def test_a_changed_run_is_not_continued_and_every_change_is_named(faces: Path, t
 
 def test_a_checkpoint_that_does_not_say_its_precision_has_it_in_its_settings() -> None:
     facts = {"config": {"backbone": {"precision": "bfloat16"}, "head": {"precision": "auto"}}}
-    assert trainer._resolved(facts) == {"backbone.precision": "bfloat16"}
-    assert trainer._resolved(facts | {"resolved": {"head.precision": "float32"}}) == {"head.precision": "float32"}
-    assert trainer._resolved({}) == {}
+    assert resuming.resolved(facts) == {"backbone.precision": "bfloat16"}
+    assert resuming.resolved(facts | {"resolved": {"head.precision": "float32"}}) == {"head.precision": "float32"}
+    assert resuming.resolved({}) == {}
 
 
 def test_too_few_images_for_the_ranks_is_said(faces: Path, tmp_path: Path) -> None:
@@ -239,6 +239,6 @@ def test_too_few_images_for_the_ranks_is_said(faces: Path, tmp_path: Path) -> No
 
 def test_a_verification_set_that_does_not_fit_is_said_before_the_first_step(faces: Path, tmp_path: Path) -> None:
     pairs = f"evaluation.pairs={faces / 'pairs.bin'}"
-    with pytest.raises(AssertionError, match="is 112 x 112 pixels, but the model takes 64 x 64"):
-        launch_ranks(run, 1, settings(faces, tmp_path / "run", pairs, "backbone.image_size=64"))
+    with pytest.raises(AssertionError, match="40 images are not 64 x 64 pixels"):
+        launch_ranks(run, 1, settings(faces, tmp_path / "run", pairs, "backbone.image_size=64", "data.fit=exact"))
     assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -154,6 +154,28 @@ def test_pairs(tmp_path: Path, executed: Path, capsys: pytest.CaptureFixture[str
         print(fuzz("pairs", seeds, read, executed))
 
 
+def test_lists_of_pairs(tmp_path: Path, executed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("Ann_0001.jpg", "Ann_0002.jpg", "Bo_0001.jpg"):
+        (tmp_path / name).write_bytes(encoded("JPEG", size=8))
+    seeds = [
+        b"3\n" + b"Ann 1 2\n" * 3 + b"Ann 1 Bo 1\n" * 3,
+        b"name,imagenum1,imagenum2,\n" + b"Ann,1,2,\nAnn,1,Bo,1\n" * 3,
+        b"Ann_0001.jpg 1\nAnn_0002.jpg 1\nAnn_0001.jpg 0\nBo_0001.jpg 0\n" * 2,
+        "\ufeff".encode() + b"Ann_0001.jpg\tBo_0001.jpg\t0\r\nAnn_0001.jpg\tAnn_0002.jpg\t1\r\n" * 3,
+        "Ann_0001.jpg;Bo_0001.jpg;-1\nAnn_0001.jpg;Ann_0002.jpg;1\n".encode("utf-16"),
+    ]
+    path = tmp_path / "pairs.txt"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        for missing in ("refuse", "skip"):
+            pairs = read_pairs(path, missing=missing)
+            assert len(pairs.images) == 2 * len(pairs) == len(pairs.files)
+
+    with capsys.disabled():
+        print(fuzz("lists of pairs", seeds, read, executed))
+
+
 def test_image_headers(executed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seeds = [encoded(form) for form in ("JPEG", "PNG", "BMP", "WEBP", "PPM", "GIF", "TIFF")]
     seeds.append(encoded("JPEG", progressive=True, restart_marker_blocks=2, comment=b"\xff\xc0 no frame header"))

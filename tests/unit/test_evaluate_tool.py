@@ -73,7 +73,7 @@ def test_json_is_the_last_line_and_has_the_numbers(main, model, make_set, capsys
     result = json.loads(output[-1])
     pairs = read_pairs(path)
     expected = verify(blocks([pairs.decode(image) for image in range(82)]), pairs.same).to_json()
-    assert set(result) == {"name", "accuracy", "accuracy_std", "threshold", "tar_at_far", "pairs", "seconds"}
+    assert set(result) == {"name", "accuracy", "accuracy_std", "threshold", "tar_at_far", "pairs", "doubts", "seconds"}
     assert result["name"] == "faces"
     assert result["seconds"] > 0
     assert {name: result[name] for name in ("accuracy", "accuracy_std", "tar_at_far", "pairs")} == {
@@ -117,13 +117,14 @@ def test_mistakes_exit_with_2_and_no_traceback(main, model, make_set, tmp_path, 
         (model, str(make_set("genuine.bin", 20, kinds=(True,))), "all 20 pairs are genuine"),
         (model, str(tmp_path / "none.bin"), "cannot be read"),
         (tmp_path / "none.onnx", good, "no such file"),
-        (tmp_path / "good.bin", good, "ONNX Runtime cannot load it"),
+        (tmp_path / "good.bin", good, "ONNX Runtime cannot load it: it is a pickle"),
     ):
         assert main(["--model", str(given), "--pairs", pairs, "--json"]) == 2
         captured = capsys.readouterr()
         assert captured.out == ""
         assert captured.err.splitlines()[-1].startswith("error: ")
         assert message in captured.err
+        assert "Traceback" not in captured.err
 
 
 @pytest.mark.parametrize("batch", ["0", "x"])
@@ -132,3 +133,56 @@ def test_a_batch_below_one_is_refused(main, model, make_set, batch, capsys):
         main(["--model", str(model), "--pairs", str(make_set("faces.bin", 20)), "--batch", batch])
     assert stop.value.code == 2
     assert "--batch" in capsys.readouterr().err
+
+
+def test_says_what_was_taken_and_what_to_doubt(main, model, make_set, tmp_path, capsys):
+    path = make_set("[b]set.bin", 40, kinds=(True,) * 20 + (False,) * 20)
+    assert main(["--model", str(model), "--pairs", str(path), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "[b]set: a .bin file, 20 genuine and 20 impostor pairs, in 10 folds" in captured.err
+    assert "WARNING [b]set: its ten folds hold 4, 4, 4, 4, 4, 0" in captured.err
+    assert "the file does not say what it takes: RGB, (x - 127.5) / 127.5" in captured.err
+    assert "[b]set" in "".join(captured.out.splitlines()[:-1])
+    assert json.loads(captured.out.splitlines()[-1])["doubts"]
+    assert main(["--model", str(model), "--pairs", str(path), "--folds", "even"]) == 0
+    assert "WARNING" not in capsys.readouterr().err
+
+
+def test_missing_images_are_left_out_when_asked(main, model, make_set, tmp_path, capsys):
+    pairs = read_pairs(make_set("faces.bin", 30))
+    (tmp_path / "images").mkdir()
+    lines = []
+    for pair, same in enumerate(pairs.same):
+        for image in (0, 1):
+            (tmp_path / f"images/{pair}_{image}.png").write_bytes(pairs.images[2 * pair + image])
+        lines.append(f"{pair}_0.png {pair}_1.png {int(same)}\n")
+    (tmp_path / "list.txt").write_text("".join(lines))
+    (tmp_path / "images/4_1.png").unlink()
+    (tmp_path / "images/7_0.png").write_bytes(b"no face was found")
+    arguments = ["--model", str(model), "--pairs", str(tmp_path / "list.txt"), "--images", str(tmp_path / "images")]
+    assert main(arguments) == 2
+    assert "1 of 60 images cannot be used" in capsys.readouterr().err
+    assert main([*arguments, "--skip-missing", "--json"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out.splitlines()[-1])
+    assert result["pairs"] == 28 and len(result["doubts"]) == 2
+    kept = [pair for pair in range(30) if pair not in (4, 7)]
+    expected = verify(
+        blocks([pairs.decode(2 * pair + image) for pair in kept for image in (0, 1)]), pairs.same[kept]
+    ).to_json()
+    assert result["accuracy"] == expected["accuracy"]
+
+
+def test_options_for_files_of_others_reach_the_embedder(main, model, make_set, capsys):
+    path = make_set("faces.bin", 20)
+    arguments = ["--model", str(model), "--pairs", str(path)]
+    for wrong, message in (
+        (["--size", "32"], "takes images of 16 x 16 pixels only, not 32"),
+        (["--output", "norm"], "has no output norm, but embedding [1, 48]"),
+        (["--std", "0"], "--std divides the levels"),
+        (["--mean", "1", "2"], "--mean takes one number, or three"),
+    ):
+        assert main([*arguments, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*arguments, "--mean", "0", "--std", "255", "--bgr", "--output", "embedding", "--size", "16"]) == 0
+    assert "does not say" not in capsys.readouterr().err

@@ -1,3 +1,4 @@
+import gzip
 import io
 import os
 import pickle
@@ -145,17 +146,27 @@ def test_refuses_dotted_names(tmp_path):
         ((IMAGES[:7], SAME), "odd number of images"),
         ((IMAGES[:6], SAME), "6 images for 4 pairs"),
         (([], []), "holds no pairs"),
-        ((IMAGES, [1, 0, 2, 1]), "not a list of booleans: item 2 is of the kind int"),
+        ((IMAGES, [1, 0, 2, 1]), "not a list of booleans: item 2 is 2, of the kind int"),
+        ((IMAGES, [1, 0, -1, 1]), "not a list of booleans: it holds 0 and -1 both"),
+        ((IMAGES, ["1", "0", "no", "1"]), "not a list of booleans: item 2 is 'no', of the kind str"),
+        ((IMAGES, [0.5, 0.1, 0.9, 1]), "not a list of booleans: item 0 is 0.5"),
         ((IMAGES, None), "not a list of booleans"),
+        ((IMAGES, [10**400, 0, 0, 1]), "not a list of booleans"),
         ((IMAGES, np.array(SAME, object)), "not a list of booleans: it is an array of dtype O8"),
-        ((IMAGES, np.array([1.0, 0, 0, 1])), "dtype f8"),
+        ((IMAGES, np.array([1.0, 0, 0, np.nan])), "item 3 is nan"),
+        ((IMAGES, np.array([1, 0, 0, 1], complex)), "dtype c16"),
         ((np.array(IMAGES, object), SAME), "does not hold"),
-        (([*IMAGES[:2], None, *IMAGES[3:]], SAME), "image 1 of pair 2 is not bytes"),
+        (([*IMAGES[:2], 7, *IMAGES[3:]], SAME), "image 1 of pair 2 is not bytes"),
+        (([*IMAGES[:2], "ann/1.JPG", *IMAGES[3:]], SAME), "image 1 of pair 2 .* name of a file, ann/1.JPG"),
+        (([np.zeros((6, 8, 3), np.uint8)] * 8, SAME), r"image 1 of pair 1 .* decoded picture, .*\[6, 8, 3\].* encoded"),
+        (([np.zeros((6, 8), np.uint8)] * 8, SAME), r"image 1 of pair 1 .* decoded picture, .* encoded"),
+        ((np.zeros((8, 6, 8, 3), np.uint8), SAME), r"one array of shape \[8, 6, 8, 3\].* must be encoded"),
         (([*IMAGES[:3], np.zeros(4), *IMAGES[4:]], SAME), "image 2 of pair 2 .* dtype f8"),
         (([*IMAGES[:7], np.zeros(4, np.uint16)], SAME), "image 2 of pair 4 .* dtype u2"),
         (([np.array(IMAGES[:1], object)] * 8, SAME), "image 1 of pair 1 .* dtype O8"),
         (IMAGES, "does not hold"),
-        ({"images": IMAGES}, "does not hold"),
+        ({"images": IMAGES}, "holds a dict of 'images'; it does not hold"),
+        ((IMAGES, SAME, "more"), "holds a tuple of 3; it does not hold"),
     ],
 )
 def test_says_what_is_wrong_with_a_set(tmp_path, content, message):
@@ -177,7 +188,8 @@ def test_truncated_at_any_byte_is_an_error(tmp_path, protocol, images):
 def test_files_that_are_no_set(tmp_path):
     with pytest.raises(UserError, match=r"none\.bin: cannot be read: No such file"):
         read_pairs(tmp_path / "none.bin")
-    with pytest.raises(UserError, match="cannot be read"):
+    (tmp_path / "cfp.bin").touch()
+    with pytest.raises(UserError, match=r"cannot be read: it is a folder; give a file in it, such as .*cfp\.bin"):
         read_pairs(tmp_path)
     (tmp_path / "empty.bin").touch()
     with pytest.raises(UserError, match="is empty"):
@@ -204,73 +216,51 @@ def test_images_that_claim_to_be_huge_are_not_decoded(tmp_path, size):
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0))
     bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
     pairs = read_pairs(write(tmp_path, ([IMAGES[0], bomb], [True])))
-    with pytest.raises(UserError, match="image 2 of pair 1 has more than 64,000,000 pixels"):
+    with pytest.raises(UserError, match="image 2 of pair 1 cannot be decoded: it has more than 64,000,000 pixels"):
         pairs.decode(1)
 
 
-def people(folder, names, suffix=".jpg"):
-    for name, numbers in names.items():
-        (folder / name).mkdir(parents=True)
-        for number in numbers:
-            (folder / name / f"{name}_{number:04d}{suffix}").write_bytes(f"{name} {number}".encode())
-
-
-def test_lfw_text_matches_the_bin_made_from_it(shared_data, tmp_path):
-    source = shared_data / "lfw-split"
-    expected = read_pairs(source / "dev_fold9.bin")
-    text = (source / "dev_fold9_pairs.txt").read_text()
-    lines = [line.split() for line in text.splitlines()[1:]]
-    genuine, impostors = (iter(np.flatnonzero(expected.same == kind)) for kind in (True, False))
-    for fields in lines:
-        pair = next(genuine if len(fields) == 3 else impostors)
-        for image, (name, number) in enumerate([fields[:2], fields[-2:] if len(fields) == 4 else fields[::2]]):
-            file = tmp_path / "aligned" / name / f"{name}_{int(number):04d}.jpg"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(expected.images[2 * pair + image])
-    (tmp_path / "pairs.txt").write_text(text)
-    for pairs in (read_pairs(tmp_path / "pairs.txt"), read_pairs(tmp_path / "pairs.txt", tmp_path / "aligned")):
-        assert pairs.images == expected.images
-        assert pairs.same.tolist() == expected.same.tolist()
-        assert pairs.files[1].parent.parent == tmp_path / "aligned"
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".jpeg"])
-def test_ten_sets_keep_the_order_of_the_file(tmp_path, suffix):
-    people(tmp_path, {"Ann": range(1, 5), "Bo_B": [1]}, suffix)
-    block = "Ann\t1\t2\nAnn\t3\t4\nAnn\t2\tBo_B\t1\nBo_B\t1\tAnn\t4\n"
-    (tmp_path / "pairs.txt").write_text("10\t2\n" + block * 10)
-    pairs = read_pairs(tmp_path / "pairs.txt")
-    assert pairs.same.tolist() == [True, True, False, False] * 10
-    assert pairs.images[:8] == [b"Ann 1", b"Ann 2", b"Ann 3", b"Ann 4", b"Ann 2", b"Bo_B 1", b"Bo_B 1", b"Ann 4"]
-    assert "image 2 of pair 3" in pairs.describe(5)
-    assert "Bo_B_0001" in pairs.describe(5)
-
-
-@pytest.mark.parametrize("header", ["2", "1 2", "2 1"])
-def test_other_numbers_of_sets_take_turns(tmp_path, header):
-    people(tmp_path / "faces", {"Ann": range(1, 5), "Bo": [1]})
-    (tmp_path / "pairs.txt").write_text(f"{header}\nAnn 1 2\nAnn 3 4\nAnn 2 Bo 1\nBo 1 Ann 4\n")
-    pairs = read_pairs(tmp_path / "pairs.txt")
-    assert pairs.same.tolist() == [True, False, True, False]
-    assert pairs.images[2:6] == [b"Ann 2", b"Bo 1", b"Ann 3", b"Ann 4"]
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        np.array(SAME, float),
+        np.array(SAME, ">f4"),
+        np.where(SAME, 1, -1),
+        np.where(SAME, 1, -1).tolist(),
+        np.where(SAME, 1.0, -1.0).astype(">i2"),
+        ["1", "0", "0", "1"],
+        ["True", "False", "false", "true"],
+        [np.float32(flag) for flag in SAME],
+        [1.0, 0, False, True],
+    ],
+)
+def test_flags_in_all_their_kinds(tmp_path, flags, protocol):
+    assert read_pairs(write(tmp_path, (IMAGES, flags), protocol)).same.tolist() == SAME
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("content", "message"),
     [
-        ("Ann 1 2\nAnn 1 Bo 1\n", "the first line"),
-        ("2\nAnn 1 2\nAnn 1 Bo 1\n", "2 pairs, but the first line announces 2 x 1 x 2"),
-        ("1\nAnn 1 2\nAnn 1 2\n", "2 genuine pairs"),
-        ("1\nAnn 1 2\nAnn 1 Bo\n", "neither"),
-        ("1\nAnn 1 2\nAnn 1 Bo 1 7\n", "neither"),
-        ("1\nAnn 1 3\nAnn 1 Bo 1\n", "no image Ann/Ann_0003.jpg"),
-        ("1\n../Ann 1 3\nAnn 1 Bo 1\n", "must be the name of a folder"),
-        ("1\n.. 1 3\nAnn 1 Bo 1\n", "must be the name of a folder"),
-        ("1\nCy 1 2\nAnn 1 Bo 1\n", "no image Cy/Cy_0001.jpg .* folder in it; put the images' folder beside"),
+        (b"<!DOCTYPE html><html>sign in</html>", "HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "git lfs pull"),
+        (gzip.compress(pickle.dumps((IMAGES, SAME))), "gzip"),
+        (bytes(4000), "zeros"),
+        (b"a b 1\n" * 20, "text .*another suffix, such as .txt"),
+        (struct.pack("<8i", *range(8)), "not a verification set"),
     ],
 )
-def test_says_what_is_wrong_with_a_text(tmp_path, text, message):
-    people(tmp_path / "faces", {"Ann": [1, 2], "Bo": [1]})
-    (tmp_path / "pairs.txt").write_text(text)
-    with pytest.raises(UserError, match=rf"pairs\.txt: .*{message}"):
-        read_pairs(tmp_path / "pairs.txt")
+def test_files_of_another_kind_are_named(tmp_path, content, message):
+    for name in ("set.bin", "set.pkl"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_pairs(tmp_path / name)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    with pytest.raises(UserError, match="NumPy array"):
+        read_pairs(tmp_path / "array.npy")
+
+
+@pytest.mark.parametrize("name", ["set.bin", "set.pkl", "set", "pairs.txt", "set.dat"])
+@pytest.mark.parametrize("protocol", [0, 1, 4])
+def test_a_pickle_is_one_whatever_its_name(tmp_path, name, protocol):
+    assert read_pairs(write(tmp_path, (IMAGES, SAME), protocol, name)).same.tolist() == SAME

@@ -11,7 +11,8 @@ from test_pipeline import EVERYTHING, Images, encode, picture
 from recognition.config import Augment, Data, UserError
 from recognition.data import faces
 from recognition.data.pipeline import Batch, Pipeline
-from recognition.data.torchvision_maker import TorchvisionMaker, Undecodable, decode
+from recognition.data.torchvision_maker import TorchvisionMaker
+from recognition.images import Undecodable, decode
 
 SIZE = 112
 AUGMENTS = {
@@ -129,7 +130,7 @@ def test_what_dali_refuses_is_refused() -> None:
     damaged = bytearray(encode(picture(0), "PNG"))
     damaged[-30] ^= 255
     for encoded in (encode(picture(0), "GIF"), bytes(damaged), b"", encode(picture(0))[:200]):
-        with pytest.raises(Undecodable, match="does not decode"):
+        with pytest.raises(Undecodable):
             decode(encoded)
 
 

@@ -1,8 +1,11 @@
 import io
 import json
 import logging
+import re
+import shutil
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
-from recognition import tracking
+from recognition import clock, config, terminal, tracking
+from recognition.clock import Clock, _about
 from recognition.config import Tracking, UserError
-from recognition.tracking import Clock, Tracker, _about, peak_memory
+from recognition.tracking import Tracker, peak_memory
 
 RESULT = {
     "accuracy": 0.9912,
@@ -50,7 +55,9 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def events(folder: Path) -> EventAccumulator:
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    accumulator = EventAccumulator(
+        str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
+    )
     accumulator.Reload()
     return accumulator
 
@@ -230,7 +237,7 @@ def test_other_ranks_write_nothing_and_warn_with_their_number(
     caplog.set_level(logging.INFO, "recognition")
     monkeypatch.setattr(tracking, "_rank", lambda: 3)
     folder = tmp_path / "run"
-    with tracker(folder, is_main=False) as track, track.pause():
+    with tracker(folder, is_main=False) as track, track.pause("verification"):
         track.log_step(1, {"loss": torch.tensor(1.0)})
         track.verification(1, "lfw", RESULT)
         track.images("first batch", torch.zeros(2, 3, 8, 8), 0)
@@ -275,7 +282,8 @@ def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) ->
 
 def _fake_time(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
-    monkeypatch.setattr(tracking, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    for module in (tracking, clock):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     return now
 
 
@@ -287,7 +295,7 @@ def test_speed_and_remaining_time_leave_out_the_first_step_and_the_pauses(
         for step in range(1, 11):
             now[0] += 300.0 if step == 1 else 2.0
             if step == 5:
-                with track.pause():
+                with track.pause("verification"):
                     now[0] += 1000.0
             track.log_step(step, {"loss": 1.0})
     assert records(tmp_path)[-1]["images_per_second"] == pytest.approx(64 / 2)
@@ -306,11 +314,11 @@ def test_a_time_to_come_is_told_no_more_exactly_than_it_is_known(seconds: float,
 
 def test_speed_is_that_of_the_last_records(monkeypatch: pytest.MonkeyPatch) -> None:
     now = _fake_time(monkeypatch)
-    clock = Clock()
+    timer = Clock()
     rates = []
     for step in range(0, 50 * 10, 10):
         now[0] += 10.0 if step < 200 else 1.0
-        rates.append(clock.rate(step))
+        rates.append(timer.rate(step))
     assert rates[0] is None
     assert rates[1] == pytest.approx(1.0) and rates[19] == pytest.approx(1.0) and rates[-1] == pytest.approx(10.0)
     assert rates[20] == pytest.approx(200 / (19 * 10 + 1))
@@ -329,3 +337,161 @@ def test_events_of_another_writer_stay(tmp_path: Path) -> None:
         writer.add_scalar("head/rows", 7.0, 3)
     run(tmp_path, 5, 5)
     assert scalars(tmp_path, "head/rows") == [(3, 7.0)]
+
+
+AWKWARD = ["a b", "a/b", "[bold]x[/bold]", ":smile:", "Jos\u00e9 \u5f35", "caf\udce9", "a\nb\tc", "50 % of {it}", "."]
+
+
+def test_sets_of_any_name_are_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = np.array([0.5]), np.array([-0.5])
+    with tracker(tmp_path) as track:
+        for name in AWKWARD:
+            track.verification(20, name, RESULT | {"where": name}, scores)
+        track.results(dict.fromkeys(AWKWARD, 0.5))
+    lines = (tmp_path / "metrics.jsonl").read_bytes().decode("utf-8").split("\n")
+    shown = [name.encode("utf-8", "backslashreplace").decode() for name in AWKWARD]
+    assert [json.loads(line)["verification"] for line in lines[:-1]] == shown
+    assert lines[-1] == "" and "\\udce9" not in "".join(lines).replace("\\\\udce9", "")
+    tags = [f"verification/{terminal.escape(name)}/accuracy" for name in AWKWARD]
+    assert set(tags) <= set(events(tmp_path).Tags()["scalars"]) and len(set(tags)) == len(AWKWARD)
+    for text in (capsys.readouterr().err, (tmp_path / "log.txt").read_text(encoding="utf-8")):
+        assert len(text.splitlines()) == len(AWKWARD)
+        assert all(f"step 20  {terminal.escape(name)}: accuracy" in text for name in AWKWARD)
+
+
+def test_histograms_of_scores_have_the_same_bins(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    genuine, impostor = generator.uniform(0.2, 0.9, 300), generator.normal(0, 0.1, 500)
+    genuine[0] = 1.0000001  # as rounding may have it
+    with tracker(tmp_path) as track:
+        track.verification(20, "lfw", RESULT, (genuine, impostor))
+        track.verification(20, "without", RESULT)
+    found = events(tmp_path)
+    assert set(found.Tags()["histograms"]) == {"scores/lfw/genuine", "scores/lfw/impostor"}
+    limits = []
+    for kind, values in (("genuine", genuine), ("impostor", impostor)):
+        (event,) = found.Histograms(f"scores/lfw/{kind}")
+        assert event.step == 20
+        histogram = event.histogram_value
+        limits.append(histogram.bucket_limit)
+        upper = np.array(histogram.bucket_limit)
+        lower = np.concatenate([[-1], upper[:-1]])
+        last = upper == upper[-1]
+        expected = [
+            np.sum((values >= low) & ((values < high) | is_last))
+            for low, high, is_last in zip(lower, upper, last, strict=True)
+        ]
+        assert histogram.bucket == expected and sum(expected) == histogram.num == len(values)
+    assert limits[0] == limits[1]
+
+
+def test_settings_and_final_numbers_are_in_the_same_event_file(tmp_path: Path) -> None:
+    settings = config.Config.model_validate({"data": {"path": "x"}}, context={"check_paths": False, "rendered": None})
+    with tracker(tmp_path) as track:
+        track.configuration(settings)
+        track.verification(25, "lfw", RESULT)
+        track.results({"lfw": 0.9912})
+    assert len(list(tmp_path.glob("events*"))) == 1 and not [path for path in tmp_path.iterdir() if path.is_dir()]
+    found = events(tmp_path)
+    (text,) = found.Tensors("configuration/text_summary")
+    shown = text.tensor_proto.string_val[0].decode()
+    assert [line[4:] for line in shown.split("\n")] == settings.to_toml().split("\n")
+    start = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    parameters = HParamsPluginData.FromString(start).session_start_info.hparams
+    assert parameters["optimizer.lr"].number_value == settings.optimizer.lr
+    assert parameters["head.loss.name"].string_value == settings.head.loss.name
+    experiment = found.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    (metric,) = HParamsPluginData.FromString(experiment).experiment.metric_infos
+    assert metric.name.tag == "verification/lfw/accuracy" in found.Tags()["scalars"]
+
+
+def test_a_full_disk_does_not_stop_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    with tracker(tmp_path, config=Tracking(every_steps=1)) as track:
+        track.log_step(1, {"loss": 1.0})
+        with monkeypatch.context() as patch:
+            patch.setattr("recognition.logs.os.write", full)
+            for step in range(2, 11):
+                track.log_step(step, {"loss": 1.0})
+            track.verification(10, "lfw", RESULT, (np.zeros(3), np.zeros(3)))
+        track.log_step(11, {"loss": 3.0})
+    told = capsys.readouterr().err
+    for name in ("metrics.jsonl", "events.out", "log.txt"):
+        assert sum(name in line and "cannot be written" in line for line in told.splitlines()) == 1, told
+    assert [record["step"] for record in records(tmp_path)] == [1, 11]
+    assert scalars(tmp_path, "train/loss") == [(1, 1.0), (11, 3.0)]
+
+
+def test_a_run_folder_that_goes_away_does_not_stop_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tracker(tmp_path / "run", config=Tracking(every_steps=1)) as track:
+        track.log_step(1, {"loss": 1.0})
+        shutil.rmtree(tmp_path / "run")
+        for step in range(2, 6):
+            track.log_step(step, {"loss": 1.0})
+    assert capsys.readouterr().err.count("cannot be written (it was removed)") == 3
+
+
+def test_the_remaining_time_counts_verifications_and_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = _fake_time(monkeypatch)
+    every = {"verification": (100,), "saving": (0,)}
+    etas = {}
+    with tracker(tmp_path, total_steps=350, every=every) as track:
+        for step in range(1, 351):
+            now[0] += 2.0
+            track.log_step(step, {"loss": 1.0})
+            etas[step] = str(track._eta)
+            if step % 100 == 0 or step == 350:
+                with track.pause("verification"):
+                    now[0] += 60.0
+            if step == 350:
+                with track.pause("saving"):
+                    now[0] += 5.0
+    # Three are to come before 300 and one after the last step; none is known before the first is done.
+    assert etas[90] == f"ETA {timedelta(seconds=2 * 260)} plus 4 verifications"
+    assert etas[100] == f"ETA {timedelta(seconds=2 * 250)} plus 4 verifications"
+    assert etas[110] == f"ETA {timedelta(seconds=2 * 240 + 3 * 60)}"
+    assert etas[300] == f"ETA {timedelta(seconds=2 * 50 + 2 * 60)}"
+    assert etas[340] == f"ETA {timedelta(seconds=2 * 10 + 60)}"
+    assert etas[350] == "ETA 0:01:00"
+    assert "training takes about 11 minutes and 4 verifications on this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_the_live_line_and_the_log_fit_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    terminal_file = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal_file)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with tracker(tmp_path, total_steps=123_456, config=Tracking(every_steps=1)) as track:
+        for step in range(1, 4):
+            track.log_step(step, {"loss": 12.3456, "lr": 0.1})
+            time.sleep(0.01)
+        track.verification(3, "lfw", RESULT)
+        track.block(["evaluate: " + "x" * 100])
+        time.sleep(0.3)
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal_file.getvalue()))
+    assert all(len(line.rstrip()) <= columns for line in lines if "x" * 100 not in line), lines
+    assert "evaluate: " + "x" * 100 in lines
+    live = [line for line in lines if line.startswith("step 3/123,456")]
+    assert live and "loss 12.3456" in live[-1]
+    told = " ".join(line.strip() for line in lines)
+    assert "accuracy 99.12% +- 0.31% on 6,000 pairs; TAR@FAR 1e-1: 99.80%" in told
+
+
+def test_pauses_that_several_settings_bring_are_counted_once() -> None:
+    for every in ((0,), (7,), (4, 6), (6, 6), (4, 6, 9)):
+        timer = Clock(100, {"saving": every})
+        with timer.pause("saving"):
+            pass
+        timer._paused["saving"] = [1.0]
+        for step in (1, 11, 12, 36, 99, 100):
+            due = [number for number in range(step, 101) if number == 100 or any(e and number % e == 0 for e in every)]
+            assert timer.eta(step, 1.0).seconds == 100 - step + len(due), (every, step)

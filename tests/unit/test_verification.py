@@ -220,14 +220,27 @@ def test_parts_join_to_the_whole(pairs):
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-def test_an_image_of_another_size_is_an_error(pairs):
+def test_an_image_of_another_size_is_an_error_where_sizes_are_to_be_exact(pairs):
     embedder = Corners()
     embedder.image_size = 5
-    with pytest.raises(UserError, match=r"image 1 of pair 3 is 4 x 4 pixels, but the model takes 5 x 5: align"):
-        embed_pairs(embedder, pairs, 2, range(4, 6))
+    with pytest.raises(UserError, match=r"image 1 of pair 3 is 4 x 4 pixels, not 5 x 5, .* data\.fit=crop"):
+        embed_pairs(embedder, pairs, 2, range(4, 6), fit="exact")
 
 
 def test_a_set_with_genuine_pairs_only(shared_data):
     pairs = read_pairs(shared_data / "formats" / "small_lfw.bin")
     with pytest.raises(UserError, match="all 10 pairs are genuine"):
         verify(np.ones((20, 3)), pairs.same)
+
+
+def test_scores_are_the_cosines_of_both_kinds_and_stay_out_of_json():
+    embeddings, same = random_pairs(30, 11)
+    embeddings[0] = 0
+    genuine, impostors = (result := verify(embeddings, same)).scores
+    expected = []
+    for first, second in zip(embeddings[::2], embeddings[1::2], strict=True):
+        length = np.sqrt(first @ first) * np.sqrt(second @ second)
+        expected.append(first @ second / length if length else 0.0)
+    np.testing.assert_allclose(genuine, np.array(expected)[same])
+    np.testing.assert_allclose(impostors, np.array(expected)[~same])
+    assert "scores" not in result.to_json()
