@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
 import pytest
 
 from recognition import program
@@ -33,6 +34,22 @@ def load(name: str) -> ModuleType:
     sys.modules[specification.name] = module
     specification.loader.exec_module(module)
     return module
+
+
+def mean_colours() -> bytes:
+    """An ONNX file that takes a picture."""
+    data, embedding = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("data", ["n", 3, 16, 16]), ("embedding", ["n", 48]))
+    )
+    pool = onnx.helper.make_node("AveragePool", ["data"], ["pooled"], kernel_shape=[4, 4], strides=[4, 4])
+    nodes = [pool, onnx.helper.make_node("Flatten", ["pooled"], ["embedding"])]
+    graph = onnx.helper.make_graph(nodes, "colours", [data], [embedding])
+    opset = onnx.helper.make_opsetid("", 17)
+    return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8).SerializeToString()
+
+
+MODEL = mean_colours()
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +74,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("pointer.bin", POINTER),
         ("pointer.toml", POINTER),
         ("empty.onnx", b""),
+        ("model.onnx", MODEL),
         ("pickle.toml", pickle.dumps([1])),
         ("utf16.toml", "[data]\n".encode("utf-16")),
         ("unquoted.toml", b"[data]\npath = /data/x\n"),
@@ -104,10 +122,11 @@ WRONG = [
     ("train", f"train.toml data.path={'x' * 300}", "File name too long"),
     ("demo", "nonsense", "nonsense: an override is written section.key=value"),
     ("demo", "training.epoch=1", "did you mean epochs?"),
-    ("evaluate", "--model none.onnx --pairs page.bin", "page.bin"),
-    ("evaluate", "--model page.onnx --pairs none.bin", "none.bin"),
-    ("evaluate", "--model page.onnx --pairs folder", "folder"),
-    ("evaluate", "--model page.onnx --pairs pointer.bin", "pointer.bin"),
+    ("evaluate", "--model none.onnx --pairs page.bin", "none.onnx"),
+    ("evaluate", "--model page.onnx --pairs page.bin", "page.onnx"),
+    ("evaluate", "--model model.onnx --pairs none.bin", "none.bin"),
+    ("evaluate", "--model model.onnx --pairs folder", "folder"),
+    ("evaluate", "--model model.onnx --pairs pointer.bin", "pointer.bin"),
     ("evaluate", "--model page.onnx --pairs page.bin --batch 0", "0 is not a whole number above 0"),
     ("evaluate", "--model= --pairs page.bin", "an empty path"),
     ("export", "none --output m.onnx", "none is not a run folder"),
