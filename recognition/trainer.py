@@ -13,7 +13,7 @@ from recognition.checkpoint import Checkpoints
 from recognition.config import Config, UserError
 from recognition.config.base import FailedElsewhere
 from recognition.data.faces import write_faces
-from recognition.data.index import open_index
+from recognition.data.index import check_trainable, open_index
 from recognition.data.pipeline import Batch, Pipeline
 from recognition.deploy.onnx import check_export, export
 from recognition.distributed import Interrupt, Ranks
@@ -71,8 +71,9 @@ class Trainer:
         if config.faces is not None:
             faces = config.faces.model_dump()
             turns.machines("rendering faces", lambda: write_faces(config.data.path, **faces), shared=True)
-        with progress.working("indexing") as advance:
-            self.index = turns.machines("indexing", lambda: open_index(config.data.path, config.data.cache, advance))
+        begun = str(before.get("fingerprint", ""))
+        self.index = turns.machines("indexing", lambda: open_index(config.data.path, config.data.cache, going_on=begun))
+        check_trainable(self.index)
         self.pair_sets = open_on_ranks(config, turns)
         self.sizes = micro_batch_sizes(config, ranks.world)
         self.step = int(before.get("step", 0))
@@ -349,6 +350,8 @@ class Trainer:
         lines = summary.opening(self.config, self.resolved, self.index, self.tracker, self.ranks.world, backbone)
         for text in (*lines, *self.extension):
             self.tracker.note(text)
+        for text in self.index.notes:
+            self.tracker.warn(f"data.path: {text}")
         for text in self.resolved.notes:
             self.tracker.warn(text)
         for pairs in self.pair_sets:

@@ -5,6 +5,7 @@ ahead, and on how many ranks, changes nothing, so a run resumes by starting at i
 """
 
 import io
+import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,11 +20,14 @@ from recognition import config, hardware
 from recognition.config import UserError
 from recognition.data.augment import draw
 from recognition.data.groups import order
-from recognition.data.index import Index
+from recognition.data.index import Index, Lost
 from recognition.data.maker import Inputs, Maker, Making
 from recognition.data.order import batch_positions
 from recognition.data.quarantine import BadImage, Quarantine, check_header
+from recognition.data.sizes import Sizes
 from recognition.images import Undecodable, decode, fit
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -42,13 +46,13 @@ class Pipeline:
     """An endless iterator over this rank's batches of steps start_step, start_step + 1, ...
 
     `batch` is the global batch (of one forward pass), split over the `world` ranks as evenly as possible. Images of
-    another size than `image_size` pixels a side are treated as `config.fit` says. An image that cannot be decoded is
-    listed in the file `quarantine` and replaced by the next one of the index that can, with its own label: of
-    `config.images_per_identity` images that stand together it may then be another identity's. Threads read ahead, and
-    `config.loader` makes the images of `config.prefetch` batches ahead.
+    another size than `image_size` pixels a side are treated as `config.fit` says, and rank 0 tells how many of its own
+    had one. An image that cannot be read or decoded is listed in the file `quarantine` and replaced by the next one of
+    the index that can, with its own label: of `config.images_per_identity` images that stand together it may then be
+    another identity's. Threads read ahead, and `config.loader` makes the images of `config.prefetch` batches ahead.
 
     Raises UserError when a rank has no image or DALI is asked for where it is not, and from `__next__` when too many
-    images are bad, data cannot be read, or an image has another size and `config.fit` is "exact".
+    images are bad, or an image has another size and `config.fit` is "exact".
     """
 
     def __init__(
@@ -82,7 +86,9 @@ class Pipeline:
             ahead=config.prefetch,
         )
         self._order = order(index.labels, config.images_per_identity, seed)
-        self._quarantine = Quarantine(index, quarantine)
+        self._quarantine = Quarantine(index, quarantine, going_on=start_step > 0)
+        self._sizes = Sizes(image_size, config.fit) if rank == 0 else None
+        self._epoch_ends = start_step + -(-index.num_images // batch)
         self._decode_here: set[int] = set()
         self._readers = ThreadPoolExecutor(config.prefetch, thread_name_prefix="read")
         self._reading: deque[Future[Inputs]] = deque()
@@ -102,6 +108,8 @@ class Pipeline:
                 self._recover(error)
         samples = self._handed_over.popleft().samples
         self.step += 1
+        if self.step == self._epoch_ends:
+            self._report_sizes()
         labels = torch.from_numpy(self._index.labels[samples])
         if images.device.type == "cuda":
             labels = labels.pin_memory()
@@ -110,6 +118,7 @@ class Pipeline:
     def close(self) -> None:
         """Stop reading and decoding ahead and free what that needs. Batches handed out stay valid."""
         self._readers.shutdown(cancel_futures=True)
+        self._report_sizes()
         self._reading.clear()
         self._handed_over.clear()
         self._maker.close()
@@ -144,12 +153,16 @@ class Pipeline:
     def _read(self, sample: int) -> tuple[int, bytes, bool]:
         """A sample, or the next one that can be used; what the maker gets for it, and whether it is to resize that."""
         while True:
-            encoded = self._index.read(sample)
             try:
+                encoded = self._index.read(sample)
                 height, width = check_header(encoded)
+                if (sizes := self._sizes) is not None:
+                    sizes.note(height, width)
                 return sample, *self._fitted(sample, encoded, height, width)
             except BadImage as error:
                 self._quarantine.add(sample, str(error))
+            except Lost as error:
+                self._quarantine.add(sample, error.reason, lost=True)
             sample = int(self._quarantine.replace(np.array([sample]))[0])
 
     def _fitted(self, sample: int, encoded: bytes, height: int, width: int) -> tuple[bytes, bool]:
@@ -168,6 +181,12 @@ class Pipeline:
         except Undecodable as error:
             raise BadImage(str(error)) from None
         return b"P6 %d %d 255\n" % (size, size) + pixels.tobytes(), False
+
+    def _report_sizes(self) -> None:
+        """Tell once, after an epoch or at the end, which other sizes were read."""
+        if self._sizes is not None and (report := self._sizes.report()):
+            _log.warning("%s", report)
+        self._sizes = None
 
     def _hand_over(self) -> Inputs:
         """What the maker takes: called once per step that is to be made ahead."""

@@ -6,11 +6,10 @@ the image keys, end of the identity keys), and each identity key the range of th
 made by im2rec have none of these.
 """
 
-import logging
-import os
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -28,12 +27,12 @@ from recognition.data.records import (
     MIDDLE,
     PREFIX,
     WHOLE,
-    Progress,
     Records,
     bad_record,
     read_records,
 )
-from recognition.storage import beside, write_text
+from recognition.names import shown
+from recognition.storage import beside, sync, write_text
 
 EXACT_LABELS = 1 << 24
 """float32 holds every integer below this."""
@@ -42,16 +41,14 @@ _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _HEADER = struct.Struct("<IfQQ")
 _WRONG_FILE = "Is this a file of face images?"
 
-_log = logging.getLogger(__name__)
 
-
-def scan(rec: Path, progress: Progress | None = None) -> tuple[Records, np.ndarray]:
+def scan(rec: Path) -> tuple[Records, np.ndarray]:
     """The encoded images of `rec` and their labels, int64 [N]; header and identity records are left out.
 
     Of a record with several labels, the first is the identity. Raises UserError as `read_records` does, and for a
     record that is no image's or whose label is not a whole number from 0.
     """
-    found, heads = read_records(rec, progress)
+    found, heads = read_records(rec)
     first = found.starts[:-1]
     flags, labels = heads[:, 0].copy(), heads[:, 1].copy().view("<f4")
     several = flags > 0
@@ -75,16 +72,14 @@ def scan(rec: Path, progress: Progress | None = None) -> tuple[Records, np.ndarr
     for row in np.flatnonzero(~no_image & ~is_identity).tolist():
         raise bad_record(rec, found, row, f"has label {labels[row]}", "Labels are whole numbers from 0: pack it again.")
     if no_image.all():
-        raise UserError(f"{rec}: holds no images, only header records: pack it again")
+        raise UserError(f"{shown(rec)}: holds no images, only header records: pack it again")
     highest = labels[~no_image].max()
     if highest >= EXACT_LABELS:
-        _log.warning(
-            "%s: labels reach %d, but float32, in which RecordIO stores them, is exact only below %d: "
-            "identities may have been merged when the file was written",
-            rec,
-            int(highest),
-            EXACT_LABELS,
+        note = (
+            f"{shown(rec.name)}: labels reach {int(highest)}, but float32, in which RecordIO stores them, is exact "
+            f"only below {EXACT_LABELS}: identities may have been merged when the file was written"
         )
+        found = replace(found, notes=(*found.notes, note))
     found.skip(header)
     return found.select(~no_image), labels[~no_image].astype(np.int64)
 
@@ -135,9 +130,9 @@ class Writer:
         if self._rec.closed:
             return
         for file in (self._rec, self._idx):
-            file.flush()
-            os.fsync(file.fileno())
             file.close()
+        for temporary in self._temporaries:
+            sync(temporary)
         for temporary, target in zip(self._temporaries, self._targets, strict=True):
             temporary.replace(target)
 
@@ -246,11 +241,12 @@ def _beginning(rec: Path, found: Records, row: int, count: int) -> bytes:
 def _check_count(rec: Path, found: Records, no_image: np.ndarray, labels: np.ndarray) -> None:
     """Hold InsightFace's header record against the .idx, whose last lines are easily lost."""
     header = np.flatnonzero(no_image & (found.keys == 0))
-    if not rec.with_suffix(".idx").is_file() or len(header) != 1 or labels[header[0]] >= EXACT_LABELS:
+    idx = rec.with_suffix(".idx")
+    if not idx.is_file() or len(header) != 1 or labels[header[0]] >= EXACT_LABELS:
         return
     announced, listed = int(labels[header[0]]) - 1, int((~no_image).sum())
     if announced != listed:
         raise UserError(
-            f"{rec}: its header record announces {announced} images, {rec.with_suffix('.idx').name} lists {listed}. "
+            f"{shown(rec)}: its header record announces {announced} images, {shown(idx.name)} lists {listed}. "
             "Copy the .idx again, or remove it: the .rec file is then read from end to end."
         )

@@ -23,6 +23,8 @@ from recognition.data.files import Names
 FORMAT = 1
 _REPLACED_WITHIN_SECONDS = 1.0
 FACTS = "recognition-index.json"
+INDEX_FOLDER = ".recognition-index"
+"""Where indexes lie beside the data."""
 RANGE = np.dtype([("file", "<u4"), ("offset", "<u8"), ("length", "<u4")])
 DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError)
 """What `load` raises."""
@@ -38,6 +40,7 @@ class Content:
     starts: int64 [N+1], first range of each sample. ranges: RANGE [R]. labels: int64 [N] in 0..C-1. sizes: int64 [F],
     bytes. files: F names below the roots. identities: C names. stamp: changes when the data files do. roots:
     (folder, number of its first file), absolute; none where the index belongs to the one folder it was made from.
+    notes: what the user should know of the data, a sentence each.
     """
 
     starts: np.ndarray
@@ -49,6 +52,7 @@ class Content:
     stamp: str
     roots: tuple[tuple[Path, int], ...] = ()
     fingerprint: str = ""
+    notes: tuple[str, ...] = ()
 
     def compute_fingerprint(self) -> str:
         """SHA-256 over file names and sizes, ranges and labels."""
@@ -69,7 +73,8 @@ def save(folder: Path, content: Content) -> None:
     """Put `content` in the place of what is at `folder`. Raises OSError."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(8)
-    new, old = (folder.with_name(f".{folder.name}.{token}.{kind}") for kind in ("new", "old"))
+    # Without the folder's own name, which may be as long as names can be.
+    new, old = (folder.with_name(f".{token}.{kind}") for kind in ("new", "old"))
     new.mkdir()
     try:
         for name in _ARRAYS:
@@ -85,6 +90,7 @@ def save(folder: Path, content: Content) -> None:
             "fingerprint": content.compute_fingerprint(),
             "stamp": content.stamp,
             "roots": [[str(root), first] for root, first in content.roots],
+            "notes": content.notes,
         }
         _write(new / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
         _swap(new, folder, old)
@@ -161,7 +167,8 @@ def _read(folder: Path, facts: dict[str, Any]) -> Content:
         if found != expected:
             raise ValueError(f"{name} has length {found}, not {expected}")
     roots = tuple((Path(root), int(first)) for root, first in facts["roots"])
-    return Content(starts, ranges, labels, sizes, files, identities, facts["stamp"], roots, facts["fingerprint"])
+    notes = tuple(map(str, facts.get("notes", ())))  # which earlier versions did not write
+    return Content(starts, ranges, labels, sizes, files, identities, facts["stamp"], roots, facts["fingerprint"], notes)
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:

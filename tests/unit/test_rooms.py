@@ -11,7 +11,7 @@ ROOMS = {"data", "models", "head", "evaluation", "deploy"}
 LEVELS = [
     {"kinds"},
     {"toml"},
-    {"config", "storage", "terminal"},
+    {"config", "names", "storage", "terminal"},
     {"hardware", "images", "argument_types", "launch", "reasons"},
     {"failures"},
     {"distributed", "progress", "logs", "clock", "lock"},
