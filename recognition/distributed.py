@@ -20,7 +20,9 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
 
 from recognition import config as configuration
 from recognition import failures, hardware
@@ -42,7 +44,7 @@ class Ranks:
     local_world: int
     device: torch.device
     """Where the images and the backbone are."""
-    store: dist.Store | None = field(default=None, compare=False, repr=False)
+    store: Store | None = field(default=None, compare=False, repr=False)
     """Where the ranks met; None for one that is alone."""
 
     @property
@@ -93,10 +95,10 @@ def start(config: configuration.Distributed, threads: int = 0) -> Ranks:
     return Ranks(rank, world, local_rank, local_world, device, store)
 
 
-def _meet(place: Launched, timeout: timedelta) -> dist.Store:
+def _meet(place: Launched, timeout: timedelta) -> Store:
     """The store at which the ranks meet. Raises UserError where they do not."""
     try:
-        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=timeout))
+        store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         where, said = f"{place.address}:{place.port}", str(error)
         if "EADDRINUSE" in said:

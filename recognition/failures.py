@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from recognition.config.base import FailedElsewhere, UserError
 from recognition.reasons import explained
@@ -18,12 +19,17 @@ from recognition.reasons import explained
 PATIENCE_SECONDS = 10.0
 """How long a rank whose peers are gone waits for the reason of one of them."""
 _FIRST, _SEEN = "recognition/first_failure", "recognition/failures_seen"
-_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|store", re.IGNORECASE)
-_LATE = re.compile(r"time ?d? ?out", re.IGNORECASE)
+# What gloo and NCCL say of a peer that is gone or silent; their other errors are those of this rank.
+_LOST = re.compile(
+    r"connection (closed|reset|refused)|by peer|connectFullMesh|pair closure|broken pipe|socket|timed? ?out"
+    r"|remote process|ncclRemoteError|ncclSystemError|communicator was aborted",
+    re.IGNORECASE,
+)
+_LATE = re.compile(r"timed? ?out", re.IGNORECASE)
 
 
 @contextlib.contextmanager
-def shared(store: dist.Store | None, rank: int, world: int) -> Iterator[None]:
+def shared(store: Store | None, rank: int, world: int) -> Iterator[None]:
     """While entered, an error that follows from another rank's becomes a FailedElsewhere with that one's reason.
 
     The first error of all stays what it is, with a note of the rank. On an error, the process group is left. `store`:
@@ -52,7 +58,7 @@ def shared(store: dist.Store | None, rank: int, world: int) -> Iterator[None]:
         raise elsewhere from error
 
 
-def _first(store: dist.Store, rank: int, error: Exception) -> dict[str, Any]:
+def _first(store: Store, rank: int, error: Exception) -> dict[str, Any]:
     """What failed first, on any rank: this error, unless another was before it or is what it follows from."""
     sentence = explained(error)
     reason = sentence if sentence is not None else f"{type(error).__name__}: {error}"
@@ -77,7 +83,7 @@ class _ConnectionLost(UserError):
 def _lost(error: Exception) -> _ConnectionLost | None:
     """What a failed collective means, if it is that."""
     text = str(error)
-    if not isinstance(error, RuntimeError) or not (isinstance(error, dist.DistError) or _LOST.search(text)):
+    if not isinstance(error, RuntimeError) or not _LOST.search(text) or explained(error) is not None:
         return None
     said = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     if _LATE.search(text):
@@ -92,7 +98,7 @@ def _lost(error: Exception) -> _ConnectionLost | None:
     )
 
 
-def _stay(store: dist.Store, world: int) -> None:
+def _stay(store: Store, world: int) -> None:
     """Keep the store, which ends with this process, until all ranks have read it."""
     until = time.monotonic() + PATIENCE_SECONDS
     with contextlib.suppress(RuntimeError):

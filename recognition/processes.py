@@ -17,6 +17,8 @@ import torch
 from recognition import config, distributed
 
 _TIMEOUT_SECONDS = 3600
+_PATIENCE_SECONDS = 2.0
+"""How long the other ranks' answers are waited for once one has failed."""
 
 
 class OutOfMemory(config.UserError):
@@ -30,6 +32,8 @@ class Processes:
         self, ranks: int, make: Callable[[torch.device], Any], *, device: str, threads: int, less: str, preload: str
     ) -> None:
         # Imports take seconds, so they are made once, and forked: by a process that has used neither threads nor a GPU.
+        if "forkserver" not in multiprocessing.get_all_start_methods():
+            raise config.UserError("processes are started here as Windows cannot: use Linux, macOS, or WSL on Windows")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([preload])
         self._less = less
@@ -60,11 +64,24 @@ class Processes:
             # Why a process is gone is found out below.
             with contextlib.suppress(BrokenPipeError):
                 connection.send((name, arguments))
-        answers: dict[Any, Any] = {}
+        answers: dict[int, Any] = {}
+        failures: list[Exception] = []
         while len(answers) < len(self._connections):
-            for connection in pipes.wait([each for each in self._connections if each not in answers]):
-                answers[connection] = self._answer(self._connections.index(connection))
-        return [answers[connection] for connection in self._connections]
+            waiting = [each for rank, each in enumerate(self._connections) if rank not in answers]
+            ready = pipes.wait(waiting, timeout=_PATIENCE_SECONDS if failures else None)
+            for connection in ready:
+                rank = self._connections.index(connection)
+                try:
+                    answers[rank] = self._answer(rank)
+                except (config.UserError, RuntimeError) as error:
+                    answers[rank] = None
+                    failures.append(error)
+            if failures and not ready:
+                break
+        if failures:
+            # A rank whose peer is gone fails too; the reason is with the one that was stopped by something else.
+            raise min(failures, key=_rank_of_reason)
+        return [answers[rank] for rank in range(len(self._connections))]
 
     def close(self) -> None:
         """End the processes."""
@@ -90,6 +107,10 @@ class Processes:
         if kind == "failure":
             raise RuntimeError(f"rank {rank} failed:\n{value}")
         return value
+
+
+def _rank_of_reason(error: Exception) -> int:
+    return 0 if isinstance(error, OutOfMemory) else 1 if isinstance(error, config.UserError) else 2
 
 
 @contextlib.contextmanager

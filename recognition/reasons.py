@@ -1,6 +1,7 @@
 """What the user can do about an error. Needs the standard library alone, so it can say which package is missing."""
 
 import errno
+import importlib.util
 import os
 import platform
 import sys
@@ -40,5 +41,7 @@ def _missing(error: ImportError) -> str | None:
         return f"{package} is installed here, but cannot be loaded: {error}\nInstall it anew, with the others it needs"
     if module in _POSIX:
         return f"Python on {platform.system()} has no module {module}: use Linux, macOS, or WSL on Windows"
+    if error.name != module and module not in _PACKAGES and importlib.util.find_spec(module) is not None:
+        return f"the {module} that is installed here has no {error.name}: install a release of it that is complete"
     package = _PACKAGES.get(module, module)
     return f"the package {package} is not installed here; install it: {sys.executable} -m pip install {package}"

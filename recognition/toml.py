@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from recognition.kinds import what_is
 
 _HINTS = (
-    ("nescaped '\\\\'", "in double quotes a \\\\ begins a character's code: write / or put the text in single quotes"),
-    ("nvalid hex", "in double quotes a \\\\ begins a character's code: write / or put the text in single quotes"),
+    ("nescaped '\\'", "in double quotes a \\ begins a character's code: write / or put the text in single quotes"),
+    ("nvalid hex", "in double quotes a \\ begins a character's code: write / or put the text in single quotes"),
     ("after a key in a key/value pair", "a setting is written key = value, one a line"),
     ("overwrite a value", "the key stands here and further above: remove one"),
     ("declare", "the section stands here and further above: put their keys together"),

@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -251,9 +250,17 @@ class Tracker:
 
 
 def peak_memory() -> int:
-    """Peak memory of this process in bytes: what torch has allocated on its GPU, or resident memory without one."""
+    """Peak memory of this process in bytes: what torch has allocated on its GPU, or resident memory without one.
+
+    0 where the system does not say.
+    """
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ModuleNotFoundError:
+        # On Windows.
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

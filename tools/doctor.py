@@ -55,7 +55,8 @@ def _examine(options: argparse.Namespace) -> dict[str, Any]:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: there is no CUDA device")
     if not options.folder.is_dir():
-        raise UserError(f"--folder: {options.folder} is no folder; name the one whose disk is to be measured")
+        what = "is a file" if options.folder.exists() else "No such file or directory"
+        raise UserError(f"{options.folder}: {what}: name another folder with --folder")
     check_output(options.folder, kind="folder")
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from recognition.config import UserError
+from recognition.kinds import what_is
 from recognition.names import shown
 from recognition.progress import working
 
@@ -147,7 +148,8 @@ def _read_idx(idx: Path) -> tuple[np.ndarray, np.ndarray]:
             warnings.simplefilter("ignore")  # that it holds no data is said below
             table = np.loadtxt(idx, dtype=np.int64, comments=None, ndmin=2)
     except ValueError as error:
-        raise UserError(f"{shown(idx)}: not lines of key and offset ({error}). {way_out}") from None
+        reason = f"{error}; the file is {what_is(idx)}"
+        raise UserError(f"{shown(idx)}: not lines of key and offset ({reason}). {way_out}") from None
     if not len(table):
         raise UserError(f"{shown(idx)}: is empty. {way_out}")
     if table.shape[1] != 2:
@@ -236,7 +238,8 @@ def _join(rec: Path, words: np.ndarray, found: Records, divided: np.ndarray) -> 
 
 
 def _copy_again(rec: Path) -> str:
-    return f"{shown(rec.name)} is damaged or not RecordIO: copy or pack it again."
+    kind = what_is(rec)
+    return f"{shown(rec.name)} is {'damaged' if 'RecordIO' in kind else kind}: copy or pack it again."
 
 
 def bad_record(rec: Path, found: Records, row: int, what: str, way_out: str) -> UserError:

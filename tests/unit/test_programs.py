@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
 import pytest
 
 from recognition import program
@@ -33,6 +34,22 @@ def load(name: str) -> ModuleType:
     sys.modules[specification.name] = module
     specification.loader.exec_module(module)
     return module
+
+
+def mean_colours() -> bytes:
+    """An ONNX file that takes a picture."""
+    data, embedding = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("data", ["n", 3, 16, 16]), ("embedding", ["n", 48]))
+    )
+    pool = onnx.helper.make_node("AveragePool", ["data"], ["pooled"], kernel_shape=[4, 4], strides=[4, 4])
+    nodes = [pool, onnx.helper.make_node("Flatten", ["pooled"], ["embedding"])]
+    graph = onnx.helper.make_graph(nodes, "colours", [data], [embedding])
+    opset = onnx.helper.make_opsetid("", 17)
+    return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8).SerializeToString()
+
+
+MODEL = mean_colours()
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +74,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("pointer.bin", POINTER),
         ("pointer.toml", POINTER),
         ("empty.onnx", b""),
+        ("model.onnx", MODEL),
         ("pickle.toml", pickle.dumps([1])),
         ("utf16.toml", "[data]\n".encode("utf-16")),
         ("unquoted.toml", b"[data]\npath = /data/x\n"),
         ("twice.toml", b'[data]\npath = "a"\npath = "b"\n'),
         ("bare.toml", b'[data]\npath = "C:\\faces"\n'),
+        ("users.toml", b'[data]\npath = "C:\\Users"\n'),
+        ("escape.toml", b'[data]\npath = "D:\\Data"\n'),
+        ("yaml.toml", b"data:\n  path: x\n"),
         ("train.toml", f'[data]\npath = "{tmp_path}"\n'.encode()),
         ("file", b"x"),
     ):
@@ -83,6 +104,9 @@ WRONG = [
     ("train", "utf16.toml", "UTF-16: save it as UTF-8"),
     ("train", "unquoted.toml", "the line is: path = /data/x; a text needs quotes"),
     ("train", "twice.toml", "the key stands here and further above"),
+    ("train", "users.toml", "in double quotes a \\ begins a character's code: write /"),
+    ("train", "escape.toml", "in double quotes a \\ begins a character's code: write /"),
+    ("train", "yaml.toml", "the line is: data:; a setting is written key = value, one a line"),
     ("train", "bare.toml", "put the text in single quotes"),
     ("train", "train.toml data.path=missing/x", "no such file or folder: missing/x; there is no missing in ."),
     ("train", "train.toml data.path=foldr", "did you mean folder?"),
@@ -98,10 +122,11 @@ WRONG = [
     ("train", f"train.toml data.path={'x' * 300}", "File name too long"),
     ("demo", "nonsense", "nonsense: an override is written section.key=value"),
     ("demo", "training.epoch=1", "did you mean epochs?"),
-    ("evaluate", "--model none.onnx --pairs page.bin", "page.bin"),
-    ("evaluate", "--model page.onnx --pairs none.bin", "none.bin"),
-    ("evaluate", "--model page.onnx --pairs folder", "folder"),
-    ("evaluate", "--model page.onnx --pairs pointer.bin", "pointer.bin"),
+    ("evaluate", "--model none.onnx --pairs page.bin", "none.onnx"),
+    ("evaluate", "--model page.onnx --pairs page.bin", "page.onnx"),
+    ("evaluate", "--model model.onnx --pairs none.bin", "none.bin"),
+    ("evaluate", "--model model.onnx --pairs folder", "folder"),
+    ("evaluate", "--model model.onnx --pairs pointer.bin", "pointer.bin"),
     ("evaluate", "--model page.onnx --pairs page.bin --batch 0", "0 is not a whole number above 0"),
     ("evaluate", "--model= --pairs page.bin", "an empty path"),
     ("export", "none --output m.onnx", "none is not a run folder"),
@@ -202,6 +227,7 @@ def raising(error: BaseException) -> Callable[[], int]:
         (ModuleNotFoundError("", name="nvidia.dali"), 2, "-m pip install nvidia-dali-cuda130\n"),
         (ModuleNotFoundError("", name="PIL.Image"), 2, "-m pip install pillow\n"),
         (ModuleNotFoundError("", name="resource"), 2, "WSL on Windows\n"),
+        (ModuleNotFoundError("", name="torch._C._none"), 2, "the torch that is installed here has no torch._C._none"),
         (ImportError("libcudnn.so.9: cannot open", name="torch"), 2, "torch is installed here, but cannot be loaded"),
         (UserError("data.path: no text: \udce9"), 2, "no text: \\udce9"),
     ],
@@ -301,3 +327,11 @@ def test_an_output_without_permission(place: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr("recognition.outputs.tempfile.TemporaryFile", refuse)
     with pytest.raises(UserError, match="folder/x: cannot be written: Permission denied; choose another output"):
         check_output(Path("folder/x"), kind="file")
+
+
+def test_windows_has_no_module_resource(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recognition import tracking
+
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
+    assert tracking.peak_memory() == 0
