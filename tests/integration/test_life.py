@@ -4,15 +4,14 @@ import errno
 import json
 import logging
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ranks import launch_ranks, launched
+from ranks import launch_ranks
 from recognition import config, lock, run_folder, trainer
 from recognition.checkpoint import Checkpoints, read_tensors
 from recognition.config import UserError
@@ -385,29 +384,3 @@ def test_what_can_be_known_before_the_first_step_is_said_before_it(
     folder.model.mkdir()
     with pytest.raises(UserError, match=r"model.onnx is a folder, .* move it elsewhere"):
         folder.refuse_folders()
-
-
-def hanging(overrides: list[str]) -> str:
-    """Train; the second rank's images of the third step never come."""
-    shown: Callable[..., Iterator[Any]] = trainer.Trainer._shown
-
-    def stuck(self: trainer.Trainer, batches: Any) -> Iterator[Any]:
-        for number, batch in enumerate(shown(self, batches)):
-            if number == 2 and self.ranks.rank == 1:
-                time.sleep(600)
-            yield batch
-
-    trainer.Trainer._shown = stuck  # type: ignore[method-assign]
-    try:
-        train(overrides)
-    except UserError as error:
-        return str(error)
-    return "nothing"
-
-
-def test_a_rank_that_hangs_in_reading_is_named(faces: Path, tmp_path: Path) -> None:
-    overrides = settings(faces, tmp_path / "run", 4, "distributed.timeout_seconds=2")
-    with launched(hanging, 2, overrides) as launch:
-        rank, text, error = launch.results.get(timeout=90)
-    assert (rank, error) == (0, None)
-    assert "rank 1 has not taken part for 2 seconds" in text

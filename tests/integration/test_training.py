@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from ranks import launch_ranks
+from ranks import launch_ranks, launched
 from recognition import config, hardware, resuming, trainer
 from recognition.checkpoint import Checkpoints, read_manifest, read_tensors
 from recognition.data.faces import write_faces
+from recognition.data.pipeline import Batch
 from recognition.deploy.embedder import OnnxEmbedder
 from recognition.evaluation.pairs import read_pairs
 from recognition.evaluation.verification import embed_pairs, verify
@@ -246,3 +249,29 @@ def test_a_verification_set_that_does_not_fit_is_said_before_the_first_step(face
     with pytest.raises(AssertionError, match="40 images are not 64 x 64 pixels"):
         launch_ranks(run, 1, settings(faces, tmp_path / "run", pairs, "backbone.image_size=64", "data.fit=exact"))
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def hanging(overrides: list[str]) -> str:
+    """Train; the second rank's images of the third step never come."""
+    shown = trainer.Trainer._shown
+
+    def stuck(self: trainer.Trainer, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for number, batch in enumerate(shown(self, batches)):
+            if number == 2 and self.ranks.rank == 1:
+                time.sleep(600)
+            yield batch
+
+    trainer.Trainer._shown = stuck
+    try:
+        trainer.train(config.load(TINY, overrides))
+    except config.UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_rank_that_hangs_in_reading_is_named(faces: Path, tmp_path: Path) -> None:
+    overrides = settings(faces, tmp_path / "run", "distributed.timeout_seconds=2", "data.loader=torchvision")
+    with launched(hanging, 2, overrides) as launch:
+        rank, text, error = launch.results.get(timeout=90)
+    assert (rank, error) == (0, None)
+    assert "rank 1 has not taken part for 2 seconds" in text
