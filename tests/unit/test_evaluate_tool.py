@@ -129,7 +129,7 @@ def test_images_of_another_size_are_fitted_as_asked(main, model, make_set, tmp_p
     assert results["crop", "framed.bin"]["threshold"] == results["crop", "faces.bin"]["threshold"]
     assert results["resize", "framed.bin"]["threshold"] != results["resize", "faces.bin"]["threshold"]
     assert main(["--model", str(model), "--pairs", str(tmp_path / "framed.bin"), "--fit", "exact"]) == 2
-    assert "is 24 x 16 pixels, not 16 x 16" in capsys.readouterr().err
+    assert "40 images are not 16 x 16 pixels (40 of 24 x 16)" in capsys.readouterr().err
 
 
 def test_mistakes_exit_with_2_and_no_traceback(main, model, make_set, tmp_path, capsys):
