@@ -1,4 +1,5 @@
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,17 @@ def shared_data() -> Path:
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a row optimizer does where the host does not know the flag."""
     monkeypatch.setattr("recognition.head.row_optimizer._host_knows", lambda tensor: False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Escape what is no text: reports of tests with names of any bytes travel between processes as UTF-8."""
+    report = yield
+    report.sections = [(name, _text(content)) for name, content in report.sections]
+    if report.longrepr is not None and (shown := _text(str(report.longrepr))) != str(report.longrepr):
+        report.longrepr = shown
+    return report
+
+
+def _text(content: str) -> str:
+    return content.encode(errors="backslashreplace").decode()
