@@ -18,7 +18,6 @@ from recognition.data.index import Index, build, filter, merge, open_index
 from recognition.data.quarantine import Quarantine
 from recognition.data.recordio import InsightFaceWriter, Writer, pack
 from recognition.names import shown
-from recognition.program import run
 
 TOOL = runpy.run_path(str(Path(__file__).resolve().parents[2] / "tools" / "index.py"))
 NAMES = [
@@ -83,6 +82,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def content(index: Index) -> list[tuple[str, bytes]]:
     return sorted((index.identities[int(index.labels[i])], index.read(i)) for i in range(len(index)))
+
+
+def status(*arguments: object) -> int:
+    """The exit status of the tool."""
+    try:
+        return int(TOOL["main"]([str(argument) for argument in arguments]))
+    except SystemExit as ended:
+        return int(str(ended.code))
 
 
 def assert_plain(text: str) -> None:
@@ -170,8 +177,12 @@ def test_a_set_of_any_name(number: int, tmp_path: Path, cache: Path, capfd: pyte
     assert index.folder == folder / ".recognition-index" / rec.name
     rec.with_suffix(".idx").write_text("8 0\n")
     capfd.readouterr()
-    assert run(lambda: TOOL["main"](["show", str(rec)])) == 2
+    assert status("show", rec) == 2
     error = capfd.readouterr().err
+    if any(character < " " and character != "\t" for character in str(rec)):
+        # Refused by name at the beginning, on the command line as in a configuration.
+        assert "a path cannot hold the character" in error
+        return
     assert shown(rec) in error
     assert_plain(error.rstrip("\n"))
     shutil.copy(folder / "train.idx", rec.with_suffix(".idx"))
@@ -180,7 +191,7 @@ def test_a_set_of_any_name(number: int, tmp_path: Path, cache: Path, capfd: pyte
         shutil.rmtree(folder / ".recognition-index")
         assert open_index(folder, tmp_path / "own" / name).folder.is_relative_to(tmp_path / "own" / name)
         capfd.readouterr()
-        assert TOOL["main"](["show", str(folder)]) == 0
+        assert status("show", folder) == 0
     finally:
         folder.chmod(0o755)
     out = capfd.readouterr().out

@@ -162,7 +162,6 @@ WRONG = [
     ("export", "run --output run/best.onnx", "best.json: belongs to the run in"),
     ("export", "run --output run/checkpoints/m.onnx", "its checkpoints"),
     ("export", "run --output file/m.onnx", "file is not a folder"),
-    ("export", "run --output m.json", "give a name that ends in .onnx"),
     ("export", "run --output /dev/null", "is not a regular file"),
     ("export", f"run --output {'m' * 300}.onnx", "File name too long"),
     ("faces", f"{FACES} --output file", "file: is a file; give the name of a folder"),
