@@ -45,6 +45,7 @@ SMALL = ("backbone.name=resnet10t", "backbone.image_size=32", "backbone.embeddin
 SETTINGS = [
     ("optimizer.name=adamw head.untouched=lazy", r"set (head\.optimizer\.name) to (\w+)", r"\1=\2", False),
     ("training.epochs=3 training.schedule=multistep", r"needs (\S+), for example (\[.*?\])", r"\1=\2", False),
+    ("training.schedule=multistep", r"needs (\S+), for example (\[.*?\])", r"\1=\2", False),
     ("training.milestones=[1.0]", r"is for (training\.schedule) = (\w+)", r"\1=\2", False),
     ("head.triplet.margin=0.3", r"set (data\.images_per_identity)", r"\1=2", False),
     ("head.contrastive.weight=0.3", r"set (data\.images_per_identity)", r"\1=2", False),
