@@ -16,6 +16,7 @@ from PIL import Image
 from recognition import config, lock, trainer
 from recognition.config import UserError
 from recognition.data.faces import write_faces
+from recognition.evaluation.verification import verify
 from recognition.run_folder import load_backbone
 
 REPOSITORY = Path(__file__).parents[2]
@@ -147,6 +148,16 @@ def test_the_other_of_two_backbones(run: Path) -> None:
     load_backbone(run, found[1])  # type: ignore[arg-type]
 
 
+def test_a_model_that_is_broken(faces: Path, run: Path, tmp_path: Path) -> None:
+    message = refusal(lambda: verify(np.full((40, 8), np.nan), np.arange(20) % 2 == 0))
+    command = way_out(message, r"`python (tools/export\.py [^`]*)`")[1].split()
+    places = {"RUN": str(run), "FILE": str(tmp_path / "best.onnx")}
+    options = tool("export")._parser().parse_args([places.get(word, word) for word in command[1:]])
+    load_backbone(options.run, options.which)
+    setting = way_out(message, r"begin at an earlier checkpoint: (backbone\.weights=)\.\.\.")[1]
+    assert train(faces, tmp_path / "another", f"{setting}{run / 'checkpoints/step-00000001'}", "training.epochs=0.5")
+
+
 def test_weights_in_the_run_s_own_folder(faces: Path, tmp_path: Path, finished: Path) -> None:
     weights = tmp_path / "run/weights.pt"
     weights.parent.mkdir()
@@ -176,13 +187,14 @@ def test_a_batch_that_is_too_small(faces: Path, tmp_path: Path, change: tuple[st
     assert train(faces, tmp_path / "run", *small, "=".join(change))
 
 
-def test_images_that_cannot_be_used(tmp_path: Path, faces: Path) -> None:
+def test_images_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recognition.data.quarantine._BAD_ALWAYS_BORNE", 7)
     people = tmp_path / "people"
     for number in range(32):
         path = people / f"{number // 4}/{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((32, 32, 3), 8 * number, np.uint8)).save(path)
-        if number % 4:
+        if number % 4 == 0:
             path.write_bytes(path.read_bytes()[:40])
     short = "evaluation.pairs=[]", "training.epochs=1"
     message = refusal(lambda: train(people, tmp_path / "run", *short))
