@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 
-from recognition import config
+from recognition import config, distributed, hardware
 from recognition.config import UserError
 from recognition.data.faces import verification_pairs
 from recognition.data.index import build, check_trainable, filter, merge, open_index
@@ -365,6 +366,36 @@ def test_options_for_a_file_of_another_program(
     embedder = OnnxEmbedder(path, reading=right)
     images = np.zeros((2, embedder.image_size, embedder.image_size, 3), np.uint8)
     assert embedder(images).shape == (2, 3)
+
+
+# --- this machine --------------------------------------------------------------------------------------------------
+
+CPU = hardware.Hardware("cpu", "a processor", "AVX2", "float32")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "pattern", "template"),
+    [
+        ("data.loader=dali", r"(data\.loader=\w+) does without it", r"\1"),
+        ("backbone.compile=true", r"set (backbone\.compile=\w+)", r"\1"),
+        ("distributed.backend=nccl", r"set (distributed\.backend) to (\w+)", r"\1=\2"),
+    ],
+)
+def test_what_this_machine_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str, pattern: str, template: str
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[data]\npath = "."\n')
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+
+    def attempt(setting: str) -> None:
+        settings = config.load(file, [setting])
+        hardware.resolve(settings, CPU)
+        distributed._device(settings.distributed.backend, 0, 1, alone=False)
+
+    attempt(way_out(refusal(lambda: attempt(mistake)), pattern).expand(template))
 
 
 # --- outputs and launchers -----------------------------------------------------------------------------------------
