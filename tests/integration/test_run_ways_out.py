@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from recognition import config, lock, trainer
 from recognition.config import UserError
 from recognition.data.faces import write_faces
+from recognition.deploy.embedder import Reading
 from recognition.evaluation.verification import verify
 from recognition.run_folder import load_backbone
 
@@ -156,6 +158,28 @@ def test_a_model_that_is_broken(faces: Path, run: Path, tmp_path: Path) -> None:
     load_backbone(options.run, options.which)
     setting = way_out(message, r"begin at an earlier checkpoint: (backbone\.weights=)\.\.\.")[1]
     assert train(faces, tmp_path / "another", f"{setting}{run / 'checkpoints/step-00000001'}", "training.epochs=0.5")
+
+
+def test_a_loss_that_is_not_finite(faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = trainer.Trainer._shown
+
+    def spoilt(self: trainer.Trainer, batches: Any) -> Iterator[Any]:
+        for batch in shown(self, batches):
+            batch.images[:] = torch.nan
+            yield batch
+
+    low = "backbone.precision=bfloat16", "training.max_nonfinite_steps=1", "evaluation.pairs=[]", "training.epochs=0.5"
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.Trainer, "_shown", spoilt)
+        message = refusal(lambda: train(faces, tmp_path / "run", *low, "tracking.every_steps=1"))
+    found = way_out(message, r"or go on with (backbone\.precision=\w+)$")
+    assert train(faces, tmp_path / "run", *low, found[1])
+
+
+def test_options_that_a_run_has_no_use_for(run: Path) -> None:
+    load = tool("evaluate").load_embedder
+    way_out(refusal(lambda: load(run, Reading(size=9))), "--size, .* are for ONNX files; leave them out")
+    load(run)
 
 
 def test_weights_in_the_run_s_own_folder(faces: Path, tmp_path: Path, finished: Path) -> None:

@@ -1,11 +1,15 @@
 """What a message says to do gets on: the way out is read from the message, tried, and works."""
 
+import importlib
 import io
 import pickle
 import re
 import shutil
+import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,8 +27,9 @@ from recognition.deploy.embedder import OnnxEmbedder, Reading
 from recognition.evaluation.sets import open_sets
 from recognition.launch import launched
 from recognition.models.backbone import build_backbone
-from recognition.models.weights import load_weights
+from recognition.models.weights import load_weights, read_file
 from recognition.outputs import check_output
+from recognition.run_folder import RunFolder
 
 
 def refusal(attempt: Callable[[], object]) -> str:
@@ -156,6 +161,28 @@ def test_weights_of_another_backbone() -> None:
     load_weights(backbone(embedding_size=16), state, "x.pt")
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_weights_are_saved_anew(tmp_path: Path, whole: bool) -> None:
+    model, path = build_backbone(config.Backbone(name="resnet10t", image_size=32, embedding_size=32)), tmp_path / "x.pt"
+    torch.save(model.neck if whole else [1], path)
+    message = refusal(lambda: load_weights(model, read_file(path), path))
+    way_out(message, r"torch\.save\(model\.state_dict\(\), path\)")
+    torch.save(model.state_dict(), path)
+    assert load_weights(model, read_file(path), path)
+
+
+def test_fewer_checkpoints_need_less_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    (tmp_path / "checkpoints").mkdir()
+    RunFolder(tmp_path).warn_of_room(40, keep=2)
+    keep = int(way_out(caplog.text, r"lower checkpoint\.keep \((\d+)\)")[1]) - 1
+    caplog.clear()
+    RunFolder(tmp_path).warn_of_room(40, keep=keep)
+    assert not caplog.records
+
+
 # --- training sets -------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +275,41 @@ def test_one_person_alone(tmp_path: Path) -> None:
 def test_numbers_of_a_set_that_is_rendered(pairs: int, identities: int, pattern: str) -> None:
     number = int(way_out(refusal(lambda: verification_pairs(0, pairs, identities)), pattern)[1])
     verification_pairs(0, 2 * number if pairs % 20 else pairs, identities if pairs % 20 else number)
+
+
+def test_notes_on_a_folder_of_people(people: Path) -> None:
+    picture(people / "Ann/deeper/2.png")
+    (people / "Cy").symlink_to(people / "Bob")
+    picture(people / "ANN/3.png")
+    notes = " ".join(build(people).notes)
+    way_out(notes, r"move them up into the identity's own folder.*remove the link.*into one folder")
+    (people / "Ann/deeper/2.png").rename(people / "Ann/2.png")
+    (people / "Ann/deeper").rmdir()
+    (people / "Cy").unlink()
+    (people / "ANN/3.png").rename(people / "Ann/3.png")
+    (people / "ANN").rmdir()
+    index = build(people)
+    assert not index.notes and len(index) == 6
+
+
+@pytest.mark.parametrize("compressed", ["gzip", "bz2", "lzma"])
+def test_a_compressed_file_is_unpacked(tmp_path: Path, compressed: str) -> None:
+    compress = importlib.import_module(compressed).compress
+    (tmp_path / "FILE").write_bytes(compress(b"[data]\npath = '.'\n"))
+    command = way_out(refusal(lambda: config.load(tmp_path / "FILE")), r"unpack it with `([^`]+)`")[1]
+    if shutil.which(command.split()[0]) is None:
+        pytest.skip(f"there is no {command.split()[0]}")
+    subprocess.run(["sh", "-c", command], check=True, cwd=tmp_path)
+    config.load(tmp_path / "NEW")
+
+
+def test_an_archive_is_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[data]\npath = '.'\n")
+    with tarfile.open(tmp_path / "FILE", "w") as archive:
+        archive.add(tmp_path / "run.toml", "inside.toml")
+    command = way_out(refusal(lambda: config.load(tmp_path / "FILE")), r"unpack it with `([^`]+)`")[1]
+    subprocess.run([*command.split(), "FILE"], check=True, cwd=tmp_path)
+    config.load(tmp_path / "inside.toml")
 
 
 # --- verification sets ---------------------------------------------------------------------------------------------
