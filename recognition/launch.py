@@ -95,16 +95,17 @@ def _by_slurm(environment: Mapping[str, str]) -> Launched | None:
     tasks = "SLURM_STEP_NUM_TASKS" if environment.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
     if not environment.get(tasks) or _whole(environment, tasks) == [1]:
         return None
+    unset = " and ".join(name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if environment.get(name))
     if "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment:
         raise UserError(
             f"SLURM has {environment[tasks]} tasks for this job, but this process was not started by srun: put srun "
-            "before python, start torchrun, or unset SLURM_NTASKS to run one process"
+            f"before python, start torchrun, or unset {unset} to run one process"
         )
     missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID") if not environment.get(name)]
     if missing:
         raise UserError(
             f"{tasks} is {environment[tasks]}, but {', '.join(missing)} is not set: start several processes with srun "
-            f"or torchrun, or unset {tasks} to run one"
+            f"or torchrun, or unset {unset} to run one"
         )
     world, rank, local_rank = _whole(environment, tasks, "SLURM_PROCID", "SLURM_LOCALID")
     nodes = next((environment[name] for name in _NODES if environment.get(name)), "")

@@ -284,11 +284,13 @@ class Trainer:
         if in_a_row >= self.config.training.max_nonfinite_steps:
             saved = any(self.folder.checkpoints.glob("step-*"))
             along = f" and backbone.weights={self.folder.path}" if saved else ""
+            low = [name for name in ("backbone", "head") if getattr(self.config, name).precision != "float32"]
+            higher = " and ".join(f"{name}.precision=float32" for name in low)
             raise UserError(
                 f"step {self.step}: the loss has not been finite for {in_a_row} steps. The backbone's weights are "
                 f"those of step {self.step - in_a_row}; {self.folder.path / 'metrics.jsonl'} tells where it began. "
                 f"Start another run with run.folder=...{along}, with a lower optimizer.lr or a longer "
-                "training.warmup_epochs; or go on with backbone.precision=float32 and head.precision=float32"
+                f"training.warmup_epochs{f'; or go on with {higher}' if higher else ''}"
             )
 
     def _verify(self) -> dict[str, Verification]:

@@ -259,7 +259,9 @@ def _schedule_mistakes(training: Training) -> list[str]:
         return [said] if training.milestones else []
     milestones, mistakes = training.milestones, []
     if not milestones:
-        mistakes.append("training.schedule = multistep needs training.milestones, for example [10.0, 16.0]")
+        first, last = training.warmup_epochs, training.epochs
+        example = [round(first + part * (last - first), 6) for part in (0.5, 0.8)]
+        mistakes.append(f"training.schedule = multistep needs training.milestones, for example {example}")
     if any(after <= before for before, after in itertools.pairwise(milestones)):
         mistakes.append(f"training.milestones must rise, which {list(milestones)} do not")
     if out := [str(each) for each in milestones if not training.warmup_epochs < each < training.epochs]:

@@ -93,7 +93,8 @@ def verify(embeddings: np.ndarray, same: np.ndarray) -> Verification:
         first = int(np.argmin(finite))
         raise UserError(
             f"{np.sum(~finite)} of {len(finite)} embeddings are not finite, the first that of image {first % 2 + 1} of "
-            f"pair {first // 2 + 1}: the model is broken; use an earlier checkpoint"
+            f"pair {first // 2 + 1}: the model is broken. Of a run, `python tools/export.py RUN --output FILE "
+            "--which best` may give a whole one; another run can begin at an earlier checkpoint: backbone.weights=..."
         )
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     unit = embeddings / np.where(norms == 0, 1, norms)
