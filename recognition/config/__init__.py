@@ -148,7 +148,7 @@ class Evaluation(Section):
     """What the ten folds of a set are. `file`: consecutive pairs in the file's order, as arcface_torch has them;
     `even`: genuine and impostor pairs are spread evenly over them first."""
     every_steps: NonNegativeInt = 2000
-    """Steps between verifications; 0: only at the end."""
+    """Steps between verifications, each of which follows a checkpoint; 0: only at the end."""
     batch: PositiveInt = 64
     """Images per forward pass, per rank."""
 

@@ -4,7 +4,7 @@ import importlib.util
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from unit.ways_out import refusal, way_out
 
 from recognition import config, lock, trainer
-from recognition.config import UserError
 from recognition.data.faces import write_faces
 from recognition.deploy.embedder import Reading
 from recognition.evaluation.verification import verify
@@ -71,18 +71,6 @@ def finished(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished run, to go on with."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-def refusal(attempt: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as caught:
-        attempt()
-    return str(caught.value)
-
-
-def way_out(message: str, pattern: str) -> re.Match[str]:
-    found = re.search(pattern, message, re.DOTALL)
-    assert found is not None, message
-    return found
 
 
 def tool(name: str) -> ModuleType:
