@@ -11,7 +11,7 @@ SIGINT, SIGTERM, SIGHUP and SIGUSR1 (as of SLURM's --signal=USR1@120) leave a ch
 import sys
 from pathlib import Path
 
-from recognition import program
+from recognition.cli import program
 
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 
@@ -26,12 +26,13 @@ def _train(arguments: list[str]) -> int:
         sys.stdout.write(__doc__)
         return 0
     with program.imports():
-        from recognition import config, progress
+        from recognition import config
+        from recognition.tracking import progress
     path, overrides = config.command_line(arguments, DEMO)
     settings = config.load(path, overrides)
     # A mistake in the settings shows before the seconds that torch takes.
     with program.imports(), progress.working("starting: loading torch", after=0):
-        from recognition.trainer import train
+        from recognition.training.trainer import train
 
     return 0 if train(settings) else program.INTERRUPTED
 

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from recognition.config import Backbone, Config, UserError
+from recognition.config import Backbone, Config
+from recognition.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "float16"]
 

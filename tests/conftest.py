@@ -29,7 +29,7 @@ def shared_data() -> Path:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a row optimizer does where the host does not know the flag."""
-    monkeypatch.setattr("recognition.head.row_optimizer._host_knows", lambda tensor: False)
+    monkeypatch.setattr("recognition.head.class_weights.optimizer._host_knows", lambda tensor: False)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 # What a rank needs is imported once: importing takes seconds, forking milliseconds.
-_context.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor", "recognition.trainer"])
+_context.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor", "recognition.training.trainer"])
 
 
 def _rank(

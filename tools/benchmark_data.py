@@ -13,16 +13,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recognition import program
+from recognition.cli import program
 
 with program.imports():
     import torch
 
     from recognition import hardware
-    from recognition.argument_types import path, positive
-    from recognition.config import Augment, Data, UserError
+    from recognition.cli.argument_types import path, positive
+    from recognition.config import Augment, Data
     from recognition.data.index import Index, open_index
     from recognition.data.pipeline import Pipeline
+    from recognition.errors import UserError
 
 AUGMENTS = {
     "flip": Augment(),

@@ -13,17 +13,17 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recognition import program
+from recognition.cli import program
 
 with program.imports():
     import torch
     from pydantic import ValidationError
 
     from recognition import config, hardware
-    from recognition.argument_types import positive
-    from recognition.config import UserError
-    from recognition.head.benchmark import REFERENCE_STEPS, Details, Result, measure
-    from recognition.head.plan import HeadPlan
+    from recognition.benchmarks.head import REFERENCE_STEPS, Details, Result, measure
+    from recognition.cli.argument_types import positive
+    from recognition.errors import UserError
+    from recognition.planning.head import HeadPlan
 
 LOSSES = [loss.model_fields["name"].default for loss in get_args(get_args(config.Loss)[0])]
 OPTIMIZERS: dict[str, config.Optimizer] = {"sgd": config.SGD(), "adamw": config.AdamW()}

@@ -13,16 +13,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recognition import program
+from recognition.cli import program
 
 with program.imports():
     import torch
     from pydantic import ValidationError
 
-    from recognition import config, distributed, hardware, toml
-    from recognition.argument_types import above_one, above_zero, path, whole
-    from recognition.benchmark import Result, Variant, measure, measure_grid
-    from recognition.config import UserError
+    from recognition import config, distributed, hardware
+    from recognition.benchmarks.training import Result, Variant, measure, measure_grid
+    from recognition.cli.argument_types import above_one, above_zero, path, whole
+    from recognition.config import toml
+    from recognition.errors import UserError
 
 LAYOUTS = {"channels-last": True, "contiguous": False}
 

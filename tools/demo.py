@@ -11,23 +11,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recognition import program
+from recognition.cli import program
 
 with program.imports():
     import numpy as np
     from rich.console import Console
     from rich.table import Table
 
-    from recognition import config, progress
-    from recognition.config import UserError
-    from recognition.data.faces import write_faces
+    from recognition import config
+    from recognition.data.procedural.dataset import write_faces
     from recognition.deploy.embedder import OnnxEmbedder
+    from recognition.errors import UserError
     from recognition.evaluation.embedder import Embedder
     from recognition.evaluation.pairs import read_pairs
     from recognition.evaluation.verification import Verification, embed_pairs, verify
+    from recognition.files.atomic import write_text
     from recognition.models.backbone import BackboneEmbedder
-    from recognition.run_folder import RunFolder, load_backbone
-    from recognition.storage import write_text
+    from recognition.runs.folder import RunFolder, load_backbone
+    from recognition.tracking import progress
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

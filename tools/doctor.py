@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recognition import program
+from recognition.cli import program
 
 with program.imports():
     import torch
@@ -22,10 +22,11 @@ with program.imports():
     from rich.console import Console
     from rich.table import Table
 
-    from recognition import config, doctor, hardware, measure
-    from recognition.argument_types import path, positive
-    from recognition.config import UserError
-    from recognition.outputs import check_output
+    from recognition import config, hardware
+    from recognition.benchmarks import doctor, machine
+    from recognition.cli.argument_types import path, positive
+    from recognition.errors import UserError
+    from recognition.files.outputs import check_output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +82,7 @@ def _examine(options: argparse.Namespace) -> dict[str, Any]:
     threads = resolved.config.training.threads
     torch.set_num_threads(threads)
     with console.status("measuring"):
-        measured = measure.measure(device, options.folder, ranks=ranks, effort=_effort(options))
+        measured = machine.measure(device, options.folder, ranks=ranks, effort=_effort(options))
     _print_measured(console, measured, threads)
     verdicts = doctor.verdicts(resolved, measured, ranks) or ["nothing is unusual"]
     for verdict in verdicts:
@@ -96,11 +97,11 @@ def _examine(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _effort(options: argparse.Namespace) -> measure.Effort:
-    return measure.QUICK if options.quick else measure.Effort()
+def _effort(options: argparse.Namespace) -> machine.Effort:
+    return machine.QUICK if options.quick else machine.Effort()
 
 
-def _print_measured(console: Console, measured: measure.Measured, threads: int) -> None:
+def _print_measured(console: Console, measured: machine.Measured, threads: int) -> None:
     on = f"{threads} threads" if threads > 1 else "1 thread"
     table: list[list[str]] = []
     convolutions = {(each.precision, each.channels_last): each for each in measured.convolutions}

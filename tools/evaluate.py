@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recognition import program
+from recognition.cli import program
 
 with program.imports():
     import numpy as np
@@ -19,14 +19,14 @@ with program.imports():
     from rich.table import Table
     from rich.text import Text
 
-    from recognition import progress, terminal
-    from recognition.argument_types import path, positive
-    from recognition.config import UserError
+    from recognition.cli.argument_types import path, positive
     from recognition.deploy.embedder import OnnxEmbedder, Reading
+    from recognition.errors import UserError
     from recognition.evaluation.embedder import Embedder
     from recognition.evaluation.pairs import PairSet
     from recognition.evaluation.sets import open_sets
     from recognition.evaluation.verification import FARS, embed_pairs, verify
+    from recognition.tracking import progress, terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +114,7 @@ def load_embedder(model: Path, reading: Reading | None = None) -> Embedder:
     import torch
 
     from recognition.models.backbone import BackboneEmbedder
-    from recognition.run_folder import load_backbone
+    from recognition.runs.folder import load_backbone
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone, _ = load_backbone(model)

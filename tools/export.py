@@ -7,14 +7,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recognition import program
+from recognition.cli import program
 
 with program.imports():
     from recognition import config
-    from recognition.argument_types import path
+    from recognition.cli.argument_types import path
     from recognition.deploy.onnx import card_path, export
-    from recognition.outputs import check_output
-    from recognition.run_folder import load_backbone
+    from recognition.files.outputs import check_output
+    from recognition.runs.folder import load_backbone
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recognition import program
+from recognition.cli import program
 
 with program.imports():
     from PIL import Image
 
-    from recognition.argument_types import path, positive, whole
-    from recognition.data.faces import contact_sheet, write_faces
-    from recognition.outputs import check_output
-    from recognition.storage import replacing
+    from recognition.cli.argument_types import path, positive, whole
+    from recognition.data.procedural.dataset import contact_sheet, write_faces
+    from recognition.files.atomic import replacing
+    from recognition.files.outputs import check_output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

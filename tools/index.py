@@ -10,19 +10,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recognition import program
+from recognition.cli import program
 
 with program.imports():
     import numpy as np
 
-    from recognition.argument_types import path
-    from recognition.config import UserError
+    from recognition.cli.argument_types import path
     from recognition.data.index import Index, Lost, build, filter, merge, open_index
     from recognition.data.quarantine import BadImage, check_header
     from recognition.data.sizes import listed
-    from recognition.names import shown
-    from recognition.outputs import check_output
-    from recognition.progress import working
+    from recognition.errors import UserError
+    from recognition.files.outputs import check_output
+    from recognition.files.paths import shown
+    from recognition.tracking.progress import working
 
 _DATA = "a .rec file, a folder with .rec files, one folder per identity, or what filter or merge wrote"
 _SAMPLED = 1000

@@ -15,16 +15,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recognition import program
+from recognition.cli import program
 
 with program.imports():
     from pydantic import ValidationError
 
     from recognition import config
-    from recognition.argument_types import above_zero, positive
-    from recognition.config import UserError
-    from recognition.head.plan import HeadPlan
-    from recognition.models.cost import BackboneCost, backbone_cost
+    from recognition.cli.argument_types import above_zero, positive
+    from recognition.errors import UserError
+    from recognition.planning.backbone import BackboneCost, backbone_cost
+    from recognition.planning.head import HeadPlan
 
 FRAMEWORK_BYTES = 2_000_000_000
 """An estimate: CUDA's context, buffers of NCCL, workspaces of cuBLAS and cuDNN, and what the allocator cannot use."""

@@ -1,4 +1,4 @@
-"""Measure the tiles of the head's Triton kernels on this GPU: prints its section of recognition/head/tiles.toml.
+"""Measure the tiles of the head's Triton kernels on this GPU: prints its section of head/backends/tiles.toml.
 
 With `--write`, the section takes its place in the file. Entries of work that was not measured stay as they are.
 """
@@ -13,21 +13,21 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recognition import program
+from recognition.cli import program
 
 with program.imports():
     import torch
     from torch import Tensor
 
-    from recognition.argument_types import positive
-    from recognition.config import UserError
-    from recognition.head import tiles
-    from recognition.head.negatives import Curricular, Filtered, Linear
-    from recognition.head.products import Products, Summand, Taking
-    from recognition.head.rows import Rows, State
-    from recognition.head.tiles import Kernel, Problem, Section, Tile, Work
-    from recognition.outputs import check_output
-    from recognition.storage import write_text
+    from recognition.cli.argument_types import positive
+    from recognition.errors import UserError
+    from recognition.files.atomic import write_text
+    from recognition.files.outputs import check_output
+    from recognition.head.backends import tiles
+    from recognition.head.backends.problem import Products, Summand, Taking
+    from recognition.head.backends.tiles import Kernel, Problem, Section, Tile, Work
+    from recognition.head.class_weights.shard import Rows, State
+    from recognition.head.losses.negatives import Curricular, Filtered, Linear
 
 SIDES = [(256, 128, 64), (128, 256, 64), (128, 256, 32), (128, 128, 64), (128, 128, 32), (64, 256, 64), (64, 256, 32)]
 SIDES += [(64, 128, 64), (64, 128, 32), (64, 128, 16), (128, 64, 64), (64, 64, 64), (64, 64, 32)]
@@ -80,9 +80,9 @@ def _device() -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("no CUDA device here: run this on the GPU whose tiles are to be found")
     device = torch.device("cuda", torch.cuda.current_device())
-    from recognition.head import makers
+    from recognition.head.backends import select
 
-    makers.choose("triton", device)
+    select.choose("triton", device)
     return device
 
 
@@ -139,18 +139,18 @@ class _Bench:
 
     def statistics(self) -> None:
         """The forward pass."""
-        from recognition.head import fused
+        from recognition.head.backends import triton_backend
 
-        fused.statistics(self.rows, self.taking, self.x, self.products, self.summand)
+        triton_backend.statistics(self.rows, self.taking, self.x, self.products, self.summand)
 
     def backward(self, chunk: int | None = None, *, rows_too: bool = False) -> None:
         """The backward pass, with the gradient by the rows if wanted."""
-        from recognition.head import fused
+        from recognition.head.backends import triton_backend
 
         products = replace(self.products, chunk=chunk or self.products.chunk)
         vectors: list[Tensor] = [self.vector] * 4
         sink = (lambda part, gradient: gradient.product()) if rows_too else None
-        fused.backward(self.rows, self.taking, self.x, products, self.summand, *vectors, sink)
+        triton_backend.backward(self.rows, self.taking, self.x, products, self.summand, *vectors, sink)
 
     def best_chunk(self, workspace: int, known: dict[Problem, Tile]) -> int:
         """Rows per chunk that are fastest, of those that have room, in the tile that is `known` to be best."""

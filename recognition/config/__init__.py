@@ -17,9 +17,9 @@ from pydantic import (
     model_validator,
 )
 
-from recognition import toml
+from recognition.config import toml
 from recognition.config.backbone import Backbone
-from recognition.config.base import ConfigError, Fraction, InputPath, OutputPath, Section, UserError, as_list
+from recognition.config.base import ConfigError, Fraction, InputPath, OutputPath, Section, as_list
 from recognition.config.command import command_line
 from recognition.config.data import Augment, Data, Faces
 from recognition.config.head import Head
@@ -47,6 +47,7 @@ from recognition.config.losses import (
     Triplet,
 )
 from recognition.config.optimizers import SGD, AdamW, Optimizer
+from recognition.errors import UserError
 
 __all__ = [
     "SGD",

@@ -1,4 +1,4 @@
-"""What all sections share: their base, the kinds of their fields, and the errors."""
+"""What all sections share: their base, the kinds of their fields, and the error."""
 
 import difflib
 import os
@@ -7,37 +7,12 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
-
-class UserError(ValueError):
-    """A mistake in what the user gave. Programs print it without a traceback and exit with status 2."""
-
-
-class FailedElsewhere(UserError):
-    """Another rank failed first, and tells the user why; this one stops for want of it."""
-
-    is_far = False
-    """Whether that rank is on another machine, whose messages this machine's user may not see."""
-    status = 2
-    """Its exit status."""
+from recognition.errors import UserError
+from recognition.files.paths import expanded
 
 
 class ConfigError(UserError):
     """Every mistake of a configuration, one a line, each with its path."""
-
-
-def expanded(path: Path) -> Path:
-    """Put the home folder in the place of `~`, which shells leave alone behind a `=`. Raises UserError."""
-    text = str(path)
-    odd = next((character for character in text if character < " " and character != "\t"), None)
-    if odd is not None:
-        raise UserError(
-            f"a path cannot hold the character {odd!r} here: {text!r}; rename it, or link it under another name. Where "
-            "a \\ was meant, put the text in single quotes"
-        )
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise UserError(f"no home folder is known for {path.parts[0]}: write {text} out") from None
 
 
 def _not_empty(value: Any) -> Any:

@@ -5,16 +5,7 @@ from typing import Literal
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 
 from recognition.config.base import Fraction, Section
-from recognition.config.losses import (
-    ArcFace,
-    Center,
-    Contrastive,
-    Filter,
-    Loss,
-    Softmax,
-    SphereFace,
-    Triplet,
-)
+from recognition.config.losses import ArcFace, Center, Contrastive, Filter, Loss, Softmax, SphereFace, Triplet
 from recognition.config.optimizers import Optimizer
 
 

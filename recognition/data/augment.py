@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recognition import config
-from recognition.data.order import GOLDEN, Integers, Words, keyed_hash, mix
+from recognition.randomness import GOLDEN, Integers, Words, keyed_hash, mix
 
 Floats = NDArray[np.float32]
 

@@ -14,12 +14,12 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from recognition.config import UserError
 from recognition.data.files import Names
-from recognition.data.store import INDEX_FOLDER
+from recognition.data.index_store import INDEX_FOLDER
+from recognition.errors import UserError
+from recognition.files.paths import shown
 from recognition.images import SUFFIXES
-from recognition.names import shown
-from recognition.progress import working
+from recognition.tracking.progress import working
 
 _FIRST_BYTES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|BM....\0\0\0\0|RIFF....WEBP|II\*\0|MM\0\*|P[1-6]\s"

@@ -16,7 +16,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from recognition.data.order import Integers, keyed_hash, permute_by_keys, samples_at
+from recognition.data.order import samples_at
+from recognition.randomness import Integers, keyed_hash, permute_by_keys
 
 Order = Callable[[ArrayLike], tuple[Integers, Integers]]
 """From positions [n] to (occasions [n], samples [n]): of one sample, no two positions have the same occasion."""

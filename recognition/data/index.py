@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from recognition.config import UserError
-from recognition.data import store
+from recognition.data import index_store
 from recognition.data.files import Files, Names
+from recognition.data.index_store import Content
 from recognition.data.source import Source, stamp_of, starts_of
-from recognition.data.store import Content
-from recognition.names import shown
+from recognition.errors import UserError
+from recognition.files.paths import shown
 
 _NO_PLACE = (IndexError, OverflowError, StopIteration, ValueError)
 """What numbers that are no place in any file lead to: opening does not go through all of an index to find them."""
@@ -127,7 +127,7 @@ def open_index(path: Path, cache: Path | None = None, *, going_on: str = "") -> 
     began with; an index that has it stays as it is where all that has changed is that files were lost or cut, whose
     samples `read` raises Lost for. Raises UserError as `build` does.
     """
-    if (path / store.FACTS).is_file():
+    if (path / index_store.FACTS).is_file():
         return _open_derived(path, going_on)
     source = Source.at(path, cache)
     saved = [(place, content) for place in source.places if (content := _load(place))]
@@ -220,8 +220,8 @@ def _build(path: Path, source: Source) -> Index:
     for place in source.writable_places():
         try:
             _keep_if_only_losses(source, place)
-            store.save(place, content)
-            index = _index(path, place, store.load(place), source.notes(content))
+            index_store.save(place, content)
+            index = _index(path, place, index_store.load(place), source.notes(content))
         except OSError as error:
             failed = error
         else:
@@ -239,8 +239,8 @@ def _load(place: Path, log: Callable[..., None] = _log.warning) -> Content | Non
     if not place.is_dir():
         return None
     try:
-        return store.load(place)
-    except store.DAMAGE as error:
+        return index_store.load(place)
+    except index_store.DAMAGE as error:
         log("%s: the index is damaged (%s) and made anew", shown(place), error)
         return None
 
@@ -292,8 +292,8 @@ def _index(path: Path, folder: Path, content: Content, notes: tuple[str, ...]) -
 
 def _open_derived(path: Path, going_on: str) -> Index:
     try:
-        content = store.load(path)
-    except store.DAMAGE as error:
+        content = index_store.load(path)
+    except index_store.DAMAGE as error:
         raise UserError(f"{shown(path)}: the index is damaged ({error}): filter or merge again") from None
     index = _index(path, path, content, content.notes)
     losses = None
@@ -308,18 +308,22 @@ def _open_derived(path: Path, going_on: str) -> Index:
 
 def _save_derived(output: Path, content: Content) -> Index:
     """Saving replaces the whole folder, so it must not be one that holds anything else."""
-    if output.exists() and not (output / store.FACTS).is_file() and not (output.is_dir() and not any(output.iterdir())):
+    if (
+        output.exists()
+        and not (output / index_store.FACTS).is_file()
+        and not (output.is_dir() and not any(output.iterdir()))
+    ):
         raise UserError(f"{shown(output)}: exists and is no index: choose another place")
     content = replace(content, notes=_of_one_image(content))
     try:
-        store.save(output, content)
+        index_store.save(output, content)
     except OSError as error:
         raise UserError(f"{shown(error.filename or output)}: cannot write the index: {error.strerror}") from None
-    return _index(output, output, store.load(output), content.notes)
+    return _index(output, output, index_store.load(output), content.notes)
 
 
 def _reopen(path: Path, folder: Path, fingerprint: str) -> Index:
-    content = store.load(folder)
+    content = index_store.load(folder)
     if content.fingerprint != fingerprint:
         raise UserError(f"{shown(path)}: the data was indexed anew while in use: start again")
     return _index(path, folder, content, content.notes)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from numpy.typing import NDArray
 
-from recognition.data.order import Integers
+from recognition.randomness import Integers
 
 
 @dataclass(frozen=True)

@@ -5,34 +5,11 @@ at once, and a run that resumes needs to know only its step.
 """
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Words = NDArray[np.uint64]
-Integers = NDArray[np.int64]
+from recognition.randomness import Integers, keyed_hash, permute_by_keys
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-"""Odd integer nearest to 2^64 / golden ratio, the increment of SplitMix64."""
-
-_ROUNDS = 12  # an even number, which leaves rows and columns in their places
 _ORDER = 1  # keeps these keys apart from those of other uses of the same seed
-
-
-def mix(words: Words) -> Words:
-    """The output function of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit words that avalanches.
-
-    `words` is an array of any shape but (), for which NumPy would warn of the intended overflow.
-    """
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
-
-
-def keyed_hash(seed: int, *words: ArrayLike) -> Words:
-    """A 64-bit hash of `seed` (modulo 2^64) and integers or arrays of integers, which broadcast; at least 1-D."""
-    state = mix(np.array([seed % 2**64], np.uint64) + GOLDEN)
-    for word in words:
-        state = mix((state ^ np.atleast_1d(word).astype(np.uint64)) + GOLDEN)
-    return state
 
 
 def permute(seed: int, epoch: ArrayLike, size: int, positions: ArrayLike) -> Integers:
@@ -41,50 +18,6 @@ def permute(seed: int, epoch: ArrayLike, size: int, positions: ArrayLike) -> Int
     `epoch` is one number or one per position [n]. Raises ValueError as `permute_by_keys` does.
     """
     return permute_by_keys(keyed_hash(seed, _ORDER, epoch), size, positions)
-
-
-def permute_by_keys(keys: Words, sizes: ArrayLike, positions: ArrayLike) -> Integers:
-    """Where `positions` [n] stand in permutations of 0..size-1 of their own, keyed by `keys`; one of each or n.
-
-    A Feistel network on the smallest near-square grid a x b that holds the size, with cycle walking for the cells
-    beyond (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"); fewer than a of the a b cells are beyond,
-    so nearly all positions need one pass.
-    Raises ValueError for a position outside 0..size-1 or a size outside 1..2^62.
-    """
-    cells = np.atleast_1d(np.asarray(positions, np.int64)).astype(np.uint64)
-    limits = np.atleast_1d(np.asarray(sizes, np.int64))
-    if limits.size and not 1 <= limits.min() <= limits.max() <= 2**62:
-        raise ValueError(f"a permutation has a size in 1..2^62, not {limits.min()} or {limits.max()}")
-    ends = limits.astype(np.uint64)
-    if np.any(cells >= ends):  # a negative position wrapped around to a large one
-        raise ValueError(f"a position is outside 0..{limits.max() - 1}")
-    rows = _root(ends - np.uint64(1)) + np.uint64(1)
-    columns = (ends + rows - np.uint64(1)) // rows
-    keys, ends, rows, columns = (np.broadcast_to(each, cells.shape) for each in (keys, ends, rows, columns))
-    walking = np.arange(cells.size)
-    while walking.size:
-        cells[walking] = _feistel(cells[walking], keys[walking], rows[walking], columns[walking])
-        walking = walking[cells[walking] >= ends[walking]]
-    return cells.astype(np.int64)
-
-
-def _root(squares: Words) -> Words:
-    """The whole square roots of numbers up to 2^62, rounded down."""
-    roots = np.sqrt(squares.astype(np.float64)).astype(np.uint64)
-    return roots - (roots * roots > squares)  # float64 may round up to a whole number, never down from one
-
-
-def _feistel(cells: Words, keys: Words, rows: Words, columns: Words) -> Words:
-    """One pass of the network: the row is moved by a hash of the column, the column by one of the row, and so on."""
-    moved, fixed = cells // columns, cells % columns
-    length, other = rows, columns
-    for _ in range(_ROUNDS):
-        keys = keys + GOLDEN
-        # The upper half of a hash, scaled to 0..length-1 by a multiplication instead of a division.
-        moved = moved + ((mix(keys + fixed) >> np.uint64(32)) * length >> np.uint64(32))
-        moved = np.where(moved >= length, moved - length, moved)
-        moved, fixed, length, other = fixed, moved, other, length
-    return moved * columns + fixed
 
 
 def samples_at(seed: int, size: int, positions: ArrayLike) -> tuple[Integers, Integers]:

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from recognition import config, hardware
-from recognition.config import UserError
 from recognition.data.augment import draw
 from recognition.data.groups import order
 from recognition.data.index import Index, Lost
@@ -25,6 +24,7 @@ from recognition.data.maker import Inputs, Maker, Making
 from recognition.data.order import batch_positions
 from recognition.data.quarantine import BadImage, Quarantine, check_header
 from recognition.data.sizes import Sizes
+from recognition.errors import UserError
 from recognition.images import Undecodable, decode, fit
 
 _log = logging.getLogger(__name__)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from recognition.config import UserError
 from recognition.data.index import Index
-from recognition.data.order import Integers
+from recognition.errors import UserError
+from recognition.files.paths import shown
 from recognition.images import Undecodable, size
-from recognition.names import shown
+from recognition.randomness import Integers
 
 _BAD_ALWAYS_BORNE = 100
 _BAD_SHARE_BORNE = 0.01

@@ -18,8 +18,7 @@ from typing import Self
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from recognition.config import UserError
-from recognition.data.records import (
+from recognition.data.insightface_rec import (
     FIRST,
     LAST,
     MAGIC,
@@ -31,8 +30,9 @@ from recognition.data.records import (
     bad_record,
     read_records,
 )
-from recognition.names import shown
-from recognition.storage import beside, sync, write_text
+from recognition.errors import UserError
+from recognition.files.atomic import beside, sync, write_text
+from recognition.files.paths import shown
 
 EXACT_LABELS = 1 << 24
 """float32 holds every integer below this."""

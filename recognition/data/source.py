@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from recognition.config import UserError
 from recognition.data import folder as image_folder
 from recognition.data import recordio
 from recognition.data.files import Names
-from recognition.data.store import INDEX_FOLDER, RANGE, Content, digest
-from recognition.names import shown
+from recognition.data.index_store import INDEX_FOLDER, RANGE, Content, digest
+from recognition.errors import UserError
+from recognition.files.paths import shown
 
 _RULES = "2"
 """Of what is taken and what is said of a .rec file: an index made under others is made anew."""

@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from recognition.config import UserError
-from recognition.kinds import what_is
-from recognition.terminal import escape
+from recognition.errors import UserError
+from recognition.files.kinds import what_is
+from recognition.tracking.terminal import escape
 
 _TYPES = {
     "tensor(float)": np.float32,

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from recognition import config, progress
-from recognition.config import UserError
-from recognition.storage import replacing, write_text
+from recognition import config
+from recognition.errors import UserError
+from recognition.files.atomic import replacing, write_text
+from recognition.tracking import progress
 
 if TYPE_CHECKING:  # a training that exports nothing does without these packages
     import onnx

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from recognition.config import UserError
+from recognition.errors import UserError
+from recognition.files.kinds import what_is
 from recognition.images import SUFFIXES
-from recognition.kinds import what_is
-from recognition.terminal import escape
+from recognition.tracking.terminal import escape
 
 LABELS: dict[Any, bool] = {
     **dict.fromkeys(("1", "1.0", "true"), True),

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recognition.config import UserError
+from recognition.errors import UserError
 from recognition.evaluation.bins import LABELS
-from recognition.kinds import what_is
-from recognition.terminal import escape
+from recognition.files.kinds import what_is
+from recognition.tracking.terminal import escape
 
 SAMPLE = 200
 """Lines that tell a list's form."""

@@ -7,14 +7,14 @@ from typing import Literal
 
 import numpy as np
 
-from recognition import progress
-from recognition.config import UserError
+from recognition.errors import UserError
 from recognition.evaluation.bins import is_pickle, read_bin
 from recognition.evaluation.folds import is_uneven, spread
 from recognition.evaluation.lists import PairList, read_list
 from recognition.evaluation.places import Places, find_folder, is_respelled
 from recognition.images import Undecodable, decode
-from recognition.terminal import escape
+from recognition.tracking import progress
+from recognition.tracking.terminal import escape
 
 Missing = Literal["refuse", "skip"]
 Folds = Literal["file", "even"]

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from recognition import images, progress
-from recognition.config import UserError
+from recognition import images
+from recognition.errors import UserError
 from recognition.evaluation import folds
 from recognition.evaluation.pairs import Folds, Missing, PairSet, read_pairs
 from recognition.evaluation.verification import refuse_without_meaning
-from recognition.terminal import escape
+from recognition.tracking import progress
+from recognition.tracking.terminal import escape
 
 
 def open_sets(

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from recognition.config import UserError
+from recognition.errors import UserError
 from recognition.evaluation.embedder import Embedder
 from recognition.evaluation.folds import FOLDS
 from recognition.evaluation.pairs import PairSet

@@ -9,9 +9,10 @@ import math
 import torch
 from torch import Tensor
 
+from recognition.randomness import splitmix64
+
 _ROUNDS = 6
 BLOCK = 1 << 18
-_WORD = (1 << 64) - 1
 _NEVER = 1 << 62
 _MULTIPLIER = 0x2545F4914F6CDD1D
 
@@ -115,17 +116,9 @@ def _add_modulo(numbers: Tensor, addend: Tensor, size: int) -> Tensor:
 
 def _round_keys(seed: int, step: int) -> list[tuple[int, int]]:
     """A multiplier (odd) and an addend for each half-round, 64-bit words read as signed."""
-    state = mix(mix(seed) ^ step)
+    state = splitmix64(splitmix64(seed) ^ step)
     words = []
     for _ in range(2 * _ROUNDS):
-        state = mix(state)
+        state = splitmix64(state)
         words.append((state ^ 1 << 63) - (1 << 63))
     return [(multiplier | 1, addend) for multiplier, addend in zip(words[::2], words[1::2], strict=True)]
-
-
-def mix(number: int) -> int:
-    """A well-mixed 64-bit number: one step of SplitMix64 (Steele, Lea and Flood 2014)."""
-    number = (number + 0x9E3779B97F4A7C15) & _WORD
-    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & _WORD
-    return number ^ (number >> 31)

@@ -17,18 +17,19 @@ from torch.distributed.tensor import DTensor, Shard
 
 from recognition import config, hardware
 from recognition.distributed import shard_rows, start_reduce_scatter_rows
-from recognition.head import chunks, makers
-from recognition.head.auxiliary import Auxiliary
-from recognition.head.gathering import Gathered, gather
-from recognition.head.loss import Targets
-from recognition.head.losses import build_loss
-from recognition.head.negatives import Filtered
-from recognition.head.products import Kept, Products, Sink, Summand, Taking, finite_shift, rescaling, rows_of
-from recognition.head.row_optimizer import build_row_optimizer
-from recognition.head.rows import Part, RowGradient, Rows, RowSum
+from recognition.head.backends import pytorch, select
+from recognition.head.backends.problem import Kept, Products, Sink, Summand, Taking, finite_shift, rescaling, rows_of
+from recognition.head.class_weights.gradient import RowGradient, RowSum
+from recognition.head.class_weights.optimizer import build_row_optimizer
+from recognition.head.class_weights.shard import Part, Rows
+from recognition.head.global_batch import Gathered, gather
+from recognition.head.learned_scalars import Scalars
+from recognition.head.losses.auxiliary import Auxiliary
+from recognition.head.losses.base import Targets
+from recognition.head.losses.build import build_loss
+from recognition.head.losses.negatives import Filtered
 from recognition.head.sampling import sample_rows
-from recognition.head.scalars import Scalars
-from recognition.head.streams import Aside
+from recognition.head.side_stream import Aside
 from recognition.head.tie import Tie
 
 # A logit of 16, rounded to bfloat16, is off by as much as those of 64 are whose operands were rounded: 0.03.
@@ -95,7 +96,7 @@ class ShardedSoftmax(nn.Module):
         self.shard = shard_rows(num_classes, self.world, self.rank)
         self.seed, self.sample_rate, self.filter = seed, settings.sample_rate, settings.filter
         self.loss = build_loss(settings.loss, num_classes, seed=seed, device=device)
-        self._maker = makers.choose(settings.kernels, device)
+        self._maker = select.choose(settings.kernels, device)
         self.products = Products(
             unit_rows=self.loss.unit_rows,
             dtype=hardware.product_type(settings.precision, device),
@@ -254,7 +255,7 @@ class ShardedSoftmax(nn.Module):
             self.optimizer.settle(self.rows)
         taking = Taking.of(batch.labels, self.shard, classes)
         loss, unit = self.loss, self.loss.unit_embeddings and self.loss.unit_rows
-        own = list(chunks.targets(self.rows, taking, batch.x.float(), self.products)[: 1 if unit else 2])
+        own = list(pytorch.targets(self.rows, taking, batch.x.float(), self.products)[: 1 if unit else 2])
         known = torch.stack(own, dim=1)
         if loss.targets_first:
             dist.all_reduce(known, group=self.group)

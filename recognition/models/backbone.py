@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from recognition import hardware
 from recognition.config import Backbone as BackboneConfig
-from recognition.config import UserError
+from recognition.errors import UserError
 from recognition.models import iresnet as iresnet  # registered with timm by their import
 from recognition.models import mobilefacenet as mobilefacenet
 from recognition.models.layers import average_running_statistics as average_running_statistics

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recognition.config import UserError
-from recognition.kinds import what_is
+from recognition.errors import UserError
+from recognition.files.kinds import what_is
 from recognition.models import insightface
 
 _DEPTH = 3

@@ -12,7 +12,7 @@ from torch import Tensor
 from recognition import config
 from recognition.distributed import all_gather_rows
 from recognition.head import ShardedSoftmax, build_head
-from recognition.head.losses import build_loss
+from recognition.head.losses.build import build_loss
 
 D = 24
 

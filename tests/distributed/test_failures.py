@@ -16,8 +16,10 @@ import torch.distributed as dist
 from PIL import Image
 
 from ranks import launch_ranks
-from recognition import config, distributed, failures, trainer
-from recognition.config import UserError
+from recognition import config, distributed
+from recognition.distributed import failures
+from recognition.errors import UserError
+from recognition.training import trainer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REASON = "sample 20 (p003/002.jpg): No such file or directory"

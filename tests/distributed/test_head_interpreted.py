@@ -14,7 +14,7 @@ from head_checks import against_reference, batches, fused_training
 from ranks import run_ranks
 from recognition import config
 from recognition.distributed import split
-from recognition.head import fused, makers
+from recognition.head.backends import select, triton_backend
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the device"),
@@ -96,13 +96,13 @@ def test_options_do_as_with_pytorch(name: str) -> None:
 
 
 def test_who_goes_over_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = makers.choose("triton", CPU)
-    assert chosen.backward is fused.backward
-    assert makers.choose("auto", CPU) == makers.choose("torch", CPU)
-    assert makers.choose("auto", CPU).backward is not fused.backward
+    chosen = select.choose("triton", CPU)
+    assert chosen.backward is triton_backend.backward
+    assert select.choose("auto", CPU) == select.choose("torch", CPU)
+    assert select.choose("auto", CPU).backward is not triton_backend.backward
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(config.UserError, match=r"head\.kernels is triton, but the device is cpu, not an NVIDIA GPU"):
-        makers.choose("triton", CPU)
+        select.choose("triton", CPU)
 
 
 @pytest.mark.parametrize(
@@ -116,11 +116,11 @@ def test_which_gpus_take_the_kernels(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
     gpu = torch.device("cuda")
-    assert (makers.choose("auto", gpu).backward is fused.backward) == (not lacking)
+    assert (select.choose("auto", gpu).backward is triton_backend.backward) == (not lacking)
     if lacking:
         with pytest.raises(config.UserError, match=lacking):
-            makers.choose("triton", gpu)
-    monkeypatch.setattr(makers.importlib.util, "find_spec", lambda name: None)
-    assert makers.choose("auto", gpu).backward is not fused.backward
+            select.choose("triton", gpu)
+    monkeypatch.setattr(select.importlib.util, "find_spec", lambda name: None)
+    assert select.choose("auto", gpu).backward is not triton_backend.backward
     with pytest.raises(config.UserError, match="Triton is not installed"):
-        makers.choose("triton", gpu)
+        select.choose("triton", gpu)

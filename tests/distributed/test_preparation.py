@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from ranks import launch_ranks, launched
-from recognition import distributed, progress
-from recognition.config import Distributed, UserError
-from recognition.config.base import FailedElsewhere
-from recognition.preparation import Turns
+from recognition import distributed
+from recognition.config import Distributed
+from recognition.distributed.turns import Turns
+from recognition.errors import FailedElsewhere, UserError
+from recognition.tracking import progress
 
 SILENCE = 1.0
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recognition import processes
-from recognition.config import UserError
+from recognition.distributed import local_ranks
+from recognition.errors import UserError
 
 
 class Work:
@@ -23,6 +23,6 @@ class Work:
 
 @pytest.mark.parametrize(("kind", "seen"), [(UserError, UserError), (KeyError, RuntimeError)])
 def test_the_reason_of_one_rank(kind: type[Exception], seen: type[Exception]) -> None:
-    start = functools.partial(processes.processes, 2, Work, device="cpu", threads=1, less="fewer")
-    with start(preload="recognition.trainer") as group, pytest.raises(seen, match="file x is missing"):
+    start = functools.partial(local_ranks.processes, 2, Work, device="cpu", threads=1, less="fewer")
+    with start(preload="recognition.training.trainer") as group, pytest.raises(seen, match="file x is missing"):
         group.call("fail", kind)

@@ -9,10 +9,10 @@ import torch
 from ranks import launch_ranks, run_ranks
 from recognition import config
 from recognition.config import Augment, Data, Head
-from recognition.data.faces import write_faces
 from recognition.data.index import open_index
+from recognition.data.procedural.dataset import write_faces
 from recognition.head import build_head
-from recognition.loss_scale import LossScale
+from recognition.training.loss_scale import LossScale
 
 pytestmark = [
     pytest.mark.gpu,
@@ -113,7 +113,7 @@ def test_the_scale_of_the_loss_is_decided_without_the_host() -> None:
 def run(faces: Path, folder: Path, precision: str) -> bool:
     overrides = [f"data.path={faces}", f"run.folder={folder}", "backbone.name=resnet10t", "training.epochs=4.0"]
     overrides += ["training.global_batch=40", "optimizer.lr=0.05", f"evaluation.pairs={faces / 'pairs.bin'}"]
-    from recognition.trainer import train
+    from recognition.training.trainer import train
 
     return train(config.load(TINY, [*overrides, f"backbone.precision={precision}"]))
 

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from ranks import launch_ranks, run_ranks
-from recognition import benchmark, config
-from recognition.benchmark import Baseline, Float16, Training, Variant, peak_flops
+from recognition import config
+from recognition.benchmarks import training
+from recognition.benchmarks.training import Baseline, Float16, Training, Variant, peak_flops
 from recognition.models.backbone import build_backbone
 from recognition.models.layers import GroupedConv2d, PReLU
 
@@ -131,8 +132,8 @@ class _Scripted:
 
 
 def test_a_compilation_pays_against_the_fastest_eager_variant(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "Training", _Scripted)
-    variants = benchmark.measure_grid(
+    monkeypatch.setattr(training, "Training", _Scripted)
+    variants = training.measure_grid(
         config.Backbone(), torch.device("cpu"), batch=8, classes=20, steps=5, precisions=["bfloat16"]
     )
     assert variants == [

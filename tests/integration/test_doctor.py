@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from recognition import hardware, measure
+from recognition import hardware
+from recognition.benchmarks import machine
 from recognition.config import Config, Data
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "doctor.py"
@@ -29,8 +30,8 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    monkeypatch.setattr(measure, "QUICK", measure.Effort(seconds=0.0, bucket=1 << 16, file=1 << 20))
-    monkeypatch.setattr(measure, "_FACES", 4)
+    monkeypatch.setattr(machine, "QUICK", machine.Effort(seconds=0.0, bucket=1 << 16, file=1 << 20))
+    monkeypatch.setattr(machine, "_FACES", 4)
     for name in CAP:
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
@@ -59,7 +60,7 @@ def test_doctor(tool: ModuleType, ranks: int, tmp_path: Path, capsys: pytest.Cap
     assert found["system"]["processor"] == str(here) and found["system"]["capped by"] == "nothing"
     assert found["packages"]["torch"] == torch.__version__.partition("+")[0]
     measured = found["measured"]
-    assert set(measured) == {field.name for field in dataclasses.fields(measure.Measured)}
+    assert set(measured) == {field.name for field in dataclasses.fields(machine.Measured)}
     assert set(measured["products"]) == set(hardware.DTYPES)
     assert ("DALI" in measured["decoding"]) == (hardware.loader("auto") == "dali")
     assert measured.pop("load") >= 0

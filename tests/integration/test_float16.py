@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from ranks import launch_ranks
-from recognition import config, trainer
-from recognition.checkpoint import Checkpoints, read_tensors
-from recognition.data.faces import write_faces
+from recognition import config
+from recognition.data.procedural.dataset import write_faces
+from recognition.runs.checkpoint import Checkpoints, read_tensors
+from recognition.training import trainer
 
 TINY = Path(__file__).parent / "tiny.toml"
 STEPS, OVERFLOW = 7, 3

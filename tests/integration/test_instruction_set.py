@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from ranks import launch_ranks
-from recognition import config, trainer
-from recognition.checkpoint import Checkpoints, read_manifest
-from recognition.data.faces import write_faces
+from recognition import config
+from recognition.data.procedural.dataset import write_faces
+from recognition.runs.checkpoint import Checkpoints, read_manifest
+from recognition.training import trainer
 
 TINY = Path(__file__).parent / "tiny.toml"
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"

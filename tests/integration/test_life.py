@@ -12,11 +12,14 @@ import pytest
 import torch
 
 from ranks import launch_ranks
-from recognition import config, lock, run_folder, trainer
-from recognition.checkpoint import Checkpoints, read_tensors
-from recognition.config import UserError
-from recognition.data.faces import write_faces
-from recognition.steps import Update
+from recognition import config
+from recognition.data.procedural.dataset import write_faces
+from recognition.errors import UserError
+from recognition.files import lock
+from recognition.runs.checkpoint import Checkpoints, read_tensors
+from recognition.runs.folder import Best, RunFolder
+from recognition.training import trainer
+from recognition.training.update import Update
 
 TINY = Path(__file__).parent / "tiny.toml"
 BATCH, IMAGES, RATE = 8, 48, 0.02
@@ -246,10 +249,8 @@ def test_a_disk_that_does_not_take_the_best_backbone_does_not_end_the_run(
     monkeypatch.setattr(torch, "save", full)
     # From the second verification on nothing is better.
     accuracies = iter((0.9, 0.5))
-    offer = run_folder.Best.offer
-    monkeypatch.setattr(
-        run_folder.Best, "offer", lambda self, backbone, step, _: offer(self, backbone, step, next(accuracies))
-    )
+    offer = Best.offer
+    monkeypatch.setattr(Best, "offer", lambda self, backbone, step, _: offer(self, backbone, step, next(accuracies)))
     pairs = f"evaluation.pairs={faces / 'pairs.bin'}"
     assert train(settings(faces, run, 2, pairs, "evaluation.every_steps=1"))
     assert "best.pt cannot be written ([Errno 28] No space left on device): it is tried again" in log(run)
@@ -327,10 +328,10 @@ def test_settings_that_came_after_a_checkpoint_have_their_defaults_in_it(finishe
     facts = found.facts(found.find() or finished)
     older = json.loads(json.dumps(facts))
     del older["config"]["data"]["fit"], older["config"]["backbone"]["freeze"]
-    run_folder.RunFolder(finished).refuse_if_changed(older, facts)
+    RunFolder(finished).refuse_if_changed(older, facts)
     facts["config"]["data"]["fit"] = "exact"
     with pytest.raises(UserError, match=r'data.fit: was "resize", is "exact"'):
-        run_folder.RunFolder(finished).refuse_if_changed(older, facts)
+        RunFolder(finished).refuse_if_changed(older, facts)
 
 
 # --- one folder, one run -------------------------------------------------------------------------------------------
@@ -374,7 +375,7 @@ def test_what_can_be_known_before_the_first_step_is_said_before_it(
         patched.setattr(trainer, "check_export", refuse)
         with pytest.raises(UserError, match="no such opset"):
             train(settings(faces, tmp_path / "run", 1, "export.enabled=true"))
-    folder = run_folder.RunFolder(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
     free = shutil.disk_usage(tmp_path).free
     with caplog.at_level(logging.WARNING):
         folder.warn_of_room(free // 4, keep=2)

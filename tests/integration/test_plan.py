@@ -10,8 +10,8 @@ import torch
 
 from ranks import run_ranks
 from recognition import config, hardware
-from recognition.head.benchmark_rank import Bench
-from recognition.head.plan import HeadPlan
+from recognition.benchmarks.head_rank import Bench
+from recognition.planning.head import HeadPlan
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark_head.py"
 

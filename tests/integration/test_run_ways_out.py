@@ -15,11 +15,13 @@ import torch
 from PIL import Image
 from unit.ways_out import refusal, way_out
 
-from recognition import config, lock, trainer
-from recognition.data.faces import write_faces
+from recognition import config
+from recognition.data.procedural.dataset import write_faces
 from recognition.deploy.embedder import Reading
 from recognition.evaluation.verification import verify
-from recognition.run_folder import load_backbone
+from recognition.files import lock
+from recognition.runs.folder import load_backbone
+from recognition.training import trainer
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = Path(__file__).parent / "tiny.toml"

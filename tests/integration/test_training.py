@@ -14,15 +14,16 @@ import torch
 from torch import nn
 
 from ranks import launch_ranks, launched
-from recognition import config, hardware, resuming, trainer
-from recognition.checkpoint import Checkpoints, read_manifest, read_tensors
-from recognition.data.faces import write_faces
+from recognition import config, hardware
 from recognition.data.pipeline import Batch
+from recognition.data.procedural.dataset import write_faces
 from recognition.deploy.embedder import OnnxEmbedder
 from recognition.evaluation.pairs import read_pairs
 from recognition.evaluation.verification import embed_pairs, verify
 from recognition.models.backbone import BackboneEmbedder
-from recognition.run_folder import load_backbone
+from recognition.runs.checkpoint import Checkpoints, read_manifest, read_tensors
+from recognition.runs.folder import load_backbone
+from recognition.training import resuming, trainer
 
 TINY = Path(__file__).parent / "tiny.toml"
 STEPS = 6

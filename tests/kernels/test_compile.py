@@ -15,9 +15,10 @@ import torch
 from compiled import Child, Resources, compiling
 
 from recognition import config
-from recognition.head.negatives import Curricular, DividedAngle, Filtered, Linear, Negatives, Sphere2
-from recognition.head.products import Products, Summand, Taking
-from recognition.head.rows import RowGradient, Rows, State
+from recognition.head.backends.problem import Products, Summand, Taking
+from recognition.head.class_weights.gradient import RowGradient
+from recognition.head.class_weights.shard import Rows, State
+from recognition.head.losses.negatives import Curricular, DividedAngle, Filtered, Linear, Negatives, Sphere2
 
 BATCH, CLASSES, SIZE = 1024, 4096, 512
 KIB = 1024
@@ -69,14 +70,18 @@ ON_A10 = ["linear", "rows in float32", "products in float32"]
 
 def compile_all(arch: int) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
     """In a process where Triton compiles: device, case and the kernels' resources, of one case after the other."""
-    from recognition.head import fused
+
+    from recognition.head.backends import triton_backend
 
     torch.set_num_threads(1)
-    with compiling(arch) as resources, mock.patch.object(fused, "multiply", lambda a, b: torch.zeros(len(a), len(b.T))):
+    with (
+        compiling(arch) as resources,
+        mock.patch.object(triton_backend, "multiply", lambda a, b: torch.zeros(len(a), len(b.T))),
+    ):
         for device, name in compiled_for(arch):
             resources.clear()
             if name in CASES:
-                with mock.patch.object(fused, "_name", lambda x, device=device: device):
+                with mock.patch.object(triton_backend, "_name", lambda x, device=device: device):
                     launch_products(CASES[name])
             elif name in UPDATES:
                 launch_update(*UPDATES[name])
@@ -92,7 +97,7 @@ def compiled_for(arch: int) -> list[tuple[str, str]]:
 
 
 def launch_products(case: Case) -> None:
-    from recognition.head import fused
+    from recognition.head.backends import triton_backend
 
     seeds = {"seed": 0, "device": torch.device("cpu"), "state": case.state}
     rows = Rows.initial(range(CLASSES * case.centers), SIZE, bias=not case.unit_rows, **seeds)  # type: ignore[arg-type]
@@ -108,13 +113,13 @@ def launch_products(case: Case) -> None:
     )
     anchor = None if isinstance(case.negatives, Linear) else vector
     summand = Summand(case.negatives, anchor, case.logistic, case.bound)
-    fused.statistics(rows, taking, x, products, summand)
+    triton_backend.statistics(rows, taking, x, products, summand)
     if not case.kept:
-        fused.backward(rows, taking, x, products, summand, vector, vector, vector, vector, None)
+        triton_backend.backward(rows, taking, x, products, summand, vector, vector, vector, vector, None)
 
 
 def launch_update(state: State, settings: config.SGD | config.AdamW, sampled: bool) -> None:
-    from recognition.head.row_optimizer import build_row_optimizer
+    from recognition.head.class_weights.optimizer import build_row_optimizer
 
     cpu = torch.device("cpu")
     rows = Rows.initial(range(CLASSES), SIZE, bias=False, seed=0, device=cpu, state=state)

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recognition.head import chunks, fused, tiles
-from recognition.head.negatives import Curricular, DividedAngle, Filtered, Linear
-from recognition.head.products import Products, Summand, Taking, rows_of
-from recognition.head.rows import Part, RowGradient, Rows
+from recognition.head.backends import pytorch, tiles, triton_backend
+from recognition.head.backends.problem import Products, Summand, Taking, rows_of
+from recognition.head.class_weights.gradient import RowGradient
+from recognition.head.class_weights.shard import Part, Rows
+from recognition.head.losses.negatives import Curricular, DividedAngle, Filtered, Linear
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the device")
 BATCH = 37
@@ -23,7 +24,7 @@ ROUNDING = 1e-5
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that there are several, with ragged edges, and several splits."""
     monkeypatch.setattr(tiles, "tile", lambda *_, **__: tiles.Tile(16, 32, 32, 4, 2))
-    monkeypatch.setattr(fused, "_PROCESSORS", 4)
+    monkeypatch.setattr(triton_backend, "_PROCESSORS", 4)
 
 
 def filled(count: int, size: int, *, bias: bool = False, state: str = "float32") -> Rows:
@@ -125,13 +126,13 @@ def test_against_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     summand = Summand(negatives, anchor, options.get("logistic", False), options.get("bound", 16.0))
     products = Products(unit_rows=unit, dtype=torch.float32, chunk=29, centers=centers)
     products = replace(products, workspace=options.get("workspace"))
-    target = chunks.targets(rows, taking, x, products)[0]
+    target = pytorch.targets(rows, taking, x, products)[0]
     # As of a loss: the gradient by the sum is a share of it.
     vectors = [torch.full((samples,), 3.0), torch.rand(samples, generator=generator), target]
     vectors.append(-torch.rand(samples, generator=generator))
     sums, by_x, by_w = expected(rows, taking, x, products, summand, vectors)
 
-    found = fused.statistics(rows, taking, x, products, summand)
+    found = triton_backend.statistics(rows, taking, x, products, summand)
     scaled = found.sums if summand.logistic else found.sums.double() * found.shift.double().exp()[:, None]
     # Of each sample by itself: some sums are tiny beside others.
     assert error(scaled / sums.clamp(min=1e-30), torch.ones_like(sums) * (sums > 0)) < ROUNDING
@@ -141,7 +142,7 @@ def test_against_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         gradients.append((part, gradient.dense(rows.read(part))))
 
     ready: list[int] = []
-    found_x = fused.backward(
+    found_x = triton_backend.backward(
         rows, taking, x, products, summand, *vectors, sink, lambda _: ready.append(len(gradients)), found.kept
     )
     assert error(found_x, by_x) < ROUNDING
@@ -158,14 +159,14 @@ def test_a_rank_without_classes_has_nothing_to_say(sampled: bool) -> None:
     taking = Taking(torch.empty(0, dtype=torch.int64) if sampled else None, torch.full((5,), -1))
     products = Products(unit_rows=True, dtype=torch.float32, chunk=29, workspace=1 << 20)
     x, summand = F.normalize(torch.ones(5, 32)), Summand(Linear(16.0), None, False, 16.0)
-    found, taken, ready = fused.statistics(rows, taking, x, products, summand), [], []
+    found, taken, ready = triton_backend.statistics(rows, taking, x, products, summand), [], []
     assert torch.equal(found.sums, torch.zeros(5, 1))
     vectors = [torch.ones(5)] * 4
 
     def sink(part: Part, gradient: RowGradient) -> None:
         taken.append(part)
 
-    by_x = fused.backward(rows, taking, x, products, summand, *vectors, sink, ready.append, found.kept)
+    by_x = triton_backend.backward(rows, taking, x, products, summand, *vectors, sink, ready.append, found.kept)
     assert torch.equal(by_x, torch.zeros(5, 32))
     assert len(ready) == 1 and not taken
 
@@ -183,19 +184,23 @@ def test_rows_beyond_two_to_the_31st_number() -> None:
     sampled = Taking(some, torch.tensor([0, 1, 2]))
     of_few = Taking(None, torch.tensor([0, 1, 2]))
     vectors = [torch.zeros(3), torch.ones(3), torch.ones(3), torch.ones(3)]
-    found = fused.statistics(rows, sampled, x, products, summand)
-    torch.testing.assert_close(found.sums, fused.statistics(few, of_few, x, products, summand).sums)
+    found = triton_backend.statistics(rows, sampled, x, products, summand)
+    torch.testing.assert_close(found.sums, triton_backend.statistics(few, of_few, x, products, summand).sums)
     assert torch.equal(
-        fused.backward(rows, sampled, x, products, summand, *vectors, None),
-        fused.backward(few, of_few, x, products, summand, *vectors, None),
+        triton_backend.backward(rows, sampled, x, products, summand, *vectors, None),
+        triton_backend.backward(few, of_few, x, products, summand, *vectors, None),
     )
     # A run of rows, as of a whole shard.
     tail = Rows(rows.weight[-40:], rows.inverse_norm[-40:])
     tail.weight[:] = tail.weight[37]
     arguments = (torch.full((3,), -1), None, torch.tensor([16.0, 0.0]), *vectors)
     numbers, flags = [1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1]
-    far, _ = fused.emit(x, rows.weight, None, rows.inverse_norm, None, None, *arguments, count - 40, 40, numbers, flags)
-    near, _ = fused.emit(x, tail.weight, None, tail.inverse_norm, None, None, *arguments, 0, 40, numbers, flags)
+    far, _ = triton_backend.emit(
+        x, rows.weight, None, rows.inverse_norm, None, None, *arguments, count - 40, 40, numbers, flags
+    )
+    near, _ = triton_backend.emit(
+        x, tail.weight, None, tail.inverse_norm, None, None, *arguments, 0, 40, numbers, flags
+    )
     assert torch.equal(far, near)
 
 
@@ -224,11 +229,11 @@ def test_the_ops_are_what_torch_expects_of_ops() -> None:
     x = batch(rows, torch.arange(5), size=5)
     for classes in (None, torch.tensor([0, 3, 60])):
         arguments = of_op(rows, x.clone().requires_grad_(), classes)
-        torch.library.opcheck(fused.sum_negatives, arguments)
+        torch.library.opcheck(triton_backend.sum_negatives, arguments)
         vectors = [torch.rand(5) for _ in range(4)]
         count = 70 if classes is None else 3
         torch.library.opcheck(
-            fused.emit, (*of_op(rows, x, classes)[:9], *vectors, 0, count, [1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1])
+            triton_backend.emit, (*of_op(rows, x, classes)[:9], *vectors, 0, count, [1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1])
         )
 
 
@@ -239,7 +244,7 @@ def test_a_compiled_backbone_and_the_op_are_one_graph() -> None:
     images = torch.randn(5, 10)
 
     def loss(images: Tensor) -> Tensor:
-        sums, *_ = fused.sum_negatives(*of_op(rows, F.normalize(backbone(images))))
+        sums, *_ = triton_backend.sum_negatives(*of_op(rows, F.normalize(backbone(images))))
         return sums.log().mean()
 
     def gradients(of: Tensor) -> list[Tensor]:
@@ -263,8 +268,8 @@ def test_a_workspace_decides_how_large_a_chunk_is(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tiles, "chunk", lambda *_, **options: 64 if options["workspace"] == (1 << 20) // 3 else 1)
     vectors = [torch.rand(BATCH) for _ in range(4)]
     arguments = (x, products, Summand(Linear(16.0), None, False, 16.0), *vectors, lambda part, _: sizes.append(part))
-    whole = fused.backward(rows, taking, *arguments)
+    whole = triton_backend.backward(rows, taking, *arguments)
     assert sizes == [slice(0, 64), slice(64, 128), slice(128, 131)]
     products = replace(products, workspace=None)
-    assert error(fused.backward(rows, taking, x, products, *arguments[2:]), whole.double()) < ROUNDING
+    assert error(triton_backend.backward(rows, taking, x, products, *arguments[2:]), whole.double()) < ROUNDING
     assert sizes[3] == slice(0, 7)

@@ -24,9 +24,10 @@ from unit.row_cases import (
 )
 
 from recognition import config
-from recognition.head import row_kernels
-from recognition.head.row_optimizer import RowOptimizer, build_row_optimizer
-from recognition.head.rows import Part, RowGradient, Rows, State
+from recognition.head.class_weights import fused_update
+from recognition.head.class_weights.gradient import RowGradient
+from recognition.head.class_weights.optimizer import RowOptimizer, build_row_optimizer
+from recognition.head.class_weights.shard import Part, Rows, State
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernel on the device")
 
@@ -257,13 +258,13 @@ def test_opcheck(
     rows, optimizer = make(settings, state, untouched=untouched)
     part: Part = torch.tensor([3, 0, 7]) if scattered else slice(2, 5)
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(row_kernels, "update_rows", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(fused_update, "update_rows", lambda *arguments: calls.append(arguments))
     one = gradient(rows.read(part), 0)
     optimizer.begin(rows, 0, 0.1, GO)
     optimizer.update(rows, part, one.dense(rows.read(part)) if scattered else one, 0.1, GO, 0)
     (arguments,) = calls
     monkeypatch.undo()
-    torch.library.opcheck(row_kernels.update_rows, arguments)
+    torch.library.opcheck(fused_update.update_rows, arguments)
 
 
 def test_scattered_memory_is_refused() -> None:
@@ -277,7 +278,7 @@ def test_the_kernel_is_taken_where_it_is_told_to(told: bool, monkeypatch: pytest
     rows, optimizer = make(SGD)
     optimizer.kernels = told
     calls: list[Any] = []
-    monkeypatch.setattr(row_kernels, "update", lambda *arguments, **options: calls.append(arguments))
+    monkeypatch.setattr(fused_update, "update", lambda *arguments, **options: calls.append(arguments))
     before = snapshot(rows)
     optimizer.update(rows, slice(0, 2), torch.ones(2, 8), 0.1, GO, 0)
     assert (len(calls) == 1) == told == identical(snapshot(rows), before)

@@ -10,8 +10,8 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from recognition.head import tiles
-from recognition.head.tiles import Kernel, Problem, Section, Tile, Work
+from recognition.head.backends import tiles
+from recognition.head.backends.tiles import Kernel, Problem, Section, Tile, Work
 
 A100, H100 = "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"
 TABLE = """

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recognition.config import UserError
 from recognition.data.index import open_index
 from recognition.data.quarantine import BadImage, check_header
 from recognition.data.recordio import InsightFaceWriter, scan
+from recognition.errors import UserError
 from recognition.evaluation.pairs import read_pairs
 
 SECONDS, SEED = float(os.environ.get("SECONDS", "60")), int(os.environ.get("SEED", "0"))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from recognition import config
-from recognition.head.row_optimizer import RowOptimizer, build_row_optimizer
-from recognition.head.rows import Part, RowGradient, Rows, State
+from recognition.head.class_weights.gradient import RowGradient
+from recognition.head.class_weights.optimizer import RowOptimizer, build_row_optimizer
+from recognition.head.class_weights.shard import Part, Rows, State
 
 CPU = torch.device("cpu")
 COUNT, SIZE = 14, 8

@@ -8,14 +8,8 @@ import torch
 from torch.nn import functional
 
 from recognition.config import Backbone as BackboneConfig
-from recognition.config import UserError
-from recognition.models.backbone import (
-    Backbone,
-    BackboneEmbedder,
-    Neck,
-    build_backbone,
-    seed_step,
-)
+from recognition.errors import UserError
+from recognition.models.backbone import Backbone, BackboneEmbedder, Neck, build_backbone, seed_step
 
 
 def small(**fields: Any) -> BackboneConfig:

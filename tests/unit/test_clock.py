@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from unit.tracked import RESULT, Terminal, fake_time, records, tracker
 
-from recognition.clock import Clock, _about
 from recognition.config import Tracking
+from recognition.tracking.clock import Clock, _about
 
 
 def test_plain_lines_are_far_between(

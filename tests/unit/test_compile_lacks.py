@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from recognition import hardware
-from recognition.config import Backbone, Config, Data, UserError
+from recognition.config import Backbone, Config, Data
+from recognition.errors import UserError
 
 CPU = hardware.Hardware("cpu", "a processor", "AVX2", "float32")
 COMPILED = Config(data=Data(path=Path()), backbone=Backbone(compile=True))

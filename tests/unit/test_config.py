@@ -6,7 +6,8 @@ import pydantic
 import pytest
 
 from recognition import config
-from recognition.config import Config, ConfigError, UserError, load
+from recognition.config import Config, ConfigError, load
+from recognition.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 DATA = '[data]\npath = "faces"\n'

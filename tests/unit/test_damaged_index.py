@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recognition.config import UserError
 from recognition.data.index import open_index
 from recognition.data.recordio import InsightFaceWriter
+from recognition.errors import UserError
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import torch
 
 from ranks import launch_ranks, run_ranks
 from recognition import distributed, hardware
-from recognition.config import Distributed, UserError
+from recognition.config import Distributed
 from recognition.distributed import Interrupt, Ranks, shard_rows, split
+from recognition.errors import UserError
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

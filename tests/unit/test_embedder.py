@@ -7,8 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from recognition.config import UserError
 from recognition.deploy.embedder import OnnxEmbedder, Reading
+from recognition.errors import UserError
 
 SIZE = 8
 FLOAT, HALF, DOUBLE, BYTE = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.UINT8

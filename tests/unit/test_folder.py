@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recognition.config import UserError
 from recognition.data.folder import scan
 from recognition.data.index import Index, build, check_trainable, merge, open_index
 from recognition.data.recordio import Writer, pack
+from recognition.errors import UserError
 from recognition.images import SUFFIXES
-from recognition.progress import listen
+from recognition.tracking.progress import listen
 
 
 def make(root: Path, *names: str, content: bytes = b"image") -> Path:

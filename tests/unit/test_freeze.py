@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from ranks import launch_ranks
-from recognition import config, trainer
-from recognition.checkpoint import read_tensors
+from recognition import config
 from recognition.config import Backbone as BackboneConfig
 from recognition.models.backbone import Backbone, build_backbone, describe
+from recognition.runs.checkpoint import read_tensors
+from recognition.training import trainer
 
 
 def small(*freeze: str, **fields: Any) -> Backbone:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from recognition import config, hardware
-from recognition.config import Config, UserError
+from recognition.config import Config
+from recognition.errors import UserError
 from recognition.hardware import Hardware, Resolved
 
 TINY = Path(__file__).resolve().parents[1] / "integration" / "tiny.toml"

@@ -13,8 +13,9 @@ from picture_kinds import GREY, RGB, Kind, save
 from PIL import Image
 from test_pipeline import Images, as_levels, picture
 
-from recognition.config import Augment, Data, UserError
+from recognition.config import Augment, Data
 from recognition.data.pipeline import Pipeline
+from recognition.errors import UserError
 from recognition.evaluation.pairs import PairSet
 from recognition.evaluation.verification import embed_pairs
 from recognition.images import decode, fit, size

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recognition.config import UserError
 from recognition.data import index as index_module
 from recognition.data.index import Index, build, filter, merge, open_index
 from recognition.data.recordio import InsightFaceWriter
+from recognition.errors import UserError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "index.py"
 BESIDE = ".recognition-index"

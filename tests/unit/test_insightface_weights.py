@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recognition.config import Backbone as BackboneConfig
-from recognition.config import UserError
+from recognition.errors import UserError
 from recognition.models.backbone import build_backbone
 from recognition.models.weights import load_weights, read_file
 

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recognition.head import chunks
-from recognition.head.negatives import Curricular, Linear
-from recognition.head.products import Kept, Products, Summand, Taking
-from recognition.head.rows import Part, RowGradient, Rows
+from recognition.head.backends import pytorch
+from recognition.head.backends.problem import Kept, Products, Summand, Taking
+from recognition.head.class_weights.gradient import RowGradient
+from recognition.head.class_weights.shard import Part, Rows
+from recognition.head.losses.negatives import Curricular, Linear
 
 CLASSES, SIZE, BATCH, CHUNK = 131, 64, 37, 29
 CHUNK_BYTES = 4 * BATCH * CHUNK
@@ -44,8 +45,8 @@ def run(rows: Rows, taking: Taking, x: Tensor, products: Products, summand: Summ
     """Both passes of a loss whose gradients by the sum's logarithm and the targets' products are given."""
     by_sum, by_target = torch.linspace(0.1, 1, len(x)), torch.linspace(-1, -0.1, len(x))
     x = x.to(products.dtype)
-    target = chunks.targets(rows, taking, x.float(), products)[0]
-    found = chunks.statistics(rows, taking, x, products, summand)
+    target = pytorch.targets(rows, taking, x.float(), products)[0]
+    found = pytorch.statistics(rows, taking, x, products, summand)
     log_sum = found.sums[:, 0].log() + found.shift
     gradients = torch.zeros_like(rows.weight)
 
@@ -53,7 +54,7 @@ def run(rows: Rows, taking: Taking, x: Tensor, products: Products, summand: Summ
         gradients[part] = gradient.dense(rows.read(part))
 
     vectors = log_sum, by_sum, target, by_target
-    by_x = chunks.backward(rows, taking, x, products, summand, *vectors, sink, None, found.kept)  # type: ignore[arg-type]
+    by_x = pytorch.backward(rows, taking, x, products, summand, *vectors, sink, None, found.kept)  # type: ignore[arg-type]
     return {"log_sum": log_sum, "by_x": by_x, "by_rows": gradients}
 
 
@@ -104,7 +105,7 @@ def test_bfloat16_products_are_as_close_as_without(where: str) -> None:
 @pytest.mark.parametrize(("room", "chunks_kept"), [("nothing", 0), ("two chunks", 2), ("all", 5)])
 def test_what_is_kept_stays_within_its_room(room: str, chunks_kept: int) -> None:
     rows, taking, x = case("anywhere")
-    kept = chunks.statistics(rows, taking, x, replace(PRODUCTS, workspace=ROOM[room]), SUMMAND).kept
+    kept = pytorch.statistics(rows, taking, x, replace(PRODUCTS, workspace=ROOM[room]), SUMMAND).kept
     assert isinstance(kept, Kept)
     assert len(kept.exponentials) == chunks_kept
     assert sum(each.nbytes for each in kept.exponentials) <= ROOM[room]
@@ -124,7 +125,7 @@ def test_other_losses_keep_nothing(products: Products, summand: Summand) -> None
     rows, taking, x = case("anywhere")
     if summand.negatives is not SUMMAND.negatives:
         summand = replace(summand, anchor=torch.zeros(BATCH))
-    assert chunks.statistics(rows, taking, x, products, summand).kept is None
+    assert pytorch.statistics(rows, taking, x, products, summand).kept is None
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -132,9 +133,9 @@ def test_a_rank_without_classes_has_nothing_to_say(sampled: bool) -> None:
     rows = Rows.initial(range(7 if sampled else 0), SIZE, bias=False, seed=1, device=torch.device("cpu"))
     taking = Taking(torch.empty(0, dtype=torch.int64) if sampled else None, torch.full((5,), -1))
     products, x = replace(PRODUCTS, workspace=1 << 20), F.normalize(torch.ones(5, SIZE))
-    found = chunks.statistics(rows, taking, x, products, SUMMAND)
+    found = pytorch.statistics(rows, taking, x, products, SUMMAND)
     assert torch.equal(found.sums, torch.zeros(5, 1))
     zeros = torch.zeros(5)
     kept = found.kept
     assert isinstance(kept, Kept)
-    assert not chunks.backward(rows, taking, x, products, SUMMAND, *[zeros] * 4, None, None, kept).any()
+    assert not pytorch.backward(rows, taking, x, products, SUMMAND, *[zeros] * 4, None, None, kept).any()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from recognition.kinds import what_is
+from recognition.files.kinds import what_is
 
 
 def image(kind: str) -> bytes:

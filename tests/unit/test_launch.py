@@ -2,8 +2,8 @@
 
 import pytest
 
-from recognition.config import UserError
-from recognition.launch import Launched, expand_nodes, launched
+from recognition.distributed.launcher import Launched, expand_nodes, launched
+from recognition.errors import UserError
 
 TORCH = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "first", "MASTER_PORT": "29400"}
 SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"}

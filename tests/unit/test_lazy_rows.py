@@ -17,9 +17,10 @@ from row_cases import (
 )
 
 from recognition import config
-from recognition.head import row_optimizer
-from recognition.head.lazy import History
-from recognition.head.rows import Part, RowGradient, Rows, State
+from recognition.head.class_weights import optimizer as optimizer_module
+from recognition.head.class_weights.gradient import RowGradient
+from recognition.head.class_weights.lazy import History
+from recognition.head.class_weights.shard import Part, Rows, State
 
 
 class Dense:
@@ -56,7 +57,7 @@ def test_lazy_rows_are_dense_rows_whenever_they_are_seen(
 ) -> None:
     if not host_knows:
         request.getfixturevalue("as_on_a_gpu")
-    monkeypatch.setattr(row_optimizer, "History", lambda *arguments: History(*arguments, window))
+    monkeypatch.setattr(optimizer_module, "History", lambda *arguments: History(*arguments, window))
     rows, optimizer = make(SGD, state, untouched="lazy", bias=bias)
     dense = Dense(rows)
     generator = torch.Generator().manual_seed(8)

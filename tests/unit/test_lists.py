@@ -6,7 +6,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from recognition.config import UserError
+from recognition.errors import UserError
 from recognition.evaluation.pairs import read_pairs
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from recognition import lock
-from recognition.config import UserError
+from recognition.errors import UserError
+from recognition.files import lock
 
 HOLD = "import sys, time; from pathlib import Path; from recognition import lock\n"
 HOLD += "with lock.held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from recognition import logs
-from recognition.logs import Appender, telling
+from recognition.tracking import logs
+from recognition.tracking.logs import Appender, telling
 
 package = logging.getLogger("recognition.data")
 

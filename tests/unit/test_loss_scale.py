@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from recognition import config
-from recognition.loss_scale import LossScale
+from recognition.training.loss_scale import LossScale
 
 CPU = torch.device("cpu")
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from recognition.config import Augment, Data, UserError
-from recognition.data import store
+from recognition.config import Augment, Data
+from recognition.data import index_store
 from recognition.data.files import Files
 from recognition.data.index import Index, Lost, filter, open_index
 from recognition.data.pipeline import Pipeline
 from recognition.data.quarantine import Quarantine
 from recognition.data.recordio import Writer, pack
+from recognition.errors import UserError
 
 IMAGES = 6
 Damage = Callable[[Path], object]
@@ -220,14 +221,14 @@ def test_a_run_that_goes_on_keeps_its_quarantine(faces: Path, tmp_path: Path) ->
 def test_an_index_that_cannot_be_written_beside_the_data_goes_into_the_cache(
     faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = store.save
+    save = index_store.save
 
-    def full(folder: Path, content: store.Content) -> None:
+    def full(folder: Path, content: index_store.Content) -> None:
         if folder.is_relative_to(faces):
             raise OSError(errno.ENOSPC, "No space left on device", str(folder))
         save(folder, content)
 
-    monkeypatch.setattr(store, "save", full)
+    monkeypatch.setattr(index_store, "save", full)
     assert open_index(faces, tmp_path / "own").folder.parent == tmp_path / "own"
     assert open_index(faces, tmp_path / "own").num_images == IMAGES
     (tmp_path / "file").touch()

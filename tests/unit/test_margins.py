@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from recognition import config
-from recognition.head.loss import Targets
-from recognition.head.losses import build_loss
+from recognition.head.losses.base import Targets
+from recognition.head.losses.build import build_loss
 
 MARGINS = [
     config.Softmax(),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ranks import run_ranks
 from recognition import config
-from recognition.head.naive import NaiveHead
+from recognition.benchmarks.baseline_head import NaiveHead
 
 C, D, B, RATES = 23, 8, 12, (0.3, 0.1, 0.2)
 LOSS = config.CosFace(scale=16.0, margin=0.35)

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from recognition import toml
-from recognition.config import Config
+from recognition.config import Config, toml
 
 REPOSITORY = Path(__file__).parents[2]
 SOURCES = [

@@ -17,7 +17,7 @@ from PIL import Image
 from recognition.data.index import Index, build, filter, merge, open_index
 from recognition.data.quarantine import Quarantine
 from recognition.data.recordio import InsightFaceWriter, Writer, pack
-from recognition.names import shown
+from recognition.files.paths import shown
 
 TOOL = runpy.run_path(str(Path(__file__).resolve().parents[2] / "tools" / "index.py"))
 NAMES = [

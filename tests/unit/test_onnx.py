@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from recognition.config import Backbone, Export, UserError
+from recognition.config import Backbone, Export
 from recognition.deploy.embedder import OnnxEmbedder
 from recognition.deploy.onnx import check_export, export
+from recognition.errors import UserError
 from recognition.models.backbone import BackboneEmbedder, build_backbone
 
 SIZE, D = 16, 8

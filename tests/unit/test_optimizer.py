@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from recognition import config
-from recognition.optimizer import (
+from recognition.training.optimizer import (
     Schedule,
     build_optimizer,
     clip_gradients,

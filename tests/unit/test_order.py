@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from recognition.data.order import GOLDEN, batch_positions, keyed_hash, mix, permute, permute_by_keys, samples_at
+from recognition.data.order import batch_positions, permute, samples_at
+from recognition.randomness import GOLDEN, keyed_hash, mix, permute_by_keys
 
 # Samples are drawn by a hash in integers, so that what a statistic comes to is the same everywhere and every time.
 EPOCHS = np.arange(100_000)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from recognition.config import Augment, Data, UserError
+from recognition.config import Augment, Data
 from recognition.data.augment import draw
 from recognition.data.index import open_index
 from recognition.data.order import permute, samples_at
 from recognition.data.pipeline import Batch, Pipeline
+from recognition.errors import UserError
 
 SIZE = 32
 NO_CHANGE = Augment(flip=0.0)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from recognition import config
-from recognition.head.benchmark_rank import PeakMemory
-from recognition.head.plan import HeadPlan
+from recognition.benchmarks.head_rank import PeakMemory
 from recognition.models.backbone import Backbone
-from recognition.models.cost import backbone_cost
+from recognition.planning.backbone import backbone_cost
+from recognition.planning.head import HeadPlan
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "plan.py"
 
@@ -220,7 +220,7 @@ def test_what_is_no_number_is_refused(tool: ModuleType, capsys, arguments: list[
 def test_peak_memory_sees_what_is_freed_again(sampled: bool, monkeypatch, tmp_path) -> None:
     if sampled:
         # As where a process may not reset its maximum.
-        monkeypatch.setattr("recognition.head.benchmark_rank._CLEAR", tmp_path)
+        monkeypatch.setattr("recognition.benchmarks.head_rank._CLEAR", tmp_path)
     size = 64_000_000
     before = torch.ones(3 * size, dtype=torch.uint8)
     del before

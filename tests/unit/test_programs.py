@@ -15,10 +15,9 @@ from typing import Any
 import onnx
 import pytest
 
-from recognition import program
-from recognition.config import UserError
-from recognition.config.base import FailedElsewhere
-from recognition.outputs import check_output
+from recognition.cli import program
+from recognition.errors import FailedElsewhere, UserError
+from recognition.files.outputs import check_output
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>\n"
@@ -323,14 +322,14 @@ def test_an_output_without_permission(place: Path, monkeypatch: pytest.MonkeyPat
         def refuse(**_: Any) -> None:
             raise PermissionError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr("recognition.outputs.tempfile.TemporaryFile", refuse)
+        monkeypatch.setattr("recognition.files.outputs.tempfile.TemporaryFile", refuse)
     with pytest.raises(UserError, match="folder/x: cannot be written: Permission denied; choose another output"):
         check_output(Path("folder/x"), kind="file")
 
 
 def test_windows_has_no_module_resource(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recognition import tracking
+    from recognition.tracking import tracker
 
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
-    assert tracking.peak_memory() == 0
+    assert tracker.peak_memory() == 0

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from recognition import progress, terminal
-from recognition.progress import listen, working
-from recognition.terminal import escape, fit
+from recognition.tracking import progress, terminal
+from recognition.tracking.progress import listen, working
+from recognition.tracking.terminal import escape, fit
 
 
 class Terminal(io.StringIO):
@@ -109,7 +109,7 @@ def test_a_bar_fits_its_terminal_and_goes_away(screen: Callable[[int], Terminal]
 
 def test_bars_share_one_display_and_log_lines_go_above(screen: Callable[[int], Terminal]) -> None:
     file = screen(80)
-    log = logging.getLogger("recognition.progress")
+    log = logging.getLogger("recognition.tracking.progress")
     with working("verifying", 4) as outer, working("decoding", 2) as inner:
         outer(1)
         inner(1)

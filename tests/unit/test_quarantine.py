@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recognition.config import UserError
 from recognition.data.quarantine import BadImage, Quarantine, check_header
+from recognition.errors import UserError
 from recognition.images import MAX_PIXELS
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recognition.config import UserError
+from recognition.data.insightface_rec import Records, read_records
 from recognition.data.recordio import InsightFaceWriter, Writer, pack, scan
-from recognition.data.records import Records, read_records
-from recognition.progress import listen
+from recognition.errors import UserError
+from recognition.tracking.progress import listen
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 

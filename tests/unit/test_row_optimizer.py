@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recognition import config
-from recognition.head import row_optimizer
-from recognition.head.row_optimizer import build_row_optimizer
-from recognition.head.rows import Part, Rows, State
+from recognition.head.class_weights import optimizer as optimizer_module
+from recognition.head.class_weights.optimizer import build_row_optimizer
+from recognition.head.class_weights.shard import Part, Rows, State
 
 NAMES = {"momentum": "momentum_buffer", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
@@ -178,7 +178,7 @@ def test_the_way_of_a_gpu_gives_the_same(
 ) -> None:
     results = []
     for host_knows in (True, False):
-        monkeypatch.setattr(row_optimizer, "_host_knows", lambda tensor, known=host_knows: known)
+        monkeypatch.setattr(optimizer_module, "_host_knows", lambda tensor, known=host_knows: known)
         rows, optimizer = make(settings, state, untouched=untouched, bias=True)
         generator = torch.Generator().manual_seed(6)
         for step in range(12):

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from recognition.head.rows import Noise, Part, RowGradient, Rows, RowSum, State
+from recognition.head.class_weights.gradient import RowGradient, RowSum
+from recognition.head.class_weights.shard import Noise, Part, Rows, State
 
 CPU = torch.device("cpu")
 NORM, SUM, SUM_OF_BFLOAT16 = 1e-6, 2e-6, 0.03

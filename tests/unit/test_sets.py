@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recognition.config import UserError
+from recognition.errors import UserError
 from recognition.evaluation.folds import doubts, is_uneven, spread
 from recognition.evaluation.sets import names_apart, open_sets
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from recognition import distributed
-from recognition.checkpoint import Checkpoints
 from recognition.config import Backbone as BackboneConfig
-from recognition.config import Config, Data, Distributed, Run, UserError
+from recognition.config import Config, Data, Distributed, Run
+from recognition.errors import UserError
 from recognition.models.backbone import Backbone, build_backbone
-from recognition.run_folder import Best, RunFolder, load_backbone
-from recognition.starting_point import start_from
+from recognition.runs.checkpoint import Checkpoints
+from recognition.runs.folder import Best, RunFolder, load_backbone
+from recognition.runs.starting_point import start_from
 from tools import export
 
 SMALL = BackboneConfig(name="resnet10t", image_size=32, embedding_size=16, neck="pool", precision="float32")

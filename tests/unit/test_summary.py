@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from recognition import summary
 from recognition.config import Config, Tracking
-from recognition.run_folder import RunFolder
-from recognition.tracking import Tracker
+from recognition.runs.folder import RunFolder
+from recognition.tracking.tracker import Tracker
+from recognition.training import summary
 
 
 def settings(folder: Path, **changes: Any) -> Config:

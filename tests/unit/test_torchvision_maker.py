@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from test_pipeline import EVERYTHING, Images, encode, picture
 
-from recognition.config import Augment, Data, UserError
-from recognition.data import faces
+from recognition.config import Augment, Data
 from recognition.data.pipeline import Batch, Pipeline
+from recognition.data.procedural import dataset
 from recognition.data.torchvision_maker import TorchvisionMaker
+from recognition.errors import UserError
 from recognition.images import Undecodable, decode
 
 SIZE = 112
@@ -74,7 +75,7 @@ def drawn() -> list[bytes]:
     """Faces, plain colours, ramps and noise, as JPEG and PNG."""
     plain = [encode(Image.new("RGB", (SIZE, SIZE), color)) for color in ((0, 0, 0), (255, 255, 255), (200, 30, 90))]
     others = [encode(image, "PNG") for k in range(1, 4) for image in (ramp(k), noise(k))]
-    return [*(faces.encode(1, identity, 0) for identity in range(8)), *plain, *others]
+    return [*(dataset.encode(1, identity, 0) for identity in range(8)), *plain, *others]
 
 
 @pytest.mark.parametrize("kind", AUGMENTS)

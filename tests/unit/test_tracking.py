@@ -13,9 +13,12 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from unit.tracked import RESULT, events, records, run, scalars, tracker
 
-from recognition import config, terminal, tracking
-from recognition.config import Tracking, UserError
-from recognition.tracking import peak_memory
+from recognition import config
+from recognition.config import Tracking
+from recognition.errors import UserError
+from recognition.tracking import terminal
+from recognition.tracking import tracker as tracker_module
+from recognition.tracking.tracker import peak_memory
 
 
 def test_metrics_hold_the_first_the_last_and_every_tenth_step(tmp_path: Path) -> None:
@@ -153,7 +156,7 @@ def test_other_ranks_write_nothing_and_warn_with_their_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.INFO, "recognition")
-    monkeypatch.setattr(tracking, "_rank", lambda: 3)
+    monkeypatch.setattr(tracker_module, "_rank", lambda: 3)
     folder = tmp_path / "run"
     with tracker(folder, is_main=False) as track, track.pause("verification"):
         track.log_step(1, {"loss": torch.tensor(1.0)})
@@ -288,7 +291,7 @@ def test_a_full_disk_does_not_stop_training(
     with tracker(tmp_path, config=Tracking(every_steps=1)) as track:
         track.log_step(1, {"loss": 1.0})
         with monkeypatch.context() as patch:
-            patch.setattr("recognition.logs.os.write", full)
+            patch.setattr("recognition.tracking.logs.os.write", full)
             for step in range(2, 11):
                 track.log_step(step, {"loss": 1.0})
             track.verification(10, "lfw", RESULT, (np.zeros(3), np.zeros(3)))

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from recognition import doctor, hardware
+from recognition import hardware
+from recognition.benchmarks import doctor
+from recognition.benchmarks.machine import Convolution, Disk, Exchange, Measured
 from recognition.config import Config, Data
 from recognition.hardware import Hardware
-from recognition.measure import Convolution, Disk, Exchange, Measured
 
 HAS = Hardware("cpu", "a processor", "AVX-512 with bfloat16", "bfloat16")
 LACKS = Hardware("cpu", "a processor", "AVX2", "float32")

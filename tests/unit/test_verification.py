@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recognition.config import UserError
+from recognition.errors import UserError
 from recognition.evaluation.pairs import read_pairs
 from recognition.evaluation.verification import embed_pairs, verify
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from recognition import config, distributed, verifying
-from recognition.config import UserError
+from recognition import config, distributed
+from recognition.errors import UserError
 from recognition.evaluation.verification import verify
+from recognition.training import verifying
 
 TURNS = SimpleNamespace(
     ranks=SimpleNamespace(rank=0, world=1, head_device=torch.device("cpu")), each=lambda what, work: work()

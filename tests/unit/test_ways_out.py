@@ -13,11 +13,11 @@ from unit.ways_out import refusal, way_out
 
 from recognition import config, distributed, hardware
 from recognition.deploy.embedder import OnnxEmbedder, Reading
-from recognition.launch import launched
+from recognition.distributed.launcher import launched
+from recognition.files.outputs import check_output
 from recognition.models.backbone import build_backbone
 from recognition.models.weights import load_weights, read_file
-from recognition.outputs import check_output
-from recognition.run_folder import RunFolder
+from recognition.runs.folder import RunFolder
 
 SMALL = ("backbone.name=resnet10t", "backbone.image_size=32", "backbone.embedding_size=32")
 # A mistake, what the message says, what that is as a setting, and whether it stands in the mistake's place.

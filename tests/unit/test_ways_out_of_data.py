@@ -15,8 +15,8 @@ from PIL import Image
 from unit.ways_out import picture, refusal, way_out
 
 from recognition import config
-from recognition.data.faces import verification_pairs
 from recognition.data.index import build, check_trainable, filter, merge, open_index
+from recognition.data.procedural.dataset import verification_pairs
 from recognition.data.recordio import InsightFaceWriter
 from recognition.evaluation.sets import open_sets
 

@@ -11,7 +11,7 @@ import timm
 import torch
 
 from recognition.config import Backbone as BackboneConfig
-from recognition.config import UserError
+from recognition.errors import UserError
 from recognition.models.backbone import Backbone, build_backbone
 from recognition.models.weights import load_weights, read_file
 

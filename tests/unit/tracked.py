@@ -11,9 +11,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from recognition import clock, tracking
 from recognition.config import Tracking
-from recognition.tracking import Tracker
+from recognition.tracking import clock
+from recognition.tracking import tracker as tracker_module
+from recognition.tracking.tracker import Tracker
 
 RESULT = {
     "accuracy": 0.9912,
@@ -66,6 +67,6 @@ class Terminal(io.StringIO):
 
 def fake_time(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
-    for module in (tracking, clock):
+    for module in (tracker_module, clock):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     return now

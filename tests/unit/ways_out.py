@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recognition.config import UserError
+from recognition.errors import UserError
 
 
 def refusal(attempt: Callable[[], object]) -> str:

@@ -1,0 +1,299 @@
+"""Measures training on one device, whose data are there already: images per second of a backbone under the head.
+
+`measure_grid` says what each precision, layout and torch.compile give: the defaults rest on it. `measure` compares:
+three trainings take turns, under the same load of the machine: the package's own, bfloat16 channels-last and compiled;
+the same without a compiler; and the baseline, which is how arcface_torch trains: float16 autocast with a GradScaler (on
+a CPU, which has no fast convolutions in float16: float32), NCHW, torch's layers and optimizer. All three have this
+package's head, so what tells them apart is the backbone's.
+"""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
+
+from recognition import config, hardware
+from recognition.distributed import split
+from recognition.head import build_head
+from recognition.models.backbone import build_backbone
+from recognition.models.layers import GroupedConv2d, PReLU
+from recognition.planning.backbone import backbone_cost
+from recognition.training.optimizer import build_optimizer, clip_gradients, step_if_finite
+
+_PEAK_TFLOPS = {
+    "B200": 2250,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200 NVL": 836,
+    "H200": 989,
+    "A100": 312,
+    "A40": 150,
+    "A30": 165,
+    "A10": 125,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+}
+"""Of matrix products in bfloat16 without sparsity, by what a device's name contains, as NVIDIA's data sheets have it;
+the first that fits counts."""
+_WARM_UP = 4
+_ROUNDS = 4
+_SGD = config.SGD(lr=0.01)
+_CLIP_NORM = 5.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train a backbone, and how fast it is."""
+
+    precision: str
+    channels_last: bool
+    compiled: bool
+    images_per_second: float
+    """Median over the rounds."""
+    compile_seconds: float | None = None
+    """How much longer the first step took than later ones; None where nothing is compiled."""
+    pays_after_images: int | None = None
+    """How many images take as long with the compilation as in the fastest variant that is not compiled; None where
+    that one is faster."""
+
+    def to_json(self) -> dict[str, str | bool | float | int | None]:
+        """The fields by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Medians over the rounds, in images per second."""
+
+    images_per_second: float
+    """bfloat16, channels-last, compiled."""
+    eager_images_per_second: float
+    """The same, not compiled."""
+    baseline_images_per_second: float
+    """float16 autocast, on a CPU float32; NCHW, not compiled."""
+    eager_ratio: float
+    """Compiled over eager."""
+    baseline_ratio: float
+    """Compiled over baseline."""
+    flops_per_image: int
+    """Floating-point operations of the backbone's convolutions and matrix products, forward and backward. The head's
+    are not counted."""
+    flops_per_second: float
+    """Of the compiled training."""
+    peak_flops: float | None
+    """What the device could do; None where that is not known."""
+    mfu: float | None
+    """Model FLOP utilisation: the former over the latter."""
+    memory_bytes: int | None
+    """The most that the compiled training had allocated on the GPU; None on a CPU."""
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """The numbers by name."""
+        return asdict(self)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Floating-point operations per second of a GPU in bfloat16, or None for one that is not in the table."""
+    return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def measure(
+    backbone: config.Backbone,
+    device: torch.device,
+    *,
+    batch: int,
+    classes: int,
+    steps: int,
+    compiler: str | None = "inductor",
+    peak: float | None = None,
+) -> Result:
+    """Measure `steps` training steps of each training, after a warm-up, with `batch` images in a step.
+
+    `backbone`: its precision, layout and compilation are set here. `compiler`: torch.compile's backend; None: do
+    without. `peak`: operations per second of the device, where it is known better than by its name. A process group
+    of one has to exist. Raises UserError where the memory does not suffice or a loss is not finite.
+    """
+    own = backbone.model_copy(update={"precision": "bfloat16", "channels_last": True, "compile": False})
+    memory = None
+    try:
+        # One that is compiled takes its turns first, so its memory can be told.
+        compiled = Training(own, device, batch, classes)
+        if compiler is not None:
+            compiled.backbone.trunk.compile(backend=compiler)
+        compiled.take(_WARM_UP)
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device)
+        trainings: list[Training] = [
+            compiled,
+            Training(own, device, batch, classes),
+            Baseline(own, device, batch, classes),
+        ]
+        for training in trainings[1:]:
+            training.take(_WARM_UP)
+        seconds: list[list[float]] = [[] for _ in trainings]
+        for block in split(steps, min(steps, _ROUNDS)):
+            for training, found in zip(trainings, seconds, strict=True):
+                found.append(training.take(block) / block)
+    except torch.OutOfMemoryError as error:
+        raise config.UserError(f"the GPU's memory has run out: take a smaller batch\n{error}") from None
+    ours, eager, baseline = (batch / statistics.median(found) for found in seconds)
+    flops = 3 * backbone_cost(own).forward_flops
+    if peak is None and device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(device))
+    return Result(
+        images_per_second=ours,
+        eager_images_per_second=eager,
+        baseline_images_per_second=baseline,
+        eager_ratio=ours / eager,
+        baseline_ratio=ours / baseline,
+        flops_per_image=flops,
+        flops_per_second=flops * ours,
+        peak_flops=peak,
+        mfu=None if peak is None else flops * ours / peak,
+        memory_bytes=memory,
+    )
+
+
+def measure_grid(
+    backbone: config.Backbone,
+    device: torch.device,
+    *,
+    batch: int,
+    classes: int,
+    steps: int,
+    precisions: Sequence[hardware.Precision],
+    layouts: Sequence[bool] = (True, False),
+    compiler: str | None = "inductor",
+) -> list[Variant]:
+    """Measure `steps` training steps of each variant, all in turns, after a warm-up, with `batch` images in a step.
+
+    `layouts`: values of channels-last. `compiler`: torch.compile's backend; None: eager variants alone. What earlier
+    compilations left on disk is not used. A process group of one has to exist. Raises UserError where the memory does
+    not suffice or a loss is not finite.
+    """
+    ways = list(itertools.product(precisions, layouts, (False,) if compiler is None else (False, True)))
+    seconds: list[list[float]] = [[] for _ in ways]
+    first: list[float] = []
+    try:
+        with fresh_cache():
+            trainings = []
+            for precision, channels_last, compiled in ways:
+                chosen = {"precision": precision, "channels_last": channels_last, "compile": False}
+                training = Training(backbone.model_copy(update=chosen), device, batch, classes)
+                if compiled:
+                    training.backbone.trunk.compile(backend=compiler)
+                first.append(training.take(1))
+                training.take(1)
+                trainings.append(training)
+            for block in split(steps, min(steps, _ROUNDS)):
+                for training, found in zip(trainings, seconds, strict=True):
+                    found.append(training.take(block) / block)
+    except torch.OutOfMemoryError as error:
+        raise config.UserError(f"the GPU's memory has run out: take a smaller batch\n{error}") from None
+    steady = [statistics.median(found) for found in seconds]
+    eager = min(each for (*_, compiled), each in zip(ways, steady, strict=True) if not compiled)
+    variants = []
+    for way, step, start in zip(ways, steady, first, strict=True):
+        spent = max(0.0, start - step) if way[2] else None
+        pays = None if spent is None or step >= eager else math.ceil(batch * spent / (eager - step))
+        variants.append(Variant(*way, batch / step, spent, pays))
+    return variants
+
+
+class Training:
+    """A backbone, the head and their optimizers, which take steps as the trainer does, on one batch again and again."""
+
+    def __init__(self, settings: config.Backbone, device: torch.device, batch: int, classes: int) -> None:
+        self.device = device
+        self.backbone = build_backbone(settings).to(device)
+        self.head = build_head(config.Head(), classes, settings.embedding_size, seed=0, device=device, optimizer=_SGD)
+        self.optimizer = self._optimizer()
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(batch, 3, settings.image_size, settings.image_size, generator=generator) * 2 - 1
+        self.images = images.to(device).contiguous(memory_format=self.backbone.memory_format)
+        self.labels = torch.randint(classes, (batch,), generator=generator).to(device)
+        self.steps = 0
+
+    def take(self, count: int) -> float:
+        """Take so many steps; how many seconds they took. Raises UserError where the last one's loss is not finite."""
+        start = self._now()
+        for _ in range(count):
+            loss = self._step()
+            self.steps += 1
+        seconds = self._now() - start
+        if not loss.isfinite():
+            raise config.UserError(f"{type(self).__name__}: the loss is {loss.item()} after {self.steps} steps")
+        return seconds
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.backbone, _SGD, decay_norms_and_biases=False)
+
+    def _step(self) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        output = self.head(self.backbone(self.images), self.labels, lr=_SGD.lr, step=self.steps)
+        output.loss.backward()
+        norm = clip_gradients(self.backbone.parameters(), _CLIP_NORM)
+        step_if_finite(self.optimizer, output.finite & norm.isfinite())
+        return output.loss.detach()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class Baseline(Training):
+    """As arcface_torch's train_v2.py does it (https://github.com/deepinsight/insightface)."""
+
+    def __init__(self, settings: config.Backbone, device: torch.device, batch: int, classes: int) -> None:
+        settings = settings.model_copy(update={"precision": "float32", "channels_last": False})
+        super().__init__(settings, device, batch, classes)
+        half = device.type == "cuda"
+        use_torchs_layers(self.backbone)
+        if half:
+            self.backbone.trunk = Float16(self.backbone.trunk)
+        self.scaler = torch.amp.GradScaler(device.type, growth_interval=100, enabled=half)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        trained = [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(trained, lr=_SGD.lr, momentum=_SGD.momentum, weight_decay=_SGD.weight_decay)
+
+    def _step(self) -> Tensor:
+        self.optimizer.zero_grad()
+        scale = self.scaler.scale(torch.ones((), device=self.device))
+        output = self.head(self.backbone(self.images), self.labels, lr=_SGD.lr, step=self.steps, loss_scale=scale)
+        self.scaler.scale(output.loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.backbone.parameters(), _CLIP_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return output.loss.detach()
+
+
+class Float16(nn.Module):
+    """A module in float16 autocast, also within what turns autocast off."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the module's."""
+        with torch.autocast(x.device.type, dtype=torch.float16):
+            return self.module(x)
+
+
+def use_torchs_layers(module: nn.Module) -> None:
+    """Replace this package's layers by those of torch that they stand for; on a GPU they compute the same already."""
+    for layer in module.modules():
+        for ours, torchs in ((PReLU, nn.PReLU), (GroupedConv2d, nn.Conv2d)):
+            if isinstance(layer, ours):
+                object.__setattr__(layer, "__class__", torchs)

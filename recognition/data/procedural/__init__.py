@@ -1,0 +1,1 @@
+"""Procedural faces: a labelled data set drawn from a seed, for demonstrations and tests."""

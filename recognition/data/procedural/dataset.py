@@ -1,0 +1,245 @@
+"""Procedural faces: a labelled training set and a verification set from a seed, for demos, tests and load.
+
+An image is a function of (seed, identity, image) alone: neither the order nor the process that draws it matters. On one
+machine its bytes are always the same; elsewhere another NumPy or Pillow may round a pixel differently.
+"""
+
+import functools
+import json
+import logging
+import pickle
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from recognition.data.procedural.identity import Identity, capture_parameters, identity_parameters
+from recognition.data.procedural.renderer import SIZE, compress, draw, expose
+from recognition.data.recordio import InsightFaceWriter
+from recognition.errors import UserError
+from recognition.files.atomic import replacing
+from recognition.hardware import cores
+from recognition.tracking.progress import working
+
+__all__ = ["Identity", "contact_sheet", "encode", "identity_parameters", "render", "verification_pairs", "write_faces"]
+
+UNSEEN = 1_000_000_000
+"""The number of the first identity of the verification set: above those of any training set, and the same for all."""
+
+FOLDS = 10
+"""Folds of the verification protocol; an identity belongs to one fold, as in LFW."""
+
+VERSION = 1
+"""Raised when the same parameters give other faces, so that finished folders are rendered anew."""
+
+_RECORD = "faces.json"
+_PAIRS = "pairs.bin"
+_FILES = ("train.rec", "train.idx", "property", _PAIRS)
+_CHUNK = 40
+_PAIR_STREAM = 3
+
+_log = logging.getLogger(__name__)
+
+
+def render(seed: int, identity: int, image: int) -> np.ndarray:
+    """Image number `image` of an identity, uint8 [112, 112, 3] RGB, before JPEG."""
+    capture = capture_parameters(seed, identity, image)
+    return expose(draw(identity_parameters(seed, identity), capture), capture)
+
+
+def encode(seed: int, identity: int, image: int, size: int = SIZE) -> bytes:
+    """The same image, resized to `size` pixels a side, as a JPEG file of a quality that varies with the image."""
+    pixels = render(seed, identity, image)
+    if size != SIZE:
+        pixels = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
+    return compress(pixels, capture_parameters(seed, identity, image))
+
+
+def verification_pairs(seed: int, pairs: int, identities: int) -> tuple[list[tuple[int, int]], list[bool]]:
+    """The images of a verification set as (identity, image), two a pair, and whether each pair is genuine.
+
+    Genuine and impostor pairs take turns, no image occurs twice, and each of the ten folds has its own identities.
+    Raises UserError unless `pairs` is a multiple of 20 and there are two identities or more a fold.
+    """
+    if pairs < 2 * FOLDS or pairs % (2 * FOLDS):
+        raise UserError(f"pairs is {pairs}: give a multiple of {2 * FOLDS}, for {FOLDS} folds that are half genuine")
+    if identities < 2 * FOLDS:
+        raise UserError(f"the verification set has {identities} identities: give {2 * FOLDS} or more, two a fold")
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, _PAIR_STREAM))))
+    seen = dict.fromkeys(range(identities), 0)
+
+    def fresh(identity: int) -> tuple[int, int]:
+        seen[identity] += 1
+        return UNSEEN + identity, seen[identity] - 1
+
+    images: list[tuple[int, int]] = []
+    same = [pair % 2 == 0 for pair in range(pairs)]
+    for pair, genuine in enumerate(same):
+        fold = pair * FOLDS // pairs
+        first, end = fold * identities // FOLDS, (fold + 1) * identities // FOLDS
+        if genuine:
+            one = other = first + pair // 2 % (end - first)
+        else:
+            one, other = (first + int(place) for place in generator.permutation(end - first)[:2])
+        images += [fresh(one), fresh(other)]
+    return images, same
+
+
+def write_faces(
+    folder: Path,
+    *,
+    identities: int,
+    images: int,
+    pairs: int = 1200,
+    seed: int = 0,
+    image_size: int = SIZE,
+    pair_identities: int = 200,
+    workers: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Render a training set `train.rec` with its index and `pairs.bin`, a verification set of identities not in it.
+
+    `identities` times `images` go into the training set in InsightFace's layout; `pairs` pairs are drawn from
+    `pair_identities` others, the same ones whatever the training set. Images have `image_size` pixels a side.
+    `workers` processes render, by default as many as there are cores. A folder that holds these very faces is left as
+    it is, an unfinished or other rendering is replaced. Raises UserError for numbers that make no set, and for a folder
+    whose files are not ours to overwrite.
+    """
+    if not (0 < identities <= UNSEEN and images > 0 and seed >= 0 and image_size > 0):
+        size = f"{image_size} x {image_size} pixels"
+        raise UserError(f"cannot render {identities} identities x {images} images of {size} with seed {seed}")
+    tested, same = verification_pairs(seed, pairs, pair_identities)
+    parameters = {
+        "version": VERSION,
+        "seed": seed,
+        "identities": identities,
+        "images": images,
+        "pairs": pairs,
+        "pair_identities": pair_identities,
+        "image_size": image_size,
+    }
+    if _is_finished(folder, parameters):
+        _log.info("%s holds these faces already", folder)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # Without sizes the record says that the folder is ours and not finished.
+    _write(folder / _RECORD, json.dumps(parameters | {"sizes": {}}, indent=2).encode() + b"\n")
+    # An identity's images may be many, so a task is a part of them; all parts of one come before the next identity.
+    parts = [range(start, min(start + _CHUNK, images)) for start in range(0, images, _CHUNK)]
+    trained = ([(identity, image) for image in part] for identity in range(identities) for part in parts)
+    verified = [tested[start : start + _CHUNK] for start in range(0, len(tested), _CHUNK)]
+    encode_all = functools.partial(_encode_all, seed, image_size)
+    with _pool(workers) as pool, _counter("rendering faces", identities * images + len(tested), progress) as advance:
+        with InsightFaceWriter(folder) as writer:
+            for names, encoded in _rendered(pool, encode_all, trained):
+                for (identity, _), image in zip(names, encoded, strict=True):
+                    writer.add(identity, image)
+                advance(len(names))
+        files: list[bytes] = []
+        for names, encoded in _rendered(pool, encode_all, verified):
+            files += encoded
+            advance(len(names))
+    _write(folder / _PAIRS, pickle.dumps((files, same), protocol=4))
+    sizes = {name: (folder / name).stat().st_size for name in _FILES}
+    _write(folder / _RECORD, json.dumps(parameters | {"sizes": sizes}, indent=2).encode() + b"\n")
+
+
+def contact_sheet(seed: int, identities: Sequence[int], images: int) -> Image.Image:
+    """A picture of faces: one row an identity, `images` columns."""
+    rows = [np.concatenate([render(seed, identity, image) for image in range(images)], 1) for identity in identities]
+    return Image.fromarray(np.concatenate(rows, 0))
+
+
+def _is_finished(folder: Path, parameters: dict[str, int]) -> bool:
+    """Whether the folder holds exactly these faces. Raises UserError where it holds somebody else's data."""
+    record = folder / _RECORD
+    if not record.exists():
+        foreign = [name for name in _FILES if (folder / name).exists()]
+        if foreign:
+            raise UserError(f"{folder} holds a {foreign[0]} that was not rendered here: choose another folder")
+        return False
+    try:
+        found: Any = json.loads(record.read_bytes())
+        sizes = found.pop("sizes")
+        return bool(
+            found == parameters
+            and set(sizes) == set(_FILES)
+            and all((folder / name).stat().st_size == size for name, size in sizes.items())
+        )
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+
+
+def _write(path: Path, data: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def _encode_all(seed: int, size: int, names: list[tuple[int, int]]) -> list[bytes]:
+    return [encode(seed, identity, image, size) for identity, image in names]
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _pool(workers: int | None) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes to render in, or none where one core is all there is.
+
+    A fresh start rather than a fork: the caller may hold threads and a GPU.
+    """
+    workers = workers or cores()
+    if workers == 1:
+        yield None
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_leave_interrupts_to_the_parent) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _rendered(
+    pool: ProcessPoolExecutor | None,
+    encode_all: Callable[[list[tuple[int, int]]], list[bytes]],
+    tasks: Iterable[list[tuple[int, int]]],
+) -> Iterator[tuple[list[tuple[int, int]], list[bytes]]]:
+    """The tasks and the JPEG files that `encode_all` makes of them, in order, a few ahead of their writer."""
+    if pool is None:
+        for names in tasks:
+            yield names, encode_all(names)
+        return
+    waiting: deque[tuple[list[tuple[int, int]], Future[list[bytes]]]] = deque()
+    for names in tasks:
+        waiting.append((names, pool.submit(encode_all, names)))
+        if len(waiting) > 64:
+            names, future = waiting.popleft()
+            yield names, future.result()
+    for names, future in waiting:
+        yield names, future.result()
+
+
+@contextmanager
+def _counter(what: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A function that counts images, and shows them if asked to."""
+    if not show:
+        yield lambda images: None
+        return
+    done = 0
+    with working(what, total) as advance:
+
+        def count(images: int) -> None:
+            nonlocal done
+            done += images
+            advance(done)
+
+        yield count

@@ -1,0 +1,37 @@
+"""Processes that train together: who they are, what they agree on, how they fail and wait."""
+
+from recognition.distributed.group import (
+    Interrupt,
+    Ranks,
+    absent,
+    agree,
+    all_gather_rows,
+    broadcast_object,
+    gather_objects,
+    new_group,
+    reduce_scatter_rows,
+    set_timeout,
+    shard_rows,
+    split,
+    start,
+    start_reduce_scatter_rows,
+    stop,
+)
+
+__all__ = [
+    "Interrupt",
+    "Ranks",
+    "absent",
+    "agree",
+    "all_gather_rows",
+    "broadcast_object",
+    "gather_objects",
+    "new_group",
+    "reduce_scatter_rows",
+    "set_timeout",
+    "shard_rows",
+    "split",
+    "start",
+    "start_reduce_scatter_rows",
+    "stop",
+]

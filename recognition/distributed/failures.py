@@ -1,0 +1,105 @@
+"""Ranks tell each other why they fail: the first reason is the one for the user, and what follows from it is not."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+
+from recognition.errors import FailedElsewhere, UserError, explained
+
+PATIENCE_SECONDS = 10.0
+"""How long a rank whose peers are gone waits for the reason of one of them."""
+_FIRST, _SEEN = "recognition/first_failure", "recognition/failures_seen"
+# What gloo and NCCL say of a peer that is gone or silent; their other errors are those of this rank.
+_LOST = re.compile(
+    r"connection (closed|reset|refused)|by peer|connectFullMesh|pair closure|broken pipe|socket|timed? ?out"
+    r"|remote process|ncclRemoteError|ncclSystemError|communicator was aborted",
+    re.IGNORECASE,
+)
+_LATE = re.compile(r"timed? ?out", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def shared(store: Store | None, rank: int, world: int) -> Iterator[None]:
+    """While entered, an error that follows from another rank's becomes a FailedElsewhere with that one's reason.
+
+    The first error of all stays what it is, with a note of the rank. On an error, the process group is left. `store`:
+    where the ranks meet; None for one that is alone.
+    """
+    try:
+        yield
+    except Exception as error:
+        if store is None:
+            raise
+        own = _lost(error) or error
+        first = _first(store, rank, own)
+        if dist.is_initialized():
+            # The others notice at once.
+            dist.destroy_process_group()
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            _stay(store, world)
+        if first["rank"] == rank:
+            own.add_note(f"(rank {rank} of {world}, on {socket.gethostname()})")
+            if own is error:
+                raise
+            raise own from error
+        where = f"rank {first['rank']} of {world}, on {first['host']}"
+        elsewhere = FailedElsewhere(f"{first['reason']}\n({where})")
+        elsewhere.is_far, elsewhere.status = first["host"] != socket.gethostname(), first["status"]
+        raise elsewhere from error
+
+
+def _first(store: Store, rank: int, error: Exception) -> dict[str, Any]:
+    """What failed first, on any rank: this error, unless another was before it or is what it follows from."""
+    sentence = explained(error)
+    reason = sentence if sentence is not None else f"{type(error).__name__}: {error}"
+    host, status = socket.gethostname(), 1 if sentence is None else 2
+    own = {"rank": rank, "host": host, "reason": reason, "status": status}
+    try:
+        if isinstance(error, FailedElsewhere | _ConnectionLost):
+            with contextlib.suppress(RuntimeError):
+                store.wait([_FIRST], timedelta(seconds=PATIENCE_SECONDS))
+        first = json.loads(store.compare_set(_FIRST, "", json.dumps(own)))
+        store.add(_SEEN, 1)
+    except (RuntimeError, ValueError):
+        # The store has gone with the rank that kept it.
+        return own
+    return dict(first)
+
+
+class _ConnectionLost(UserError):
+    """Another rank is gone or silent, which is seldom the first thing that went wrong."""
+
+
+def _lost(error: Exception) -> _ConnectionLost | None:
+    """What a failed collective means, if it is that."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not _LOST.search(text) or explained(error) is not None:
+        return None
+    said = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    if _LATE.search(text):
+        return _ConnectionLost(
+            f"another rank has not answered in time: {said}\nIt hangs, or is slower than distributed.timeout_seconds "
+            "(distributed.init_timeout_seconds until the first step is done): raise that if it only is slow"
+        )
+    return _ConnectionLost(
+        f"the connection to another rank is lost: {said}\nIts process was ended from outside, often for want of memory "
+        "(`dmesg` or the scheduler's log says so), or its machine is gone. The same command goes on from the newest "
+        "checkpoint"
+    )
+
+
+def _stay(store: Store, world: int) -> None:
+    """Keep the store, which ends with this process, until all ranks have read it."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    with contextlib.suppress(RuntimeError):
+        while int(store.add(_SEEN, 0)) < world and time.monotonic() < until:
+            time.sleep(0.05)

@@ -1,0 +1,1 @@
+"""What goes over the class weights: one interface, in plain PyTorch and by Triton kernels."""

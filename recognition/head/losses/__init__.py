@@ -1,0 +1,1 @@
+"""The losses: functions on vectors that know nothing of shards or chunks."""

@@ -1,0 +1,200 @@
+"""Where log records go: to standard error and, once a run's folder is there, to its `log.txt`.
+
+A record is one line, whatever its text holds. A warning that comes again and again is told a few times, then counted.
+"""
+
+import errno
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from recognition.tracking import terminal
+
+TOLD = 3
+"""How often a warning is told before it is only counted."""
+
+_HARMLESS = {
+    # torch.compile asks for CUDA's folder on machines without a GPU too, where nothing is missed.
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+}
+"""What libraries say that no user can do anything about: the beginnings of records, by logger."""
+
+_PACKAGE = "recognition"
+_log = logging.getLogger(__name__)
+_active: list["Log"] = []
+
+
+class Appender:
+    """A file to which whole records are appended.
+
+    A record that cannot be written, as on a full disk, is left out; that is said once, and what comes later is tried
+    again. Raises OSError only where the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._size = os.fstat(self._file).st_size
+        self._told = False
+
+    def write(self, record: bytes) -> None:
+        """Append a record in one write, or leave the file as it was."""
+        try:
+            if not os.fstat(self._file).st_nlink:
+                raise FileNotFoundError(errno.ENOENT, "it was removed")
+            if os.write(self._file, record) < len(record):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._file, self._size)
+            if not self._told:
+                self._told = True
+                _log.warning("%s cannot be written (%s): training goes on without it", self.path, error.strerror)
+        else:
+            self._size += len(record)
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        file, self._file = self._file, -1
+        if file >= 0:
+            with suppress(OSError):
+                os.close(file)
+
+
+class Line(logging.Formatter):
+    """Formats a record's text as one line, without control characters; a traceback follows as it is."""
+
+    def __init__(self, form: str, date: str = "%Y-%m-%d %H:%M:%S") -> None:
+        super().__init__(form, date)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Fill in the form."""
+        text = record.message
+        if record.name == "py.warnings":
+            text = text.partition("\n")[0]  # the second line is the source code's
+        record.message = terminal.escape(text) + getattr(record, "count", "")
+        return super().formatMessage(record)
+
+
+class Log(logging.Handler):
+    """The root logger's handler during a run: gives each record to standard error and to `log.txt`.
+
+    Ranks but the first write no file, and only warnings, marked with their rank.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(logging.WARNING if rank else logging.INFO)
+        self.rank = rank
+        self._terminal = terminal.Handler()
+        self._terminal.setFormatter(_form(rank))
+        self._early: list[logging.LogRecord] = []
+        self._file: Appender | None = None
+        self._lines = Line("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        self._times: Counter[tuple[str, str]] = Counter()
+        self._last: dict[tuple[str, str], str] = {}
+
+    def keep(self, path: Path) -> None:
+        """Write to the file from now on, what was told before first. Raises OSError."""
+        self._file = Appender(path)
+        for record in self._early:
+            self._write(record)
+        self._early.clear()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand on a record, if it is not one too many of its kind."""
+        if record.levelno >= logging.WARNING and not self._is_told(record):
+            return
+        if not self.rank:
+            if self._file is None:
+                self._early.append(record)
+            else:
+                self._write(record)
+        self._terminal.handle(record)
+
+    def close(self) -> None:
+        """Tell how often each warning came that was not always told, and close the file."""
+        for key, times in self._times.items():
+            if times > TOLD:
+                text = "%s times in all, the last: %s"
+                logging.getLogger(key[0]).warning(text, f"{times:,}", self._last[key], extra={"count": ""})
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+    def _is_told(self, record: logging.LogRecord) -> bool:
+        """Count a warning by its text without its arguments; the first three and each power of ten are told."""
+        if hasattr(record, "count"):
+            return True
+        # A text of its own that is passed as an argument is what tells such warnings apart.
+        message = record.getMessage()
+        key = record.name, message if record.msg == "%s" else str(record.msg)
+        self._times[key] += 1
+        self._last[key] = message
+        times = self._times[key]
+        if times > TOLD:
+            record.count = f" ({times:,} times so far)"
+        return times <= TOLD or (set(str(times)[1:]) == {"0"} and str(times)[0] == "1")
+
+    def _write(self, record: logging.LogRecord) -> None:
+        assert self._file is not None
+        self._file.write((self._lines.format(record) + "\n").encode("utf-8", "backslashreplace"))
+
+
+class _Without(logging.Filter):
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self.beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.beginning)
+
+
+@contextmanager
+def telling(rank: int = 0) -> Iterator[Log]:
+    """Have what this package and Python's warnings say told while in here; inside another one, it is that one."""
+    if _active:
+        yield _active[-1]
+        return
+    log, root, package = Log(rank), logging.getLogger(), logging.getLogger(_PACKAGE)
+    level, shown = package.level, warnings.showwarning
+    root.addHandler(log)
+    if not rank:
+        package.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    quiet = {logging.getLogger(name): _Without(text) for name, text in _HARMLESS.items()}
+    for logger, without in quiet.items():
+        logger.addFilter(without)
+    _active.append(log)
+    try:
+        yield log
+    finally:
+        log.close()
+        _active.remove(log)
+        logging.captureWarnings(False)
+        warnings.showwarning = shown
+        package.setLevel(level)
+        root.removeHandler(log)
+        for logger, without in quiet.items():
+            logger.removeFilter(without)
+
+
+def _form(rank: int) -> Line:
+    if rank:
+        return Line(f"[rank {rank}] %(levelname)s %(name)s: %(message)s")
+    # A terminal may be narrow, and who looks at it knows what day it is.
+    return _Short() if terminal.is_terminal() else Line("%(asctime)s %(levelname)s %(message)s")
+
+
+class _Short(Line):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+        self._warning = Line("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        if getattr(record, "is_block", False):
+            return terminal.escape(record.getMessage())
+        return self._warning.format(record) if record.levelno >= logging.WARNING else super().format(record)
