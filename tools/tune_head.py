@@ -24,10 +24,10 @@ with program.imports():
     from recognition.files.atomic import write_text
     from recognition.files.outputs import check_output
     from recognition.head.backends import tiles
-    from recognition.head.backends.problem import Products, Summand, Taking
+    from recognition.head.backends.problem import ActiveClasses, LogitOptions, NegativeTerm
     from recognition.head.backends.tiles import Kernel, Problem, Section, Tile, Work
-    from recognition.head.class_weights.shard import Rows, State
-    from recognition.head.losses.negatives import Curricular, Filtered, Linear
+    from recognition.head.class_weights.shard import RowFormat, WeightShard
+    from recognition.head.losses.negatives import AffineNegatives, CurricularNegatives, FilteredNegatives
 
 SIDES = [(256, 128, 64), (128, 256, 64), (128, 256, 32), (128, 128, 64), (128, 128, 32), (64, 256, 64), (64, 256, 32)]
 SIDES += [(64, 128, 64), (64, 128, 32), (64, 128, 16), (128, 64, 64), (64, 64, 64), (64, 64, 32)]
@@ -40,7 +40,7 @@ CANDIDATES = [
     if 16 <= sides[0] * sides[1] // (32 * warps) <= 128
 ]
 CHUNKS = (2048, 4096, 8192, 16384, 32768)
-TYPES: dict[tuple[int, int], tuple[State, torch.dtype]] = {
+TYPES: dict[tuple[int, int], tuple[RowFormat, torch.dtype]] = {
     (2, 2): ("bfloat16", torch.bfloat16),
     (4, 2): ("float32", torch.bfloat16),
     (4, 4): ("float32", torch.float32),
@@ -82,7 +82,7 @@ def _device() -> torch.device:
     device = torch.device("cuda", torch.cuda.current_device())
     from recognition.head.backends import select
 
-    select.choose("triton", device)
+    select.select_backend("triton", device)
     return device
 
 
@@ -101,7 +101,7 @@ def _tuned(device: torch.device, options: argparse.Namespace) -> tuple[str, Sect
             for batch in options.batch:
                 bench = _Bench(device, work, types, batch, options.classes, options.embedding_size)
                 for kernel, run in bench.kernels.items():
-                    classes = options.classes if kernel == "statistics" else bench.products.chunk
+                    classes = options.classes if kernel == "statistics" else bench.logit_options.chunk
                     problem = Problem(work, types, (batch, classes, options.embedding_size))
                     measured[kernel][problem] = _fastest(f"{kernel}, {problem}", run)
     found = {
@@ -127,35 +127,37 @@ class _Bench:
     ) -> None:
         state, dtype = TYPES[types]
         centers = CENTERS if work == "centers" else 1
-        self.rows = Rows.initial(range(classes * centers), size, bias=False, seed=0, device=device, state=state)
+        self.rows = WeightShard.initial(range(classes * centers), size, bias=False, seed=0, device=device, state=state)
         self.x = torch.nn.functional.normalize(torch.randn(batch, size, device=device)).to(dtype)
-        self.taking = Taking(None, torch.randint(classes, (batch,), device=device))
-        self.products = Products(unit_rows=True, dtype=dtype, chunk=min(classes, max(CHUNKS) // 4), centers=centers)
-        curricular = Curricular(64.0, torch.tensor(0.1, device=device))
-        negatives = Filtered(curricular, 0.9, zero=False) if work == "elaborate" else Linear(64.0)
+        self.active = ActiveClasses(None, torch.randint(classes, (batch,), device=device))
+        self.logit_options = LogitOptions(
+            unit_rows=True, dtype=dtype, chunk=min(classes, max(CHUNKS) // 4), centers=centers
+        )
+        curricular = CurricularNegatives(64.0, torch.tensor(0.1, device=device))
+        negatives = FilteredNegatives(curricular, 0.9, zero=False) if work == "elaborate" else AffineNegatives(64.0)
         self.vector = torch.full((batch,), 0.1, device=device)
-        self.summand = Summand(negatives, self.vector if work == "elaborate" else None, False, 64.0)
-        self.kernels: dict[Kernel, Callable[[], Any]] = {"statistics": self.statistics, "emit": self.backward}
+        self.negative_term = NegativeTerm(negatives, self.vector if work == "elaborate" else None, False, 64.0)
+        self.kernels: dict[Kernel, Callable[[], Any]] = {"statistics": self.negative_sums, "emit": self.backward}
 
-    def statistics(self) -> None:
+    def negative_sums(self) -> None:
         """The forward pass."""
         from recognition.head.backends import triton_backend
 
-        triton_backend.statistics(self.rows, self.taking, self.x, self.products, self.summand)
+        triton_backend.negative_sums(self.rows, self.active, self.x, self.logit_options, self.negative_term)
 
     def backward(self, chunk: int | None = None, *, rows_too: bool = False) -> None:
         """The backward pass, with the gradient by the rows if wanted."""
         from recognition.head.backends import triton_backend
 
-        products = replace(self.products, chunk=chunk or self.products.chunk)
+        logit_options = replace(self.logit_options, chunk=chunk or self.logit_options.chunk)
         vectors: list[Tensor] = [self.vector] * 4
-        sink = (lambda part, gradient: gradient.product()) if rows_too else None
-        triton_backend.backward(self.rows, self.taking, self.x, products, self.summand, *vectors, sink)
+        on_rows = (lambda part, gradient: gradient.product()) if rows_too else None
+        triton_backend.backward(self.rows, self.active, self.x, logit_options, self.negative_term, *vectors, on_rows)
 
     def best_chunk(self, workspace: int, known: dict[Problem, Tile]) -> int:
         """Rows per chunk that are fastest, of those that have room, in the tile that is `known` to be best."""
         batch, size = self.x.shape
-        problem = Problem("plain", next(iter(TYPES)), (batch, self.products.chunk, size))
+        problem = Problem("plain", next(iter(TYPES)), (batch, self.logit_options.chunk, size))
         best = known[min(known, key=problem.distance)]
         times = {}
         for chunk in CHUNKS:

@@ -17,7 +17,7 @@ from recognition import config
 from recognition.distributed import all_gather_rows, reduce_scatter_rows, shard_rows
 
 
-class NaiveHead(nn.Module):
+class BaselineHead(nn.Module):
     """CosFace over C classes, sharded over all ranks, in float32. Logits, their gradient and that of all rows are made.
 
     `weight` [c, D] holds this rank's rows, drawn from N(0, 0.01), each rank's its own.
@@ -42,15 +42,22 @@ class NaiveHead(nn.Module):
         self._generator = torch.Generator().manual_seed(seed + rank)
         weight = torch.empty(len(self.shard), embedding_size).normal_(std=0.01, generator=self._generator)
         self.weight = nn.Parameter(weight.to(device))
-        moves = optimizer or config.SGD()
+        optimizer_config = optimizer or config.SGD()
         self.optimizer: torch.optim.Optimizer
-        if isinstance(moves, config.SGD):
+        if isinstance(optimizer_config, config.SGD):
             self.optimizer = torch.optim.SGD(
-                [self.weight], lr=moves.lr, momentum=moves.momentum, weight_decay=moves.weight_decay
+                [self.weight],
+                lr=optimizer_config.lr,
+                momentum=optimizer_config.momentum,
+                weight_decay=optimizer_config.weight_decay,
             )
         else:
             self.optimizer = torch.optim.AdamW(
-                [self.weight], lr=moves.lr, betas=moves.betas, eps=moves.eps, weight_decay=moves.weight_decay
+                [self.weight],
+                lr=optimizer_config.lr,
+                betas=optimizer_config.betas,
+                eps=optimizer_config.eps,
+                weight_decay=optimizer_config.weight_decay,
             )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -81,8 +88,10 @@ class NaiveHead(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """The rows and, once there was an update, the optimizer's tensors of their shape, by name."""
-        kept = self.optimizer.state[self.weight]
-        moments = {name: tensor for name, tensor in kept.items() if isinstance(tensor, Tensor) and tensor.ndim == 2}
+        cached_exp = self.optimizer.state[self.weight]
+        moments = {
+            name: tensor for name, tensor in cached_exp.items() if isinstance(tensor, Tensor) and tensor.ndim == 2
+        }
         return {"weight": self.weight.detach()} | moments
 
     def _sampled(self, positives: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def measure(
     step = statistics.median(each.seconds for each in times)
     reference_step = statistics.median(each.seconds for each in reference_times) if reference_times else None
     slowest = Rates(min(rate.flops for rate in rates), min(rate.bytes for rate in rates))
-    products, traffic = plan.flops / slowest.flops, plan.traffic / slowest.bytes
+    options, traffic = plan.flops / slowest.flops, plan.traffic / slowest.bytes
     state = max(states, key=lambda each: sum(each.values()))
     result = Result(
         step_seconds=step,
@@ -126,13 +126,13 @@ def measure(
         peak_bytes=peak,
         state_bytes=sum(state.values()),
         flops_per_second=plan.flops / step,
-        floor_seconds=max(products, traffic),
-        floor_ratio=step / max(products, traffic),
+        floor_seconds=max(options, traffic),
+        floor_ratio=step / max(options, traffic),
         reference_step_seconds=reference_step,
         reference_peak_bytes=reference_peak,
         reference_ratio=None if reference_step is None else reference_step / step,
     )
-    return result, Details(slowest, products, traffic, state, taking_turns, beyond)
+    return result, Details(slowest, options, traffic, state, taking_turns, beyond)
 
 
 def plain_bytes(plan: HeadPlan) -> int:

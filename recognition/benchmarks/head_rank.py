@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recognition import config
-from recognition.benchmarks.baseline_head import NaiveHead
+from recognition.benchmarks.baseline_head import BaselineHead
 from recognition.distributed import shard_rows
 from recognition.hardware import product_type
 from recognition.head.sharded_softmax import build_head
@@ -168,7 +168,7 @@ class _Fused:
 
 class _Plain:
     def __init__(self, plan: HeadPlan, device: torch.device) -> None:
-        self._head = NaiveHead(
+        self._head = BaselineHead(
             plan.classes,
             plan.embedding_size,
             seed=0,
@@ -221,8 +221,8 @@ class PeakMemory:
         """In bytes."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) - self._baseline
-        highest = _field(_STATUS, "VmHWM") if self._sampled is None else max(*self._sampled, _field(_STATUS, "VmRSS"))
-        return highest - self._baseline
+        max_logit = _field(_STATUS, "VmHWM") if self._sampled is None else max(*self._sampled, _field(_STATUS, "VmRSS"))
+        return max_logit - self._baseline
 
 
 def available_memory() -> int:
@@ -239,7 +239,7 @@ def _field(path: Path, name: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def _sample(highest: list[int]) -> None:
+def _sample(max_logit: list[int]) -> None:
     while True:
-        highest[0] = max(highest[0], _field(_STATUS, "VmRSS"))
+        max_logit[0] = max(max_logit[0], _field(_STATUS, "VmRSS"))
         time.sleep(_SAMPLE_SECONDS)

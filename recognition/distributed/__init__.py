@@ -2,10 +2,10 @@
 
 from recognition.distributed.group import (
     Interrupt,
-    Ranks,
+    ProcessInfo,
     absent,
-    agree,
     all_gather_rows,
+    any_rank,
     broadcast_object,
     gather_objects,
     new_group,
@@ -20,10 +20,10 @@ from recognition.distributed.group import (
 
 __all__ = [
     "Interrupt",
-    "Ranks",
+    "ProcessInfo",
     "absent",
-    "agree",
     "all_gather_rows",
+    "any_rank",
     "broadcast_object",
     "gather_objects",
     "new_group",

@@ -36,7 +36,7 @@ _LARGEST_KEPT = 31 << 20
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessInfo:
     """Who this process is among all."""
 
     rank: int
@@ -60,7 +60,7 @@ class Ranks:
         return self.rank == 0
 
 
-def start(config: configuration.Distributed, threads: int = 0) -> Ranks:
+def start(config: configuration.Distributed, threads: int = 0) -> ProcessInfo:
     """Make the process group that torchrun, srun, mpirun or Kubeflow describes, or a group of one without them.
 
     `threads`: CPU threads of torch; 0 shares the cores out evenly over the local processes.
@@ -93,7 +93,7 @@ def start(config: configuration.Distributed, threads: int = 0) -> Ranks:
         )
     torch.set_num_threads(hardware.threads(threads, local_world))
     _keep_freed_memory()
-    return Ranks(rank, world, local_rank, local_world, device, store)
+    return ProcessInfo(rank, world, local_rank, local_world, device, store)
 
 
 def _meet(place: Launched, timeout: timedelta) -> Store:
@@ -129,7 +129,7 @@ def set_timeout(seconds: float, group: dist.ProcessGroup | None = None) -> None:
     set_group_timeout(timedelta(seconds=seconds), group)
 
 
-def absent(ranks: Ranks, seconds: float = 2.0) -> list[int]:
+def absent(ranks: ProcessInfo, seconds: float = 2.0) -> list[int]:
     """The ranks that do not call this within `seconds` of this one: after a collective timed out, those that hang."""
     if ranks.store is None:
         return []
@@ -162,7 +162,7 @@ def shard_rows(rows: int, world: int, rank: int) -> range:
     return range(min(rank * size, rows), min((rank + 1) * size, rows))
 
 
-def agree(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
+def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
     """Whether `flag` is true on any rank; the answer is the same on all. One tiny all-reduce on the CPU."""
     if not dist.is_initialized():
         return flag
@@ -254,7 +254,7 @@ class Interrupt:
     once more through the launcher.
 
     To be entered in the main thread (ValueError elsewhere); the previous handlers come back on exit. The flag is this
-    process's alone: `agree` on it before acting, because a signal may reach one rank only.
+    process's alone: `any_rank` on it before acting, because a signal may reach one rank only.
     """
 
     def __init__(self) -> None:

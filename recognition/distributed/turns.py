@@ -15,7 +15,7 @@ from typing import TypeVar
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from recognition import distributed
-from recognition.distributed import Ranks
+from recognition.distributed import ProcessInfo
 from recognition.errors import FailedElsewhere, UserError
 from recognition.files import lock
 from recognition.tracking import progress
@@ -32,7 +32,7 @@ class Turns:
     A failure on one rank stops all: there it is raised again, elsewhere it is a FailedElsewhere.
     """
 
-    def __init__(self, ranks: Ranks, silence: float) -> None:
+    def __init__(self, ranks: ProcessInfo, silence: float) -> None:
         """`silence`: seconds without a sign of work after which a wait ends in a UserError."""
         self.ranks, self.silence = ranks, silence
         names, self._processes = zip(
@@ -78,7 +78,7 @@ class Turns:
                 error = caught
         store.set(f"done/{self.ranks.rank}", "")
         self._wait(store, what)
-        failed = distributed.agree(error is not None)
+        failed = distributed.any_rank(error is not None)
         if error is not None:
             raise error
         if failed:

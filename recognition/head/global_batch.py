@@ -12,7 +12,7 @@ from recognition.errors import UserError
 
 
 @dataclass(frozen=True)
-class Gathered:
+class GlobalBatch:
     """A gathered batch, in rank order."""
 
     x: Tensor
@@ -29,9 +29,9 @@ class Gathered:
         return slice(sum(self.sizes[:rank]), sum(self.sizes[: rank + 1]))
 
 
-def gather(
+def gather_batch(
     x: Tensor, labels: Tensor, norm: Tensor, sizes: Sequence[int] | None, *, classes: int, group: dist.ProcessGroup
-) -> Gathered:
+) -> GlobalBatch:
     """The batch of all ranks from this rank's `x` [b, D], `labels` [b] and `norm` [b], in two collectives.
 
     `sizes`: b of every rank, None when they are equal. Raises UserError when a label is not in 0..classes-1, on all
@@ -44,7 +44,7 @@ def gather(
     packed = all_gather_rows(packed, sizes, group)
     labels, norm = packed[:, 0].contiguous(), packed[:, 1].int().view(torch.float32)
     _check(labels, sizes, classes)
-    return Gathered(x, labels, norm, sizes)
+    return GlobalBatch(x, labels, norm, sizes)
 
 
 def _check(labels: Tensor, sizes: list[int], classes: int) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from recognition import config
 
 
-class Scalars:
+class LearnedScalars:
     """Learned scalars with their gradients and moments; each gradient is that of the whole batch on every rank."""
 
     def __init__(self, values: dict[str, Tensor], optimizer: config.Optimizer) -> None:

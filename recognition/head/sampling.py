@@ -32,16 +32,16 @@ def sample_rows(labels: Tensor, classes: int, rate: float, seed: int, step: int,
     # A rank's place in the permuted order decides. The order is one of `places >= classes` numbers; the few that are
     # no class, and the batch's own classes, are passed over: the threshold moves up by one for each that lies below.
     high, low = _grid(classes)
-    spare = torch.arange(classes, high * low, device=labels.device)
-    passed = torch.cat([_places(labels, classes, keys).masked_fill(~first, _NEVER), _places(spare, classes, keys)])
-    passed = passed.sort().values
+    padding = torch.arange(classes, high * low, device=labels.device)
+    skipped = torch.cat([_places(labels, classes, keys).masked_fill(~first, _NEVER), _places(padding, classes, keys)])
+    skipped = skipped.sort().values
     negatives = (wanted - first.sum()).clamp(min=0)
-    below = (passed - torch.arange(len(passed), device=labels.device) < negatives).sum()
+    below = (skipped - torch.arange(len(skipped), device=labels.device) < negatives).sum()
     threshold = negatives + below
 
     # One place more than there are rows takes the classes that live elsewhere.
     taken = torch.empty(len(rows) + 1, dtype=torch.bool, device=labels.device)
-    last = wanted + len(passed)
+    last = wanted + len(skipped)
     if last < len(rows):
         # The first of the order are fewer than this rank's rows: find which classes they are.
         taken.zero_()

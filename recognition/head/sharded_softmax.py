@@ -18,22 +18,31 @@ from torch.distributed.tensor import DTensor, Shard
 from recognition import config, hardware
 from recognition.distributed import shard_rows, start_reduce_scatter_rows
 from recognition.head.backends import pytorch, select
-from recognition.head.backends.problem import Kept, Products, Sink, Summand, Taking, finite_shift, rescaling, rows_of
-from recognition.head.class_weights.gradient import RowGradient, RowSum
+from recognition.head.backends.problem import (
+    ActiveClasses,
+    CachedExponentials,
+    LogitOptions,
+    NegativeTerm,
+    OnRows,
+    finite_shift,
+    rescaling,
+    rows_of,
+)
+from recognition.head.class_weights.gradient import AccumulatedGradient, RowGradient
 from recognition.head.class_weights.optimizer import build_row_optimizer
-from recognition.head.class_weights.shard import Part, Rows
-from recognition.head.global_batch import Gathered, gather
-from recognition.head.learned_scalars import Scalars
+from recognition.head.class_weights.shard import Part, WeightShard
+from recognition.head.global_batch import GlobalBatch, gather_batch
+from recognition.head.learned_scalars import LearnedScalars
 from recognition.head.losses.auxiliary import Auxiliary
 from recognition.head.losses.base import Targets
 from recognition.head.losses.build import build_loss
-from recognition.head.losses.negatives import Filtered
+from recognition.head.losses.negatives import FilteredNegatives
 from recognition.head.sampling import sample_rows
-from recognition.head.side_stream import Aside
-from recognition.head.tie import Tie
+from recognition.head.side_stream import SideStream
+from recognition.head.tie import HeadGradient
 
 # A logit of 16, rounded to bfloat16, is off by as much as those of 64 are whose operands were rounded: 0.03.
-_SHARP_LOGIT, _SHARP_SCALE = 16.0, 64.0
+_RECOMPUTE_LOGIT, _RECOMPUTE_SCALE = 16.0, 64.0
 
 
 @dataclass(frozen=True)
@@ -52,14 +61,14 @@ class HeadOutput:
 class _Seen:
     """What the backward pass needs of the forward pass, and what the loss is made of, [B] each but where it says so."""
 
-    batch: Gathered
-    taking: Taking
-    summand: Summand
+    batch: GlobalBatch
+    active: ActiveClasses
+    negative_term: NegativeTerm
     total: Tensor
-    log_sum: Tensor
+    lse: Tensor
     product: Tensor
     cosine: Tensor
-    kept: Kept | Tensor | None
+    cached_exp: CachedExponentials | Tensor | None
     """Of this rank's classes, as the maker wants it."""
 
 
@@ -67,7 +76,8 @@ class ShardedSoftmax(nn.Module):
     """A loss over C classes, whose rows are sharded over the ranks of a group (Megatron-like).
 
     `rows` holds this rank's rows and their optimizer's state; `state()` is the same as sharded tensors, with the
-    scalars that the loss keeps. With `fused`, `loss.backward()` updates the rows; otherwise it adds to `row_sum`, which
+    scalars that the loss keeps. With `update_in_backward`, `loss.backward()` updates the rows; otherwise it adds
+    to `accumulated`, which
     `apply_gradient` applies. A process group has to exist, a group of one included. The module has no parameters: no
     optimizer but its own changes the rows, and DistributedDataParallel is to wrap the backbone alone.
     """
@@ -82,7 +92,7 @@ class ShardedSoftmax(nn.Module):
         device: torch.device,
         optimizer: config.Optimizer | None = None,
         ranks_group: dist.ProcessGroup | None = None,
-        fused: bool = True,
+        update_in_backward: bool = True,
     ) -> None:
         super().__init__()
         if num_classes < 1 or embedding_size < 1:
@@ -96,20 +106,22 @@ class ShardedSoftmax(nn.Module):
         self.shard = shard_rows(num_classes, self.world, self.rank)
         self.seed, self.sample_rate, self.filter = seed, settings.sample_rate, settings.filter
         self.loss = build_loss(settings.loss, num_classes, seed=seed, device=device)
-        self._maker = select.choose(settings.kernels, device)
-        self.products = Products(
+        self._backend = select.select_backend(settings.kernels, device)
+        self.options = LogitOptions(
             unit_rows=self.loss.unit_rows,
             dtype=hardware.product_type(settings.precision, device),
             chunk=settings.chunk or hardware.head_chunk(device.type),
             workspace=None if settings.chunk else settings.workspace_mib << 20,
             centers=settings.subcenters,
-            sharp=min(_SHARP_LOGIT / (self.loss.scale or _SHARP_SCALE), _SHARP_LOGIT / _SHARP_SCALE),
+            recompute_above=min(
+                _RECOMPUTE_LOGIT / (self.loss.scale or _RECOMPUTE_SCALE), _RECOMPUTE_LOGIT / _RECOMPUTE_SCALE
+            ),
         )
-        moves = settings.optimizer or optimizer or config.SGD()
-        self.optimizer = build_row_optimizer(moves, settings.untouched, seed=seed)
-        self.optimizer.kernels = self._maker.kernels
-        centers = self.products.centers
-        self.rows = Rows.initial(
+        optimizer_config = settings.optimizer or optimizer or config.SGD()
+        self.optimizer = build_row_optimizer(optimizer_config, settings.untouched, seed=seed)
+        self.optimizer.kernels = self._backend.kernels
+        centers = self.options.centers
+        self.rows = WeightShard.initial(
             range(self.shard.start * centers, self.shard.stop * centers),
             embedding_size,
             bias=not self.loss.unit_rows,
@@ -122,27 +134,27 @@ class ShardedSoftmax(nn.Module):
                 len(self.rows), embedding_size, bias=not self.loss.unit_rows, device=device, state=settings.state
             )
         )
-        self.scalars = Scalars({name: self.loss.state[name] for name in self.loss.learned}, moves)
+        self.scalars = LearnedScalars({name: self.loss.state[name] for name in self.loss.learned}, optimizer_config)
         self.auxiliary = Auxiliary(settings, self.shard, embedding_size, device, group)
-        self.row_sum = None if fused else RowSum(self.rows)
+        self.accumulated = None if update_in_backward else AccumulatedGradient(self.rows)
         self._nonfinite = torch.zeros((), dtype=torch.bool, device=device)
         self._updates = 0
         self._state_before: dict[str, Tensor] = {}
-        self._aside = Aside(device)
+        self._side_stream = SideStream(device)
 
     def state(self) -> dict[str, Tensor]:
         """The whole state: tensors placed `Shard(0)` over the group, by classes, and scalars that all ranks have alike.
 
         They share storage with the head's own: loading into them loads the head, from any number of ranks.
         """
-        self._aside.join()
-        self.optimizer.settle(self.rows)
+        self._side_stream.wait()
+        self.optimizer.flush(self.rows)
         local = self.rows.tensors() | self.auxiliary.tensors()
         mesh = DeviceMesh.from_group(self.group, self.rows.weight.device.type)
         state: dict[str, Tensor] = {}
         for name, tensor in local.items():
             # The rows of a class stay together, whatever the number of ranks.
-            by_class = tensor.view(len(self.shard), -1, *tensor.shape[1:]) if self.products.centers > 1 else tensor
+            by_class = tensor.view(len(self.shard), -1, *tensor.shape[1:]) if self.options.centers > 1 else tensor
             state[name] = DTensor.from_local(
                 by_class,
                 mesh,
@@ -160,7 +172,7 @@ class ShardedSoftmax(nn.Module):
         *,
         lr: float,
         step: int,
-        strength: float = 1.0,
+        margin_scale: float = 1.0,
         sizes: Sequence[int] | None = None,
         update: bool = True,
         loss_weight: float = 1.0,
@@ -168,7 +180,7 @@ class ShardedSoftmax(nn.Module):
     ) -> HeadOutput:
         """Loss of `embeddings` [b, D], not normalised, with `labels` [b] (int64, in [0, C)). All ranks call together.
 
-        `lr`: learning rate of the rows; `step` keys the sampled classes; `strength` in [0, 1]: share of the margin;
+        `lr`: learning rate of the rows; `step` keys the sampled classes; `margin_scale` in [0, 1]: share of the margin;
         `sizes`: b of every rank, None when they are equal; `update`: whether `backward` changes the head at all;
         `loss_scale`: what the loss is multiplied by before `backward` (a GradScaler's scale), which the rows' own
         update is freed of.
@@ -190,17 +202,17 @@ class ShardedSoftmax(nn.Module):
             seen_x = unit if self.loss.unit_embeddings else x
             before = {name: value.clone() for name, value in self.loss.state.items()}
             with torch.no_grad():
-                batch = gather(
-                    seen_x.to(self.products.dtype), labels, norm, sizes, classes=self.num_classes, group=self.group
+                batch = gather_batch(
+                    seen_x.to(self.options.dtype), labels, norm, sizes, classes=self.num_classes, group=self.group
                 )
-                seen = self._look(batch, strength, step, learns)
-            loss, gradients = self._vectors(seen, strength, step, loss_weight, differentiate=learns)
+                seen = self._look(batch, margin_scale, step, learns)
+            loss, gradients = self._vectors(seen, margin_scale, step, loss_weight, differentiate=learns)
             extra = self.auxiliary(x, unit, batch.labels, batch.x, batch.norm, batch.sizes) * loss_weight
         whole = loss + extra.detach()
         finite = whole.isfinite()
         if learns:
             self.loss.restore(before, ~finite)
-            if self.row_sum is not None:
+            if self.accumulated is not None:
                 self._state_before = self._state_before or before
             updates = self._updates
 
@@ -208,32 +220,33 @@ class ShardedSoftmax(nn.Module):
                 if updates != self._updates:
                     raise RuntimeError(
                         "the head's rows changed between this forward pass and its backward pass: "
-                        "run backward before the next update, or build the head with fused=False"
+                        "run backward before the next update, or build the head with update_in_backward=False"
                     )
                 skip = ~(finite & gradient.isfinite())
-                by_x, by_norm = self._backward(seen, gradients, gradient / loss_scale, lr, step, skip, update)
-                return by_x * loss_scale, by_norm * loss_scale
+                grad_x, grad_norm = self._backward(seen, gradients, gradient / loss_scale, lr, step, skip, update)
+                return grad_x * loss_scale, grad_norm * loss_scale
 
-            whole = Tie.apply(seen_x, norm, loss, backward) + extra
+            whole = HeadGradient.apply(seen_x, norm, loss, backward) + extra
         return HeadOutput(whole, seen.cosine.mean(), finite)
 
     def apply_gradient(self, lr: float, finite: Tensor | None = None, *, step: int = 0, scale: float = 1.0) -> None:
-        """Update the rows by `scale` times what the backward passes added up, and start anew. For `fused=False`.
+        """Update the rows by `scale` times what the backward passes added up, and start anew. For
+        `update_in_backward=False`.
 
         Where any of their losses, or `finite` (scalar bool, on the device), was not finite, nothing changes, and the
         loss's state is again what it was before them. Only rows that took part in one of the passes change.
         """
-        if self.row_sum is None:
-            raise RuntimeError("a fused head applies its gradient in backward; build it with fused=False")
-        self._aside.join()
-        total = self.row_sum
+        if self.accumulated is None:
+            raise RuntimeError("a fused head applies its gradient in backward; build it with update_in_backward=False")
+        self._side_stream.wait()
+        total = self.accumulated
         skip = (self._nonfinite if finite is None else self._nonfinite | ~finite).float()
         self.optimizer.begin(self.rows, step, lr, skip)
-        taken = total.taken.nonzero().squeeze(1) if self.sample_rate < 1 else None
-        count = len(self.rows) if taken is None else len(taken)
-        for start in range(0, count, self.products.chunk):
-            span = slice(start, min(start + self.products.chunk, count))
-            part = span if taken is None else taken[span]
+        touched = total.touched.nonzero().squeeze(1) if self.sample_rate < 1 else None
+        count = len(self.rows) if touched is None else len(touched)
+        for start in range(0, count, self.options.chunk):
+            span = slice(start, min(start + self.options.chunk, count))
+            part = span if touched is None else touched[span]
             bias = None if total.bias is None else total.bias[part] * scale
             self.optimizer.update(self.rows, part, total.weight[part] * scale, lr, skip, step, bias)
         self.scalars.apply(lr, skip, scale)
@@ -244,27 +257,27 @@ class ShardedSoftmax(nn.Module):
         self._nonfinite.zero_()
         self._updates += 1
 
-    def _look(self, batch: Gathered, strength: float, step: int, learns: bool) -> _Seen:
+    def _look(self, batch: GlobalBatch, margin_scale: float, step: int, learns: bool) -> _Seen:
         """Go over this rank's classes, and learn from the other ranks what is to be known of theirs."""
-        self._aside.join()
+        self._side_stream.wait()
         classes = None
         if learns and self.sample_rate < 1:
             classes = sample_rows(batch.labels, self.num_classes, self.sample_rate, self.seed, step, self.shard)
-            self.optimizer.catch_up(self.rows, rows_of(classes, self.products.centers), step)
+            self.optimizer.catch_up(self.rows, rows_of(classes, self.options.centers), step)
         elif not learns:
-            self.optimizer.settle(self.rows)
-        taking = Taking.of(batch.labels, self.shard, classes)
+            self.optimizer.flush(self.rows)
+        active = ActiveClasses.of(batch.labels, self.shard, classes)
         loss, unit = self.loss, self.loss.unit_embeddings and self.loss.unit_rows
-        own = list(pytorch.targets(self.rows, taking, batch.x.float(), self.products)[: 1 if unit else 2])
+        own = list(pytorch.targets(self.rows, active, batch.x.float(), self.options)[: 1 if unit else 2])
         known = torch.stack(own, dim=1)
         if loss.targets_first:
             dist.all_reduce(known, group=self.group)
             if learns:
                 loss.observe(known[:, -1], batch.norm)
         for again in (False, True) if loss.sums_twice and learns else (True,):
-            seen_targets = Targets(known[:, 0], batch.norm, strength, step)
-            summand = self._summand(seen_targets, strength)
-            sums, shift, kept = self._sum(taking, batch.x, summand, keep=learns and again)
+            seen_targets = Targets(known[:, 0], batch.norm, margin_scale, step)
+            negative_term = self._summand(seen_targets, margin_scale)
+            sums, shift, cached_exp = self._sum(active, batch.x, negative_term, keep=learns and again)
             columns = [sums] if loss.targets_first else [sums, torch.stack(own, dim=1)]
             reduced = torch.cat(columns, dim=1)
             dist.all_reduce(reduced, group=self.group)
@@ -273,34 +286,34 @@ class ShardedSoftmax(nn.Module):
                 known = reduced[:, sums.shape[1] :]
             total = sums if loss.logistic else sums[:, 0].log() + shift
             if not again:
-                loss.observe_sum(total, known[:, -1])
+                loss.observe_lse(total, known[:, -1])
         if learns and not loss.targets_first:
             loss.observe(known[:, -1], batch.norm)
         product, cosine = known[:, 0], known[:, -1]
-        log_sum = torch.zeros_like(product) if loss.logistic else torch.where(sums[:, 0] == 0, shift, total)
-        return _Seen(batch, taking, summand, total, log_sum, product, cosine, kept)
+        lse = torch.zeros_like(product) if loss.logistic else torch.where(sums[:, 0] == 0, shift, total)
+        return _Seen(batch, active, negative_term, total, lse, product, cosine, cached_exp)
 
-    def _summand(self, targets: Targets, strength: float) -> Summand:
-        negatives, bound = self.loss.negatives(strength), self.loss.bound
+    def _summand(self, targets: Targets, margin_scale: float) -> NegativeTerm:
+        negatives, bound = self.loss.negatives(margin_scale), self.loss.bound
         if self.filter is not None:
-            negatives = Filtered(negatives, self.filter.threshold, self.filter.zero)
-        anchor = self.loss.anchor(targets) if self.loss.targets_first else None
-        return Summand(negatives, anchor, self.loss.logistic, bound)
+            negatives = FilteredNegatives(negatives, self.filter.threshold, self.filter.zero)
+        hard_boundary = self.loss.hard_boundary(targets) if self.loss.targets_first else None
+        return NegativeTerm(negatives, hard_boundary, self.loss.logistic, bound)
 
     def _sum(
-        self, taking: Taking, x: Tensor, summand: Summand, *, keep: bool
-    ) -> tuple[Tensor, Tensor, Kept | Tensor | None]:
+        self, active: ActiveClasses, x: Tensor, negative_term: NegativeTerm, *, keep: bool
+    ) -> tuple[Tensor, Tensor, CachedExponentials | Tensor | None]:
         """This rank's sums over its negatives, shifted as all ranks' are, the shift [B], and what is kept."""
-        products = self.products if keep else replace(self.products, workspace=None)
-        own = self._maker.statistics(self.rows, taking, x, products, summand)
-        if summand.logistic or summand.offset is not None:
-            return own.sums, own.shift, own.kept
+        options = self.options if keep else replace(self.options, workspace=None)
+        own = self._backend.negative_sums(self.rows, active, x, options, negative_term)
+        if negative_term.logistic or negative_term.offset is not None:
+            return own.sums, own.shift, own.cached_exp
         shift = own.shift.clone()
         dist.all_reduce(shift, dist.ReduceOp.MAX, group=self.group)
         return own.sums * rescaling(own.shift, shift)[:, None], finite_shift(shift), None
 
     def _vectors(
-        self, seen: _Seen, strength: float, step: int, loss_weight: float, *, differentiate: bool
+        self, seen: _Seen, margin_scale: float, step: int, loss_weight: float, *, differentiate: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss, and its gradients by the sum over the negatives, by the targets' products, by the norms (of [B]
         each), and by each learned scalar."""
@@ -309,7 +322,7 @@ class ShardedSoftmax(nn.Module):
             if differentiate:
                 for tensor in inputs:
                     tensor.requires_grad_()
-            each = self.loss(inputs[0], Targets(inputs[1], inputs[2], strength, step))
+            each = self.loss(inputs[0], Targets(inputs[1], inputs[2], margin_scale, step))
             loss = each.mean() * loss_weight
         if not differentiate:
             return loss, []
@@ -321,52 +334,52 @@ class ShardedSoftmax(nn.Module):
     def _backward(
         self, seen: _Seen, gradients: list[Tensor], factor: Tensor, lr: float, step: int, skip: Tensor, update: bool
     ) -> tuple[Tensor, Tensor]:
-        by_total, by_product, by_norm, *by_scalars = (gradient * factor for gradient in gradients)
+        grad_lse, grad_target, grad_norm, *grad_scalars = (gradient * factor for gradient in gradients)
         batch = seen.batch
-        arriving: list[Callable[[], Tensor]] = []
+        pending: list[Callable[[], Tensor]] = []
 
-        def ready(by_x: Tensor) -> None:
-            arriving.append(start_reduce_scatter_rows(by_x, batch.sizes, self.group))
+        def on_embeddings(grad_x: Tensor) -> None:
+            pending.append(start_reduce_scatter_rows(grad_x, batch.sizes, self.group))
 
-        sink = None
+        on_rows = None
         if update:
             self.auxiliary.add(batch.x, batch.labels, batch.norm)
-            sink = self._sink(lr, step, skip.float(), by_scalars, arriving)
-        self._maker.backward(
+            on_rows = self._sink(lr, step, skip.float(), grad_scalars, pending)
+        self._backend.backward(
             self.rows,
-            seen.taking,
+            seen.active,
             batch.x,
-            self.products,
-            seen.summand,
-            seen.log_sum,
-            by_total[:, 0] if self.loss.logistic else by_total,
+            self.options,
+            seen.negative_term,
+            seen.lse,
+            grad_lse[:, 0] if self.loss.logistic else grad_lse,
             seen.product,
-            by_product,
-            sink,
-            ready,
-            seen.kept,
+            grad_target,
+            on_rows,
+            on_embeddings,
+            seen.cached_exp,
         )
-        return arriving[0]() * self.world, by_norm[batch.of(self.rank)] * self.world
+        return pending[0]() * self.world, grad_norm[batch.of(self.rank)] * self.world
 
-    def _sink(self, lr: float, step: int, skip: Tensor, by_scalars: list[Tensor], arriving: list[Any]) -> Sink:
-        """What becomes of the gradients. Once the embeddings' is `arriving`, the rest has time beside the backbone's
+    def _sink(self, lr: float, step: int, skip: Tensor, grad_scalars: list[Tensor], pending: list[Any]) -> OnRows:
+        """What becomes of the gradients. Once the embeddings' is `pending`, the rest has time beside the backbone's
         backward pass.
         """
-        self.scalars.add(by_scalars)
-        if self.row_sum is not None:
+        self.scalars.add(grad_scalars)
+        if self.accumulated is not None:
             self._nonfinite |= skip.bool()
-            return self.row_sum.add
+            return self.accumulated.add
         self._updates += 1
         self.scalars.apply(lr, skip)
         self.auxiliary.apply(skip)
         self.optimizer.begin(self.rows, step, lr, skip)
 
         def apply(part: Part, gradient: RowGradient) -> None:
-            if not arriving:
+            if not pending:
                 self.optimizer.update(self.rows, part, gradient, lr, skip, step)
                 return
-            read = gradient.a, gradient.x, gradient.along, gradient.bias, skip
-            with self._aside.run(*read, part if isinstance(part, Tensor) else None):
+            read = gradient.a, gradient.x, gradient.radial, gradient.bias, skip
+            with self._side_stream.use(*read, part if isinstance(part, Tensor) else None):
                 self.optimizer.update(self.rows, part, gradient, lr, skip, step)
 
         return apply
@@ -381,7 +394,7 @@ def build_head(
     optimizer: config.Optimizer | None = None,
     ranks_group: dist.ProcessGroup | None = None,
     device: torch.device | str,
-    fused: bool = True,
+    update_in_backward: bool = True,
 ) -> ShardedSoftmax:
     """The head that `settings` describe, with this rank's share of freshly drawn rows on `device`.
 
@@ -396,5 +409,5 @@ def build_head(
         device=torch.device(device),
         optimizer=optimizer,
         ranks_group=ranks_group,
-        fused=fused,
+        update_in_backward=update_in_backward,
     )

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 
-class Aside:
+class SideStream:
     """A second stream of a GPU; on other devices all of it runs at once and in order."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @contextmanager
-    def run(self, *read: Tensor | None) -> Iterator[None]:
+    def use(self, *read: Tensor | None) -> Iterator[None]:
         """What is launched inside runs after all that was launched before, and beside what comes later.
 
         `read`: tensors from outside that it reads; their memory is not given to others before it is done.
@@ -29,7 +29,7 @@ class Aside:
             if tensor is not None:
                 tensor.record_stream(self._stream)
 
-    def join(self) -> None:
+    def wait(self) -> None:
         """What is launched from here on runs after all that ran aside. The host does not wait."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)

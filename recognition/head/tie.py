@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class Tie(torch.autograd.Function):
+class HeadGradient(torch.autograd.Function):
     """Ties a loss that was computed outside autograd to `x` and `norm`, whose gradients `backward` returns."""
 
     @staticmethod

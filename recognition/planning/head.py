@@ -153,9 +153,9 @@ class HeadPlan:
         if self.settings.state == "bfloat16":
             # Random bits: words, and what becomes of them.
             copies += 4 + 4
-        kept = 0
+        cached_exp = 0
         if self.settings.chunk is None and self.settings.subcenters == 1 and self.settings.filter is None:
             # Exponentials, of which some losses keep none; in float32, the rows' gradient and its product with them.
-            kept = min(self.settings.workspace_mib << 20, self.gathered * self.taken * self._product)
+            cached_exp = min(self.settings.workspace_mib << 20, self.gathered * self.taken * self._product)
             copies += 2 * 4
-        return logits + chunk * self.embedding_size * copies + kept
+        return logits + chunk * self.embedding_size * copies + cached_exp

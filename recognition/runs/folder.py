@@ -183,11 +183,11 @@ class RunFolder:
             f"command will not get further unless something is changed. It said: {first_line}"
         )
 
-    def keep_config(self, config: Config) -> None:
+    def save_config(self, config: Config) -> None:
         """Write the resolved configuration, once nothing speaks against this run in this folder."""
         write_text(self.config, config.to_toml())
 
-    def refuse_if_changed(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+    def check_resumable(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         """Compare the facts of a checkpoint with those of the run that would continue it.
 
         Raises UserError naming every field whose change would make another run of it, and the ways to go on.

@@ -14,7 +14,7 @@ from recognition.data.index import check_trainable, open_index
 from recognition.data.pipeline import Batch, Pipeline
 from recognition.data.procedural.dataset import write_faces
 from recognition.deploy.onnx import check_export, export
-from recognition.distributed import Interrupt, Ranks, failures
+from recognition.distributed import Interrupt, ProcessInfo, failures
 from recognition.distributed.turns import Turns
 from recognition.errors import FailedElsewhere, UserError
 from recognition.evaluation.verification import Verification
@@ -59,7 +59,9 @@ def train(config: Config) -> bool:
 class Trainer:
     """A run in progress on one rank."""
 
-    def __init__(self, config: Config, ranks: Ranks, interrupt: Interrupt, folder: RunFolder, turns: Turns) -> None:
+    def __init__(
+        self, config: Config, ranks: ProcessInfo, interrupt: Interrupt, folder: RunFolder, turns: Turns
+    ) -> None:
         """`folder`: made, and held for this run alone."""
         self.ranks, self.interrupt, self.folder, self.turns, self.asked = ranks, interrupt, folder, turns, config
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
@@ -82,7 +84,7 @@ class Trainer:
         self.step = int(before.get("step", 0))
         self.schedule, self.extension = resuming.schedule(config, self.index.num_images, before)
         if before:
-            folder.refuse_if_changed(before, self._facts())
+            folder.check_resumable(before, self._facts())
 
         with progress.working("building the backbone"):
             self.backbone = build_backbone(config.backbone, config.run.seed)
@@ -106,7 +108,7 @@ class Trainer:
             optimizer=config.head_optimizer,
             ranks_group=self.head_group,
             # In float16 a step may be called off by the backbone's gradient, so the rows wait for it.
-            fused=config.training.accumulation == 1 and not scaled,
+            update_in_backward=config.training.accumulation == 1 and not scaled,
         )
         self.optimizer = build_optimizer(
             self.backbone, config.optimizer, decay_norms_and_biases=config.training.decay_norms_and_biases
@@ -189,7 +191,7 @@ class Trainer:
         if self.step == 0 and (aside := self.folder.set_aside()):
             log.warning("%s: what an earlier attempt left is in %s now", self.folder.path, aside.name)
         self.folder.refuse_folders()
-        self.folder.keep_config(self.asked)
+        self.folder.save_config(self.asked)
         size = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors().values())
         self.folder.warn_of_room(size, self.config.checkpoint.keep)
 
@@ -208,7 +210,7 @@ class Trainer:
             if is_record:
                 self._stop_if_not_finite()
             # A GPU is not made to wait for the ranks' agreement more often than for a record.
-            stop = (is_record or self.ranks.device.type == "cpu") and distributed.agree(self.interrupt.requested)
+            stop = (is_record or self.ranks.device.type == "cpu") and distributed.any_rank(self.interrupt.requested)
             verifies = _is_due(self.step, config.evaluation.every_steps, total) and bool(self.pair_sets)
             # First the checkpoint: what follows may fail.
             if verifies or stop or _is_due(self.step, config.checkpoint.every_steps, total):

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from recognition import distributed
 from recognition.config import Config
 from recognition.data.pipeline import Batch
-from recognition.distributed import Ranks
+from recognition.distributed import ProcessInfo
 from recognition.errors import UserError
 from recognition.head.sharded_softmax import ShardedSoftmax
 from recognition.models.backbone import seed_step
@@ -36,7 +36,7 @@ class Update:
     def __init__(
         self,
         config: Config,
-        ranks: Ranks,
+        ranks: ProcessInfo,
         *,
         backbone: nn.Module,
         head: ShardedSoftmax,
@@ -70,7 +70,7 @@ class Update:
         factor = schedule.factor(step)
         lr, head_lr = self.config.optimizer.lr * factor, self.config.head_optimizer.lr * factor
         set_lr(self.optimizer, lr)
-        strength = schedule.margin_strength(step, self.config.head.margin_warmup_epochs)
+        margin_scale = schedule.margin_strength(step, self.config.head.margin_warmup_epochs)
         self.optimizer.zero_grad(set_to_none=True)
         self.buffers.keep()
         device, head_device = self.ranks.device, self.ranks.head_device
@@ -87,7 +87,7 @@ class Update:
                     batch.labels.to(head_device),
                     lr=head_lr,
                     step=step,
-                    strength=strength,
+                    margin_scale=margin_scale,
                     sizes=self.sizes,
                     loss_weight=1 / passes,
                     loss_scale=self.loss_scale.value,
@@ -100,14 +100,14 @@ class Update:
         self.loss_scale.unscale(self.backbone.parameters())
         gradient_norm = clip_gradients(self.backbone.parameters(), config.clip_norm)
         loss_finite, finite = finite, finite & gradient_norm.isfinite().to(head_device)
-        if self.head.row_sum is not None:
+        if self.head.accumulated is not None:
             self.head.apply_gradient(head_lr, finite, step=step)
         step_if_finite(self.optimizer, finite.to(device))
         self.buffers.restore_unless(finite.to(device))
         self.loss_scale.update(finite)
         self.nonfinite += ~finite
         self.nonfinite_in_a_row = torch.where(finite, 0, self.nonfinite_in_a_row + 1)
-        if self.head.row_sum is None:
+        if self.head.accumulated is None:
             self.rows_moved_alone = torch.where(finite, 0, self.rows_moved_alone + loss_finite)
         values: dict[str, Tensor | float] = {
             "loss": loss,
@@ -164,9 +164,9 @@ class Buffers:
 
     def restore_unless(self, flag: Tensor) -> None:
         """Set them back to what they were at `keep`, unless `flag` (scalar bool, on their device) is true."""
-        for buffers, kept, _, now, now_parts in self._groups:
+        for buffers, cached_exp, _, now, now_parts in self._groups:
             torch._foreach_copy_(now_parts, buffers)
-            torch.where(flag, now, kept, out=now)
+            torch.where(flag, now, cached_exp, out=now)
             torch._foreach_copy_(buffers, now_parts)
 
 

@@ -35,24 +35,32 @@ def data(
 
 
 def make(
-    loss: config.Loss | config.Head, classes: int, *, size: int = D, seed: int = 0, fused: bool = True, **settings: Any
+    loss: config.Loss | config.Head,
+    classes: int,
+    *,
+    size: int = D,
+    seed: int = 0,
+    update_in_backward: bool = True,
+    **settings: Any,
 ) -> ShardedSoftmax:
     head = loss if isinstance(loss, config.Head) else config.Head(loss=loss)
     given = {"chunk": 4, "precision": "float32"} | settings
     # SGD's settings are given as the head's own, for short.
-    moves = {name: given.pop(name) for name in ("momentum", "weight_decay") if name in given}
-    head = config.Head.model_validate(head.model_dump() | {"optimizer": config.SGD(**moves).model_dump()} | given)
-    return build_head(head, classes, size, seed=seed, device="cpu", fused=fused)
+    optimizer_config = {name: given.pop(name) for name in ("momentum", "weight_decay") if name in given}
+    head = config.Head.model_validate(
+        head.model_dump() | {"optimizer": config.SGD(**optimizer_config).model_dump()} | given
+    )
+    return build_head(head, classes, size, seed=seed, device="cpu", update_in_backward=update_in_backward)
 
 
 def fill(head: ShardedSoftmax, weight: Tensor, bias: Tensor | None = None) -> None:
-    centers = head.products.centers
+    centers = head.logit_options.centers
     own = slice(head.shard.start * centers, head.shard.stop * centers)
     head.rows.load(weight[own].float(), None if bias is None or head.rows.bias is None else bias[own].float())
 
 
 def whole(head: ShardedSoftmax, local: Tensor) -> Tensor:
-    size, centers = -(-head.num_classes // head.world), head.products.centers
+    size, centers = -(-head.num_classes // head.world), head.logit_options.centers
     sizes = [centers * max(0, min(size, head.num_classes - rank * size)) for rank in range(head.world)]
     return all_gather_rows(local, sizes)
 

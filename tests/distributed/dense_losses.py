@@ -161,14 +161,14 @@ class DenseHead:
         labels: Tensor,
         *,
         step: int = 0,
-        strength: float = 1.0,
+        margin_scale: float = 1.0,
         training: bool = True,
         margins: Tensor | None = None,
         taken: Tensor | None = None,
     ) -> Tensor:
         """Mean loss over classes of embeddings x [B, D] with their labels [B], with MagFace's g.
 
-        `training`: the state follows this batch first. `margins`: [B], what ElasticFace drew, before `strength` and
+        `training`: the state follows this batch first. `margins`: [B], what ElasticFace drew, before `margin_scale` and
         ranking. `taken`: sorted classes that take part; None: all.
         """
         weight, bias = self.weight.unflatten(0, (-1, self.settings.subcenters)), self.bias
@@ -195,15 +195,15 @@ class DenseHead:
 
         match self.settings.loss:
             case config.SphereFace2(scale=r, balance=balance, weight=factor):
-                genuine, impostors = self._binary(target, others, counted, strength)
+                genuine, impostors = self._binary(target, others, counted, margin_scale)
                 return (factor / r * (balance * genuine + (1 - balance) * impostors)).mean()
             case config.UCE():
-                genuine, impostors = self._binary(target, others, counted, strength)
+                genuine, impostors = self._binary(target, others, counted, margin_scale)
                 return (genuine + impostors).mean()
             case config.ElasticFace(plus=plus):
                 assert margins is not None, "ElasticFace needs the margins that were drawn"
                 margins = ranked(margins, target) if plus else margins
-        mean = self._softmax(*self._logits(target, others, x.norm(dim=1), step, strength, margins), counted)
+        mean = self._softmax(*self._logits(target, others, x.norm(dim=1), step, margin_scale, margins), counted)
         if isinstance(self.settings.loss, config.MagFace):
             a = x.norm(dim=1).clamp(self.settings.loss.lower_norm, self.settings.loss.upper_norm)
             g = a / self.settings.loss.upper_norm**2 + 1 / a
@@ -262,7 +262,7 @@ class DenseHead:
                 self.state["t"] = momentum * target.mean() + (1 - momentum) * self.state["t"]
 
     def _logits(
-        self, target: Tensor, others: Tensor, norm: Tensor, step: int, strength: float, margins: Tensor | None
+        self, target: Tensor, others: Tensor, norm: Tensor, step: int, margin_scale: float, margins: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Logits [B] of the targets and [B, C] of all classes as negatives, from cosines and norms [B]."""
         match self.settings.loss:
@@ -270,24 +270,24 @@ class DenseHead:
                 return s * target, s * others
             case config.SphereFace(margin=m, lambda_start=start, lambda_decay=decay, lambda_end=end):
                 blend = max(end, start / (1 + decay * step))
-                psi = falling_cos((1 + strength * (m - 1)) * target.acos())
+                psi = falling_cos((1 + margin_scale * (m - 1)) * target.acos())
                 return norm * (target + (psi - target) / (1 + blend)), norm[:, None] * others
             case config.SphereFaceR(scale=s, margin=m, version=1):
-                return s * ((1 + strength * (m - 1)) * target.acos()).clamp(max=math.pi).cos(), s * others
+                return s * ((1 + margin_scale * (m - 1)) * target.acos()).clamp(max=math.pi).cos(), s * others
             case config.SphereFaceR(scale=s, margin=m):
-                return s * target, s * (others.acos() / (1 + strength * (m - 1))).cos()
+                return s * target, s * (others.acos() / (1 + margin_scale * (m - 1))).cos()
             case config.CosFace(scale=s, margin=m):
-                return s * (target - strength * m), s * others
+                return s * (target - margin_scale * m), s * others
             case config.ArcFace(scale=s, margin=m, straight_through=True):
-                moved = (target.acos() + strength * m).cos()
+                moved = (target.acos() + margin_scale * m).cos()
                 return s * (target + (moved - target).detach()), s * others
             case config.ArcFace(scale=s, margin=m):
-                return s * cos_of_sum(target, strength * m), s * others
+                return s * cos_of_sum(target, margin_scale * m), s * others
             case config.Combined(scale=s, m1=m1, m2=m2, m3=m3):
-                angle = (1 + strength * (m1 - 1)) * target.acos() + strength * m2
-                return s * (falling_cos(angle) - strength * m3), s * others
+                angle = (1 + margin_scale * (m1 - 1)) * target.acos() + margin_scale * m2
+                return s * (falling_cos(angle) - margin_scale * m3), s * others
             case config.AdaFace(scale=s, margin=m, concentration=h):
-                m *= strength
+                m *= margin_scale
                 deviation = norm.detach().clamp(0.001, 100) - self.state["mean"]
                 z = (deviation / (self.state["deviation"] + 1e-3) * h).clamp(-1, 1)
                 angle = (target.acos() - m * z).clamp(1e-3, math.pi - 1e-3)
@@ -295,19 +295,21 @@ class DenseHead:
             case config.MagFace(scale=s, lower_norm=lower, upper_norm=upper, lower_margin=least, upper_margin=most):
                 slope = (most - least) / (upper - lower)
                 margins = slope * (norm.clamp(lower, upper) - lower) + least
-                return s * cos_of_sum(target, strength * margins), s * others
+                return s * cos_of_sum(target, margin_scale * margins), s * others
             case config.ElasticFace(scale=s, base=base):
                 assert margins is not None
-                moved = cos_of_sum(target, strength * margins) if base == "arcface" else target - strength * margins
+                moved = (
+                    cos_of_sum(target, margin_scale * margins) if base == "arcface" else target - margin_scale * margins
+                )
                 return s * moved, s * others
             case config.AdaCos():
                 return self.state["scale"] * target, self.state["scale"] * others
             case config.CurricularFace(scale=s, margin=m):
-                m *= strength
+                m *= margin_scale
                 hard = others > (target.acos() + m).cos().detach()[:, None]
                 return s * cos_of_sum(target, m), s * torch.where(hard, others * (self.state["t"] + others), others)
             case config.MVSoftmax(scale=s, base=base, margin=m, weight=w):
-                m *= strength
+                m *= margin_scale
                 moved = cos_of_sum(target, m) if base == "arcface" else target - m
                 return s * moved, s * torch.where(others > moved.detach()[:, None], w * others + w - 1, others)
             case config.Circle(scale=gamma, margin=m):
@@ -315,15 +317,15 @@ class DenseHead:
                 return gamma * alpha_p * (target - (1 - m)), gamma * alpha_n * (others - m)
         raise AssertionError(self.settings.loss)
 
-    def _binary(self, target: Tensor, others: Tensor, counted: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    def _binary(self, target: Tensor, others: Tensor, counted: Tensor, margin_scale: float) -> tuple[Tensor, Tensor]:
         """Logistic losses [B] of the target's class, and summed over the negatives that count."""
         b = self.scalars["bias"]
         match self.settings.loss:
             case config.SphereFace2(scale=r, margin=m, exponent=t):
                 g_target, g_others = (2 * ((c + 1) / 2) ** t - 1 for c in (target, others))
-                positive, negative = r * (g_target - strength * m) + b, r * (g_others + strength * m) + b
+                positive, negative = r * (g_target - margin_scale * m) + b, r * (g_others + margin_scale * m) + b
             case config.UCE(scale=s, margin=m):
-                positive, negative = s * (target - strength * m) - b, s * others - b
+                positive, negative = s * (target - margin_scale * m) - b, s * others - b
             case _:
                 raise AssertionError(self.settings.loss)
         return F.softplus(-positive), F.softplus(negative).masked_fill(~counted, 0.0).sum(1)

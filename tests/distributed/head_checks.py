@@ -55,13 +55,13 @@ def batches(world: int) -> dict[str, tuple[int, list[int], range | None]]:
 
 
 def dense_loss(
-    loss: config.Loss, x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None = None, strength: float = 1.0
+    loss: config.Loss, x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None = None, margin_scale: float = 1.0
 ) -> Tensor:
     """Of a head before its first step, with gradients by `weight` and `bias`."""
     settings = config.Head(loss=loss)
     head = DenseHead.initial(settings, weight)
     head.weight, head.bias = weight, bias
-    return head.loss(x, labels, strength=strength)
+    return head.loss(x, labels, margin_scale=margin_scale)
 
 
 def against_reference(
@@ -73,26 +73,34 @@ def against_reference(
         for number, (batch_name, (classes, sizes, within)) in enumerate(cases.items()):
             if name not in EVERY_BATCH and number > 1:
                 continue
-            for strength in (1.0, 0.3) if batch_name == "plain" else (1.0,):
+            for margin_scale in (1.0, 0.3) if batch_name == "plain" else (1.0,):
                 x, labels, weight, bias = data(classes, sum(sizes), number, within, size, settings.subcenters)
                 x.requires_grad_()
                 dense = DenseHead.initial(settings, weight, bias)
                 margins = drawn_margins(settings.loss, 2, sum(sizes))
-                expected = dense.loss(x, labels, step=2, strength=strength, margins=margins)
+                expected = dense.loss(x, labels, step=2, margin_scale=margin_scale, margins=margins)
                 expected.backward()
-                head = make(settings, classes, size=size, fused=False, precision=precision, kernels=kernels, **options)
+                head = make(
+                    settings,
+                    classes,
+                    size=size,
+                    update_in_backward=False,
+                    precision=precision,
+                    kernels=kernels,
+                    **options,
+                )
                 fill(head, weight, bias)
-                output, gradient = run(head, x.detach(), labels, sizes, strength=strength, step=2)
-                assert head.row_sum is not None
+                output, gradient = run(head, x.detach(), labels, sizes, margin_scale=margin_scale, step=2)
+                assert head.accumulated is not None
                 found = [errors_of_loss(output.loss, expected), error(gradient, x.grad, order)]
-                found.append(error(whole(head, head.row_sum.weight), dense.weight.grad, order))
+                found.append(error(whole(head, head.accumulated.weight), dense.weight.grad, order))
                 if dense.bias is not None:
-                    found.append(error(whole(head, head.row_sum.bias), dense.bias.grad, order))
+                    found.append(error(whole(head, head.accumulated.bias), dense.bias.grad, order))
                 found += [errors_of_loss(head.loss.state[key], value) for key, value in dense.state.items()]
                 for moved, scalar in zip(head.scalars.gradients, dense.scalars.values(), strict=True):
                     found.append(errors_of_loss(moved, scalar.grad))
                 assert output.finite.item()
-                errors[f"{name} {batch_name} {strength}"] = found
+                errors[f"{name} {batch_name} {margin_scale}"] = found
     return errors
 
 
@@ -118,10 +126,10 @@ def fused_training(name: str, **options: Any) -> dict[str, np.ndarray]:
 
 
 def accumulation() -> float:
-    """Two passes over halves of a batch and one update, against one fused step over the whole."""
+    """Two passes over halves of a batch and one update, against one update_in_backward step over the whole."""
     x, labels, weight, _ = data(13, 16)
     world = dist.get_world_size()
-    heads = [make(config.ArcFace(), 13, fused=fused) for fused in (True, False)]
+    heads = [make(config.ArcFace(), 13, update_in_backward=update_in_backward) for update_in_backward in (True, False)]
     for head in heads:
         fill(head, weight)
     for step in range(3):
@@ -130,9 +138,9 @@ def accumulation() -> float:
             run(heads[1], x[half], labels[half], split(8, world), step=step, loss_weight=0.5)[0]
             for half in (slice(0, 8), slice(8, 16))
         ]
-        assert heads[1].row_sum is not None
+        assert heads[1].accumulated is not None
         heads[1].apply_gradient(0.1)
-        assert not heads[1].row_sum.weight.any()
+        assert not heads[1].accumulated.weight.any()
     total = sum(output.loss for output in outputs)
     assert torch.isfinite(total)
     return max(
@@ -141,14 +149,14 @@ def accumulation() -> float:
     )
 
 
-def broken_batch(fused: bool) -> dict[str, bool]:
+def broken_batch(update_in_backward: bool) -> dict[str, bool]:
     """One embedding of the last rank is NaN."""
     world, rank = dist.get_world_size(), dist.get_rank()
     x, labels, weight, _ = data(13, 4 * world)
-    head = make(config.ArcFace(), 13, fused=fused)
+    head = make(config.ArcFace(), 13, update_in_backward=update_in_backward)
     fill(head, weight)
     run(head, x, labels, [4] * world)
-    if not fused:
+    if not update_in_backward:
         head.apply_gradient(0.1)
     before, momentum = head.rows.weight.clone(), head.rows.moments["momentum"].clone()
     local = x[4 * rank : 4 * rank + 4].float()
@@ -157,24 +165,26 @@ def broken_batch(fused: bool) -> dict[str, bool]:
     local.requires_grad_()
     output = head(local, labels[4 * rank : 4 * rank + 4], lr=0.1, step=1)
     output.loss.backward()
-    if not fused:
+    if not update_in_backward:
         head.apply_gradient(0.1)
     unchanged = torch.equal(head.rows.weight, before) and torch.equal(head.rows.moments["momentum"], momentum)
     run(head, x, labels, [4] * world)
-    if not fused:
+    if not update_in_backward:
         head.apply_gradient(0.1)
     went_on = bool((head.rows.weight != before).any() and head.rows.weight.isfinite().all())
     return {"finite": bool(output.finite), "unchanged": unchanged, "went_on": went_on or not len(before)}
 
 
-def sampled_step(fused: bool) -> dict[str, Any]:
+def sampled_step(update_in_backward: bool) -> dict[str, Any]:
     classes, world = 40, dist.get_world_size()
     x, labels, weight, _ = data(classes, 6)
-    head = make(config.CosFace(), classes, fused=fused, sample_rate=0.4, weight_decay=0.1, seed=5)
+    head = make(
+        config.CosFace(), classes, update_in_backward=update_in_backward, sample_rate=0.4, weight_decay=0.1, seed=5
+    )
     fill(head, weight)
     head.rows.moments["momentum"].fill_(0.25)
     output, gradient = run(head, x, labels, split(6, world), step=9, lr=0.5)
-    if not fused:
+    if not update_in_backward:
         head.apply_gradient(0.5)
     taken = sample_rows(labels, classes, 0.4, 5, 9, range(classes))
     small, small_x = weight[taken].clone().requires_grad_(), x.clone().requires_grad_()
@@ -271,7 +281,7 @@ def rules() -> dict[str, Any]:
 
     fill(head, weight)
     for unfused in (False, True):
-        head = make(config.CosFace(), 9, fused=not unfused)
+        head = make(config.CosFace(), 9, update_in_backward=not unfused)
         fill(head, weight)
         first = head(x[own].float().requires_grad_(), labels[own], lr=0.1, step=0)
         second = head(x[own].float().requires_grad_(), labels[own], lr=0.1, step=0)
@@ -338,8 +348,8 @@ def part(name: str, folder: str) -> dict[str, Any]:
     found = {
         "initial": whole(head, head.rows.weight).numpy(),
         "accumulation": accumulation(),
-        "broken": [broken_batch(fused) for fused in (True, False)],
-        "sampled": [sampled_step(fused) for fused in (True, False)],
+        "broken": [broken_batch(update_in_backward) for update_in_backward in (True, False)],
+        "sampled": [sampled_step(update_in_backward) for update_in_backward in (True, False)],
         "watched": watched_step(config.ArcFace(), 1.0),
         "watched softmax": watched_step(config.Softmax(), 1.0),
         "watched sampled": watched_step(config.ArcFace(), 0.5),
@@ -372,7 +382,7 @@ def refusals() -> None:
     head = make(config.ArcFace(), 3)
     with pytest.raises(ValueError, match="embeddings are"):
         head(torch.zeros(2, D + 1), torch.zeros(2, dtype=torch.long), lr=0.1, step=0)
-    with pytest.raises(RuntimeError, match="fused=False"):
+    with pytest.raises(RuntimeError, match="update_in_backward=False"):
         head.apply_gradient(0.1)
     with pytest.raises(config.UserError, match="0 classes"):
         make(config.ArcFace(), 0)

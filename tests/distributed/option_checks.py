@@ -35,7 +35,7 @@ def auxiliary() -> dict[str, float]:
     for name, settings in AUXILIARY.items():
         x, labels, weight, bias = data(4, 2 * (BATCH + 1))
         dense = DenseHead.initial(settings, weight, bias)
-        head = make(settings, 4, fused=False)
+        head = make(settings, 4, update_in_backward=False)
         fill(head, weight, bias)
         found = []
         for half in (slice(0, BATCH + 1), slice(BATCH + 1, None)):
@@ -63,11 +63,13 @@ def train(head: ShardedSoftmax, **options: Any) -> list[float]:
     return losses
 
 
-def dense_sampled(rate: float, moves: type[torch.optim.Optimizer], **settings: Any) -> tuple[list[float], Tensor]:
+def dense_sampled(
+    rate: float, optimizer_config: type[torch.optim.Optimizer], **settings: Any
+) -> tuple[list[float], Tensor]:
     """The same training by the reference, whose optimizer sees a gradient of zero where classes take no part."""
     x, labels, weight, _ = data(CLASSES, BATCH * len(RATES))
     dense = DenseHead.initial(config.Head(loss=config.CosFace(scale=16.0)), weight)
-    optimizer = moves([dense.weight], **settings)
+    optimizer = optimizer_config([dense.weight], **settings)
     losses = []
     for step, lr in enumerate(RATES):
         part = slice(BATCH * step, BATCH * (step + 1))
@@ -150,7 +152,7 @@ def rates() -> dict[str, Any]:
     }
 
     few_x, few_labels, few, _ = data(world, BATCH)
-    head = make(config.CosFace(), world, sample_rate=0.5, fused=False)
+    head = make(config.CosFace(), world, sample_rate=0.5, update_in_backward=False)
     fill(head, few)
     output, _ = run(head, few_x, few_labels, sizes)
     taken = sample_rows(few_labels, world, 0.5, 0, 0, range(world))

@@ -27,10 +27,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lazy": {"sample_rate": 0.4, "untouched": "lazy"},
     "split": {"state": "split"},
     "adamw": {"optimizer": config.AdamW().model_dump(), "sample_rate": 0.4},
-    "accumulated": {"sample_rate": 0.4, "fused": False},
+    "accumulated": {"sample_rate": 0.4, "update_in_backward": False},
     "kept": {"chunk": None},
     "kept, sampled": {"chunk": None, "sample_rate": 0.4},
-    "kept, accumulated": {"chunk": None, "fused": False},
+    "kept, accumulated": {"chunk": None, "update_in_backward": False},
 }
 
 
@@ -55,7 +55,7 @@ def options() -> dict[str, list[np.ndarray]]:
                 part = slice(8 * step, 8 * step + 8)
                 output, _ = run(head, x[part], labels[part], split(8, head.world), step=step)
                 losses.append(output.loss.item())
-                if head.row_sum is not None:
+                if head.accumulated is not None:
                     head.apply_gradient(0.1, step=step)
             head.state()
             found[f"{name} {kernels}"] = [np.array(losses), whole(head, head.rows.read(slice(None))).numpy()]
@@ -96,13 +96,13 @@ def test_options_do_as_with_pytorch(name: str) -> None:
 
 
 def test_who_goes_over_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = select.choose("triton", CPU)
+    chosen = select.select_backend("triton", CPU)
     assert chosen.backward is triton_backend.backward
-    assert select.choose("auto", CPU) == select.choose("torch", CPU)
-    assert select.choose("auto", CPU).backward is not triton_backend.backward
+    assert select.select_backend("auto", CPU) == select.select_backend("torch", CPU)
+    assert select.select_backend("auto", CPU).backward is not triton_backend.backward
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(config.UserError, match=r"head\.kernels is triton, but the device is cpu, not an NVIDIA GPU"):
-        select.choose("triton", CPU)
+        select.select_backend("triton", CPU)
 
 
 @pytest.mark.parametrize(
@@ -116,11 +116,11 @@ def test_which_gpus_take_the_kernels(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
     gpu = torch.device("cuda")
-    assert (select.choose("auto", gpu).backward is triton_backend.backward) == (not lacking)
+    assert (select.select_backend("auto", gpu).backward is triton_backend.backward) == (not lacking)
     if lacking:
         with pytest.raises(config.UserError, match=lacking):
-            select.choose("triton", gpu)
+            select.select_backend("triton", gpu)
     monkeypatch.setattr(select.importlib.util, "find_spec", lambda name: None)
-    assert select.choose("auto", gpu).backward is not triton_backend.backward
+    assert select.select_backend("auto", gpu).backward is not triton_backend.backward
     with pytest.raises(config.UserError, match="Triton is not installed"):
-        select.choose("triton", gpu)
+        select.select_backend("triton", gpu)

@@ -52,10 +52,14 @@ def data(classes: int, batch: int, size: int, centers: int = 1, seed: int = 0) -
     return (x * (0.1 + 3 * torch.rand(batch, 1, generator=generator))).double(), labels, weight.double(), bias.double()
 
 
-def build(settings: config.Head, classes: int, size: int, *, fused: bool = True, **options: Any) -> ShardedSoftmax:
+def build(
+    settings: config.Head, classes: int, size: int, *, update_in_backward: bool = True, **options: Any
+) -> ShardedSoftmax:
     section = config.Head.model_validate(settings.model_dump() | {"precision": PRECISION} | options)
-    moves = config.SGD(momentum=MOMENTUM, weight_decay=DECAY)
-    return build_head(section, classes, size, seed=0, device=DEVICE, optimizer=moves, fused=fused)
+    optimizer_config = config.SGD(momentum=MOMENTUM, weight_decay=DECAY)
+    return build_head(
+        section, classes, size, seed=0, device=DEVICE, optimizer=optimizer_config, update_in_backward=update_in_backward
+    )
 
 
 def fill(head: ShardedSoftmax, weight: Tensor, bias: Tensor) -> None:
@@ -83,22 +87,22 @@ def gradients(
     """Loss, gradients and what the loss keeps: of the head, and of the reference in float64."""
     x, labels, weight, bias = data(classes, batch, size, settings.subcenters)
     x.requires_grad_()
-    head = build(settings, classes, size, fused=False, kernels=kernels, **options)
+    head = build(settings, classes, size, update_in_backward=False, kernels=kernels, **options)
     fill(head, weight, bias)
     margins = None
     if isinstance(settings.loss, config.ElasticFace):
         margins = head.loss.draw(2, batch, torch.device(DEVICE)).double().cpu()
-    loss, by_x = take_step(head, x, labels, step=2)
-    assert head.row_sum is not None
-    found = {"loss": loss, "x": by_x, "rows": head.row_sum.weight}
+    loss, grad_x = take_step(head, x, labels, step=2)
+    assert head.accumulated is not None
+    found = {"loss": loss, "x": grad_x, "rows": head.accumulated.weight}
     dense = DenseHead.initial(settings, weight, bias)
     dense_loss = dense.loss(x, labels, step=2, margins=margins)
     dense_loss.backward()
     assert x.grad is not None and dense.weight.grad is not None
     expected = {"loss": dense_loss, "x": x.grad, "rows": dense.weight.grad}
     if dense.bias is not None:
-        assert head.row_sum.bias is not None and dense.bias.grad is not None
-        found["bias"], expected["bias"] = head.row_sum.bias, dense.bias.grad
+        assert head.accumulated.bias is not None and dense.bias.grad is not None
+        found["bias"], expected["bias"] = head.accumulated.bias, dense.bias.grad
     for name, value in dense.state.items():
         found[name], expected[name] = head.loss.state[name], value
     for number, (ours, theirs) in enumerate(zip(head.scalars.gradients, dense.scalars.values(), strict=True)):
@@ -205,11 +209,11 @@ def test_training_in_every_format(name: str) -> None:
     lr = 0.02 if "adamw" in name else 0.5
     for step in range(6):
         part = slice(step * BATCH, (step + 1) * BATCH)
-        loss, by_x = reference.step(x[part], labels[part], lr, step)
+        loss, grad_x = reference.step(x[part], labels[part], lr, step)
         for kernels, head in heads.items():
             found, found_x = take_step(head, x[part], labels[part], lr=lr, step=step)
             assert error(found, loss) <= 1e-2, f"loss of step {step}, {kernels}"
-            assert error(found_x, by_x) <= 2e-2, f"gradient by x of step {step}, {kernels}"
+            assert error(found_x, grad_x) <= 2e-2, f"gradient by x of step {step}, {kernels}"
     rows = {}
     for kernels, head in heads.items():
         head.state()
@@ -236,9 +240,9 @@ def test_rows_beyond_the_reach_of_32_bits() -> None:
         torch.cuda.empty_cache()
         head = build(config.Head(loss=config.CosFace(), state="bfloat16"), classes, size, kernels=kernels)
         before = head.rows.read(labels.to(DEVICE)).cpu()
-        loss, by_x = take_step(head, x, labels)
+        loss, grad_x = take_step(head, x, labels)
         head.state()
-        found.append([loss, by_x, head.rows.read(labels.to(DEVICE)).cpu() - before])
+        found.append([loss, grad_x, head.rows.read(labels.to(DEVICE)).cpu() - before])
         assert found[-1][2].abs().amax(1).min() > 0, "rows of the batch that did not move"
         del head
     for ours, theirs in zip(found[1], found[0], strict=True):

@@ -71,7 +71,7 @@ HEADS = {
 def head_steps(device: str, settings: Head) -> list[np.ndarray]:
     generator = torch.Generator().manual_seed(0)
     settings = settings.model_copy(update={"precision": "float32", "chunk": 300})
-    head = build_head(settings, 1000, 64, seed=0, device=torch.device(device), fused=True)
+    head = build_head(settings, 1000, 64, seed=0, device=torch.device(device), update_in_backward=True)
     head.rows.load(torch.randn(len(head.rows), 64, generator=generator))
     found = []
     for step in range(3):

@@ -15,10 +15,17 @@ import torch
 from compiled import Child, Resources, compiling
 
 from recognition import config
-from recognition.head.backends.problem import Products, Summand, Taking
+from recognition.head.backends.problem import ActiveClasses, LogitOptions, NegativeTerm
 from recognition.head.class_weights.gradient import RowGradient
-from recognition.head.class_weights.shard import Rows, State
-from recognition.head.losses.negatives import Curricular, DividedAngle, Filtered, Linear, Negatives, Sphere2
+from recognition.head.class_weights.shard import RowFormat, WeightShard
+from recognition.head.losses.negatives import (
+    AffineNegatives,
+    CurricularNegatives,
+    FilteredNegatives,
+    Negatives,
+    SphereFace2Negatives,
+    SphereFaceRNegatives,
+)
 
 BATCH, CLASSES, SIZE = 1024, 4096, 512
 KIB = 1024
@@ -31,33 +38,33 @@ DEVICES = {80: {A100: 163 * KIB, A10: 99 * KIB}, 90: {H100: 227 * KIB}}
 class Case:
     """What the kernels are told."""
 
-    negatives: Negatives = field(default_factory=lambda: Linear(64.0))
-    state: State = "bfloat16"
-    products: torch.dtype = torch.bfloat16
+    negatives: Negatives = field(default_factory=lambda: AffineNegatives(64.0))
+    state: RowFormat = "bfloat16"
+    options: torch.dtype = torch.bfloat16
     bound: float | None = 64.0
     logistic: bool = False
     unit_rows: bool = True
     sampled: bool = False
     centers: int = 1
-    kept: bool = False
+    cached_exp: bool = False
     """Whether the forward pass keeps what the backward pass would compute anew."""
 
 
-CURRICULAR = Curricular(64.0, torch.tensor(0.3))
+CURRICULAR = CurricularNegatives(64.0, torch.tensor(0.3))
 CASES = {
     "linear": Case(),
-    "kept": Case(kept=True),
+    "kept": Case(cached_exp=True),
     "rows in float32": Case(state="float32"),
-    "products in float32": Case(state="float32", products=torch.float32),
-    "split, products in float32": Case(state="split", products=torch.float32),
+    "products in float32": Case(state="float32", options=torch.float32),
+    "split, products in float32": Case(state="split", options=torch.float32),
     "bias, running maximum": Case(unit_rows=False, bound=None),
     "curricular, running maximum, sampled": Case(CURRICULAR, bound=128.0, sampled=True),
-    "filtered, rows in float32": Case(Filtered(CURRICULAR, 0.4, zero=False), state="float32"),
-    "divided angle": Case(DividedAngle(64.0, 1.4)),
-    "logistic, sphere2": Case(Sphere2(64.0, 0.4, 3.0, torch.tensor(1.0)), logistic=True),
-    "sub-centres, filtered, sampled": Case(Filtered(CURRICULAR, 0.4, zero=False), centers=3, sampled=True),
+    "filtered, rows in float32": Case(FilteredNegatives(CURRICULAR, 0.4, zero=False), state="float32"),
+    "divided angle": Case(SphereFaceRNegatives(64.0, 1.4)),
+    "logistic, sphere2": Case(SphereFace2Negatives(64.0, 0.4, 3.0, torch.tensor(1.0)), logistic=True),
+    "sub-centres, filtered, sampled": Case(FilteredNegatives(CURRICULAR, 0.4, zero=False), centers=3, sampled=True),
 }
-UPDATES: dict[str, tuple[State, config.SGD | config.AdamW, bool]] = {
+UPDATES: dict[str, tuple[RowFormat, config.SGD | config.AdamW, bool]] = {
     "float32, SGD": ("float32", config.SGD(), False),
     "split, SGD, sampled": ("split", config.SGD(), True),
     "bfloat16, SGD": ("bfloat16", config.SGD(), False),
@@ -100,29 +107,29 @@ def launch_products(case: Case) -> None:
     from recognition.head.backends import triton_backend
 
     seeds = {"seed": 0, "device": torch.device("cpu"), "state": case.state}
-    rows = Rows.initial(range(CLASSES * case.centers), SIZE, bias=not case.unit_rows, **seeds)  # type: ignore[arg-type]
-    x, vector = torch.zeros(BATCH, SIZE, dtype=case.products), torch.zeros(BATCH)
+    rows = WeightShard.initial(range(CLASSES * case.centers), SIZE, bias=not case.unit_rows, **seeds)  # type: ignore[arg-type]
+    x, vector = torch.zeros(BATCH, SIZE, dtype=case.options), torch.zeros(BATCH)
     classes = torch.arange(CLASSES) if case.sampled else None
-    taking = Taking(classes, torch.zeros(BATCH, dtype=torch.int64))
-    products = Products(
+    active = ActiveClasses(classes, torch.zeros(BATCH, dtype=torch.int64))
+    options = LogitOptions(
         unit_rows=case.unit_rows,
-        dtype=case.products,
+        dtype=case.options,
         chunk=CLASSES,
-        workspace=1 << 30 if case.kept else None,
+        workspace=1 << 30 if case.cached_exp else None,
         centers=case.centers,
     )
-    anchor = None if isinstance(case.negatives, Linear) else vector
-    summand = Summand(case.negatives, anchor, case.logistic, case.bound)
-    triton_backend.statistics(rows, taking, x, products, summand)
-    if not case.kept:
-        triton_backend.backward(rows, taking, x, products, summand, vector, vector, vector, vector, None)
+    hard_boundary = None if isinstance(case.negatives, AffineNegatives) else vector
+    negative_term = NegativeTerm(case.negatives, hard_boundary, case.logistic, case.bound)
+    triton_backend.negative_sums(rows, active, x, options, negative_term)
+    if not case.cached_exp:
+        triton_backend.backward(rows, active, x, options, negative_term, vector, vector, vector, vector, None)
 
 
-def launch_update(state: State, settings: config.SGD | config.AdamW, sampled: bool) -> None:
+def launch_update(state: RowFormat, settings: config.SGD | config.AdamW, sampled: bool) -> None:
     from recognition.head.class_weights.optimizer import build_row_optimizer
 
     cpu = torch.device("cpu")
-    rows = Rows.initial(range(CLASSES), SIZE, bias=False, seed=0, device=cpu, state=state)
+    rows = WeightShard.initial(range(CLASSES), SIZE, bias=False, seed=0, device=cpu, state=state)
     optimizer = build_row_optimizer(settings, "sparse", seed=0)
     optimizer.kernels = True
     rows.moments.update(optimizer.moments(CLASSES, SIZE, bias=False, device=cpu, state=state))
@@ -140,9 +147,9 @@ def launch_wide() -> None:
     @triton.jit
     def wide_kernel(numbers):
         place = tl.arange(0, 16384)
-        held = tl.load(numbers + place)
+        scale_and_bias = tl.load(numbers + place)
         tl.debug_barrier()
-        tl.store(numbers + place, held / tl.sum(held, 0))
+        tl.store(numbers + place, scale_and_bias / tl.sum(scale_and_bias, 0))
 
     wide_kernel[(1,)](torch.zeros(16384), num_warps=1)
 
@@ -163,7 +170,7 @@ BOUNDS = {
 """Registers per thread and KiB of shared memory, at most: of statistics and of emit, on sm_80, then on sm_90. The
 larger of what Triton 3.6 and 3.9 make of them."""
 UPDATE_BOUND = (64, 4)
-SPILLED = {(80, "curricular, running maximum, sampled", "emit_kernel"): 72}
+SPILLED = {(80, "curricular, running maximum, sampled", "logit_gradient_kernel"): 72}
 """Bytes per thread that are in memory, not in registers, where there are any: here with Triton 3.6 alone."""
 
 
@@ -212,16 +219,16 @@ def test_what_the_kernels_take_of_a_gpu(compilers: dict[int, Compiler], arch: in
     if case in UPDATES:
         assert "update_kernel" in found
     else:
-        assert ("statistics_kernel" in found, "emit_kernel" in found) == (True, not CASES[case].kept)
+        assert ("negative_sums_kernel" in found, "logit_gradient_kernel" in found) == (True, not CASES[case].cached_exp)
     for kernel, each in found.items():
-        place = (kernel == "emit_kernel") + 2 * (arch == 90)
+        place = (kernel == "logit_gradient_kernel") + 2 * (arch == 90)
         registers, shared = UPDATE_BOUND if kernel == "update_kernel" else BOUNDS[case][place]
         assert each.registers <= registers and each.shared <= shared * KIB, each
         assert each.stack <= SPILLED.get((arch, case, kernel), 0), each
         assert each.shared <= DEVICES[arch][device], "more than a block may have"
         if case in UPDATES:
             assert each.matrix == ""
-        elif CASES[case].products == torch.float32:
+        elif CASES[case].options == torch.float32:
             assert each.matrix == "", "rounded to tf32"
         else:
             assert each.matrix.split(" ")[0] == {80: "mma", 90: "wgmma"}[arch], kernel

@@ -9,10 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recognition.head.backends import pytorch, tiles, triton_backend
-from recognition.head.backends.problem import Products, Summand, Taking, rows_of
+from recognition.head.backends.problem import ActiveClasses, LogitOptions, NegativeTerm, rows_of
 from recognition.head.class_weights.gradient import RowGradient
-from recognition.head.class_weights.shard import Part, Rows
-from recognition.head.losses.negatives import Curricular, DividedAngle, Filtered, Linear
+from recognition.head.class_weights.shard import Part, WeightShard
+from recognition.head.losses.negatives import (
+    AffineNegatives,
+    CurricularNegatives,
+    FilteredNegatives,
+    SphereFaceRNegatives,
+)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the device")
 BATCH = 37
@@ -27,14 +32,14 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "_PROCESSORS", 4)
 
 
-def filled(count: int, size: int, *, bias: bool = False, state: str = "float32") -> Rows:
-    rows = Rows.initial(range(count), size, bias=bias, seed=1, device=torch.device("cpu"), state=state)  # type: ignore[arg-type]
+def filled(count: int, size: int, *, bias: bool = False, state: str = "float32") -> WeightShard:
+    rows = WeightShard.initial(range(count), size, bias=bias, seed=1, device=torch.device("cpu"), state=state)  # type: ignore[arg-type]
     if rows.bias is not None:
         rows.bias.normal_(generator=torch.Generator().manual_seed(3))
     return rows
 
 
-def batch(rows: Rows, labels: Tensor, centers: int = 1, size: int = BATCH) -> Tensor:
+def batch(rows: WeightShard, labels: Tensor, centers: int = 1, size: int = BATCH) -> Tensor:
     """Unit embeddings from very near to opposite their class: the first and the last lie on it."""
     generator = torch.Generator().manual_seed(2)
     noise = torch.randn(size, rows.weight.shape[1], generator=generator)
@@ -46,29 +51,34 @@ def batch(rows: Rows, labels: Tensor, centers: int = 1, size: int = BATCH) -> Te
 
 
 def expected(
-    rows: Rows, taking: Taking, x: Tensor, products: Products, summand: Summand, vectors: list[Tensor]
+    rows: WeightShard,
+    active: ActiveClasses,
+    x: Tensor,
+    logit_options: LogitOptions,
+    negative_term: NegativeTerm,
+    vectors: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums, gradient by x, gradient by the rows that take part: autograd on all logits at once, in float64."""
-    classes = torch.arange(len(rows) // products.centers) if taking.classes is None else taking.classes
-    part = rows_of(classes, products.centers)
+    classes = torch.arange(len(rows) // logit_options.centers) if active.classes is None else active.classes
+    part = rows_of(classes, logit_options.centers)
     w, x = rows.read(part).double().requires_grad_(), x.double().requires_grad_()
-    dots = x @ (F.normalize(w) if products.unit_rows else w).T
+    dots = x @ (F.normalize(w) if logit_options.unit_rows else w).T
     if rows.bias is not None:
         dots = dots + rows.bias[part].double()
-    cosine = dots.view(len(x), -1, products.centers).amax(2)
-    anchor = None if summand.anchor is None else summand.anchor.double()
-    own = torch.arange(len(classes)) == taking.columns[:, None]
-    z = summand.negatives.logits(cosine, anchor).masked_fill(own, -torch.inf)
-    log_sum, by_sum, _, by_target = (vector.double() for vector in vectors)
-    if summand.logistic:
+    cosine = dots.view(len(x), -1, logit_options.centers).amax(2)
+    hard_boundary = None if negative_term.hard_boundary is None else negative_term.hard_boundary.double()
+    own = torch.arange(len(classes)) == active.columns[:, None]
+    z = negative_term.negatives.logits(cosine, hard_boundary).masked_fill(own, -torch.inf)
+    lse, grad_lse, _, grad_target = (vector.double() for vector in vectors)
+    if negative_term.logistic:
         sums = torch.stack([F.softplus(z).sum(1), torch.sigmoid(z).sum(1)], 1)
-        objective = (by_sum * sums[:, 0]).sum()
+        objective = (grad_lse * sums[:, 0]).sum()
     else:
         sums = z.exp().sum(1, keepdim=True)
-        objective = (by_sum * sums[:, 0] * (-log_sum).exp()).sum()
-    objective = objective + (by_target[:, None] * cosine * own).sum()
-    by_x, by_w = torch.autograd.grad(objective, (x, w))
-    return sums.detach(), by_x, by_w
+        objective = (grad_lse * sums[:, 0] * (-lse).exp()).sum()
+    objective = objective + (grad_target[:, None] * cosine * own).sum()
+    grad_x, by_w = torch.autograd.grad(objective, (x, w))
+    return sums.detach(), grad_x, by_w
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -77,30 +87,36 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 CASES = {
     # classes, D, K, negatives, what else
-    "linear": (131, 64, 1, Linear(32.0), {}),
-    "ragged": (67, 40, 1, Linear(16.0), {}),
-    "one class": (1, 32, 1, Linear(16.0), {}),
-    "sampled": (131, 64, 1, Linear(32.0), {"sampled": 50}),
-    "large scale": (131, 64, 1, Linear(96.0), {"bound": 96.0}),
-    "no bound": (131, 64, 1, Linear(torch.tensor(40.0)), {"bound": None}),
-    "bias": (131, 64, 1, Linear(1.0), {"bound": None, "unit": False}),
-    "curricular, sampled": (131, 64, 1, Curricular(16.0, torch.tensor(0.3)), {"anchor": True, "sampled": 60}),
-    "logistic": (131, 64, 1, Linear(16.0, torch.tensor(-9.0)), {"logistic": True}),
-    "logistic, tiny terms": (131, 64, 1, Linear(8.0, torch.tensor(-30.0)), {"logistic": True}),
-    "divided angle": (131, 64, 1, DividedAngle(32.0, 1.4), {"bound": 32.0}),
-    "filtered": (131, 64, 1, Filtered(Linear(16.0), 0.2, zero=False), {}),
-    "filtered to zero": (131, 64, 1, Filtered(Linear(16.0), 0.2, zero=True), {}),
-    "sub-centres, sampled": (61, 64, 3, Linear(16.0), {"sampled": 40}),
-    "split": (131, 64, 1, Linear(16.0), {"state": "split"}),
-    "bfloat16": (131, 64, 1, Linear(16.0), {"state": "bfloat16"}),
-    "no target here": (131, 64, 1, Linear(16.0), {"targets": "none"}),
-    "all targets one": (131, 64, 1, Linear(16.0), {"targets": "one"}),
-    "kept": (131, 64, 1, Linear(96.0), {"bound": 96.0, "workspace": 1 << 20}),
-    "kept, sampled": (131, 64, 1, Linear(torch.tensor(32.0)), {"sampled": 50, "workspace": 1 << 20}),
-    "kept, no target here": (131, 64, 1, Linear(32.0), {"targets": "none", "workspace": 1 << 20}),
-    "too large to keep": (131, 64, 1, Linear(32.0), {"workspace": 4 * BATCH * 131 - 1}),
-    "not to be kept": (131, 64, 1, Curricular(16.0, torch.tensor(0.3)), {"anchor": True, "workspace": 1 << 20}),
-    "batch of one": (131, 64, 1, Linear(16.0), {"batch": 1}),
+    "linear": (131, 64, 1, AffineNegatives(32.0), {}),
+    "ragged": (67, 40, 1, AffineNegatives(16.0), {}),
+    "one class": (1, 32, 1, AffineNegatives(16.0), {}),
+    "sampled": (131, 64, 1, AffineNegatives(32.0), {"sampled": 50}),
+    "large scale": (131, 64, 1, AffineNegatives(96.0), {"bound": 96.0}),
+    "no bound": (131, 64, 1, AffineNegatives(torch.tensor(40.0)), {"bound": None}),
+    "bias": (131, 64, 1, AffineNegatives(1.0), {"bound": None, "unit": False}),
+    "curricular, sampled": (131, 64, 1, CurricularNegatives(16.0, torch.tensor(0.3)), {"anchor": True, "sampled": 60}),
+    "logistic": (131, 64, 1, AffineNegatives(16.0, torch.tensor(-9.0)), {"logistic": True}),
+    "logistic, tiny terms": (131, 64, 1, AffineNegatives(8.0, torch.tensor(-30.0)), {"logistic": True}),
+    "divided angle": (131, 64, 1, SphereFaceRNegatives(32.0, 1.4), {"bound": 32.0}),
+    "filtered": (131, 64, 1, FilteredNegatives(AffineNegatives(16.0), 0.2, zero=False), {}),
+    "filtered to zero": (131, 64, 1, FilteredNegatives(AffineNegatives(16.0), 0.2, zero=True), {}),
+    "sub-centres, sampled": (61, 64, 3, AffineNegatives(16.0), {"sampled": 40}),
+    "split": (131, 64, 1, AffineNegatives(16.0), {"state": "split"}),
+    "bfloat16": (131, 64, 1, AffineNegatives(16.0), {"state": "bfloat16"}),
+    "no target here": (131, 64, 1, AffineNegatives(16.0), {"targets": "none"}),
+    "all targets one": (131, 64, 1, AffineNegatives(16.0), {"targets": "one"}),
+    "kept": (131, 64, 1, AffineNegatives(96.0), {"bound": 96.0, "workspace": 1 << 20}),
+    "kept, sampled": (131, 64, 1, AffineNegatives(torch.tensor(32.0)), {"sampled": 50, "workspace": 1 << 20}),
+    "kept, no target here": (131, 64, 1, AffineNegatives(32.0), {"targets": "none", "workspace": 1 << 20}),
+    "too large to keep": (131, 64, 1, AffineNegatives(32.0), {"workspace": 4 * BATCH * 131 - 1}),
+    "not to be kept": (
+        131,
+        64,
+        1,
+        CurricularNegatives(16.0, torch.tensor(0.3)),
+        {"anchor": True, "workspace": 1 << 20},
+    ),
+    "batch of one": (131, 64, 1, AffineNegatives(16.0), {"batch": 1}),
 }
 
 
@@ -121,93 +137,105 @@ def test_against_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if "sampled" in options:
         others = torch.randperm(count, generator=generator)[: options["sampled"]]
         classes = torch.cat([labels, others]).unique()
-    taking = Taking.of(labels, shard, classes)
-    anchor = torch.linspace(-0.5, 0.5, samples) if options.get("anchor") else None
-    summand = Summand(negatives, anchor, options.get("logistic", False), options.get("bound", 16.0))
-    products = Products(unit_rows=unit, dtype=torch.float32, chunk=29, centers=centers)
-    products = replace(products, workspace=options.get("workspace"))
-    target = pytorch.targets(rows, taking, x, products)[0]
+    active = ActiveClasses.of(labels, shard, classes)
+    hard_boundary = torch.linspace(-0.5, 0.5, samples) if options.get("anchor") else None
+    negative_term = NegativeTerm(negatives, hard_boundary, options.get("logistic", False), options.get("bound", 16.0))
+    logit_options = LogitOptions(unit_rows=unit, dtype=torch.float32, chunk=29, centers=centers)
+    logit_options = replace(logit_options, workspace=options.get("workspace"))
+    target = pytorch.targets(rows, active, x, logit_options)[0]
     # As of a loss: the gradient by the sum is a share of it.
     vectors = [torch.full((samples,), 3.0), torch.rand(samples, generator=generator), target]
     vectors.append(-torch.rand(samples, generator=generator))
-    sums, by_x, by_w = expected(rows, taking, x, products, summand, vectors)
+    sums, grad_x, by_w = expected(rows, active, x, logit_options, negative_term, vectors)
 
-    found = triton_backend.statistics(rows, taking, x, products, summand)
-    scaled = found.sums if summand.logistic else found.sums.double() * found.shift.double().exp()[:, None]
+    found = triton_backend.negative_sums(rows, active, x, logit_options, negative_term)
+    scaled = found.sums if negative_term.logistic else found.sums.double() * found.shift.double().exp()[:, None]
     # Of each sample by itself: some sums are tiny beside others.
     assert error(scaled / sums.clamp(min=1e-30), torch.ones_like(sums) * (sums > 0)) < ROUNDING
     gradients: list[tuple[Part, Tensor]] = []
 
-    def sink(part: Part, gradient: RowGradient) -> None:
+    def on_rows(part: Part, gradient: RowGradient) -> None:
         gradients.append((part, gradient.dense(rows.read(part))))
 
-    ready: list[int] = []
+    on_embeddings: list[int] = []
     found_x = triton_backend.backward(
-        rows, taking, x, products, summand, *vectors, sink, lambda _: ready.append(len(gradients)), found.kept
+        rows,
+        active,
+        x,
+        logit_options,
+        negative_term,
+        *vectors,
+        on_rows,
+        lambda _: on_embeddings.append(len(gradients)),
+        found.cached_exp,
     )
-    assert error(found_x, by_x) < ROUNDING
+    assert error(found_x, grad_x) < ROUNDING
     assert error(torch.cat([gradient for _, gradient in gradients]), by_w) < ROUNDING
     assert len(gradients) == math.ceil((count if classes is None else len(classes)) / 29)
     # The other ranks get theirs while the last rows' gradient is yet to come.
-    assert ready == [0 if name.startswith("kept") else max(0, len(gradients) - 2)]
-    assert (found.kept is not None) == name.startswith("kept")
+    assert on_embeddings == [0 if name.startswith("kept") else max(0, len(gradients) - 2)]
+    assert (found.cached_exp is not None) == name.startswith("kept")
 
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_rank_without_classes_has_nothing_to_say(sampled: bool) -> None:
     rows = filled(7 if sampled else 0, 32)
-    taking = Taking(torch.empty(0, dtype=torch.int64) if sampled else None, torch.full((5,), -1))
-    products = Products(unit_rows=True, dtype=torch.float32, chunk=29, workspace=1 << 20)
-    x, summand = F.normalize(torch.ones(5, 32)), Summand(Linear(16.0), None, False, 16.0)
-    found, taken, ready = triton_backend.statistics(rows, taking, x, products, summand), [], []
+    active = ActiveClasses(torch.empty(0, dtype=torch.int64) if sampled else None, torch.full((5,), -1))
+    logit_options = LogitOptions(unit_rows=True, dtype=torch.float32, chunk=29, workspace=1 << 20)
+    x, negative_term = F.normalize(torch.ones(5, 32)), NegativeTerm(AffineNegatives(16.0), None, False, 16.0)
+    found, taken, on_embeddings = triton_backend.negative_sums(rows, active, x, logit_options, negative_term), [], []
     assert torch.equal(found.sums, torch.zeros(5, 1))
     vectors = [torch.ones(5)] * 4
 
-    def sink(part: Part, gradient: RowGradient) -> None:
+    def on_rows(part: Part, gradient: RowGradient) -> None:
         taken.append(part)
 
-    by_x = triton_backend.backward(rows, taking, x, products, summand, *vectors, sink, ready.append, found.kept)
-    assert torch.equal(by_x, torch.zeros(5, 32))
-    assert len(ready) == 1 and not taken
+    grad_x = triton_backend.backward(
+        rows, active, x, logit_options, negative_term, *vectors, on_rows, on_embeddings.append, found.cached_exp
+    )
+    assert torch.equal(grad_x, torch.zeros(5, 32))
+    assert len(on_embeddings) == 1 and not taken
 
 
 def test_rows_beyond_two_to_the_31st_number() -> None:
     size, count = 512, 4_200_000
     # Never touched but for some rows, so the system gives no memory for the others.
-    rows = Rows(torch.empty(count, size, dtype=torch.bfloat16), torch.ones(count))
+    rows = WeightShard(torch.empty(count, size, dtype=torch.bfloat16), torch.ones(count))
     some = torch.tensor([5, count - 40, count - 3])
     assert int(some[1]) * size > 2**31
     few = filled(3, size, state="bfloat16")
     rows.weight[some], rows.inverse_norm[some] = few.weight, few.inverse_norm
-    x, products = batch(few, torch.arange(3), size=3), Products(unit_rows=True, dtype=torch.float32, chunk=64)
-    summand = Summand(Linear(16.0), None, False, 16.0)
-    sampled = Taking(some, torch.tensor([0, 1, 2]))
-    of_few = Taking(None, torch.tensor([0, 1, 2]))
+    x, logit_options = batch(few, torch.arange(3), size=3), LogitOptions(unit_rows=True, dtype=torch.float32, chunk=64)
+    negative_term = NegativeTerm(AffineNegatives(16.0), None, False, 16.0)
+    sampled = ActiveClasses(some, torch.tensor([0, 1, 2]))
+    of_few = ActiveClasses(None, torch.tensor([0, 1, 2]))
     vectors = [torch.zeros(3), torch.ones(3), torch.ones(3), torch.ones(3)]
-    found = triton_backend.statistics(rows, sampled, x, products, summand)
-    torch.testing.assert_close(found.sums, triton_backend.statistics(few, of_few, x, products, summand).sums)
+    found = triton_backend.negative_sums(rows, sampled, x, logit_options, negative_term)
+    torch.testing.assert_close(
+        found.sums, triton_backend.negative_sums(few, of_few, x, logit_options, negative_term).sums
+    )
     assert torch.equal(
-        triton_backend.backward(rows, sampled, x, products, summand, *vectors, None),
-        triton_backend.backward(few, of_few, x, products, summand, *vectors, None),
+        triton_backend.backward(rows, sampled, x, logit_options, negative_term, *vectors, None),
+        triton_backend.backward(few, of_few, x, logit_options, negative_term, *vectors, None),
     )
     # A run of rows, as of a whole shard.
-    tail = Rows(rows.weight[-40:], rows.inverse_norm[-40:])
+    tail = WeightShard(rows.weight[-40:], rows.inverse_norm[-40:])
     tail.weight[:] = tail.weight[37]
     arguments = (torch.full((3,), -1), None, torch.tensor([16.0, 0.0]), *vectors)
     numbers, flags = [1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1]
-    far, _ = triton_backend.emit(
+    far, _ = triton_backend.logit_gradient(
         x, rows.weight, None, rows.inverse_norm, None, None, *arguments, count - 40, 40, numbers, flags
     )
-    near, _ = triton_backend.emit(
+    near, _ = triton_backend.logit_gradient(
         x, tail.weight, None, tail.inverse_norm, None, None, *arguments, 0, 40, numbers, flags
     )
     assert torch.equal(far, near)
 
 
-def of_op(rows: Rows, x: Tensor, classes: Tensor | None = None) -> tuple:
+def of_op(rows: WeightShard, x: Tensor, classes: Tensor | None = None) -> tuple:
     columns = torch.full((len(x),), -1)
     columns[0] = 1
-    held = torch.tensor([16.0, 0.0])
+    scale_and_bias = torch.tensor([16.0, 0.0])
     return (
         x,
         rows.weight,
@@ -217,7 +245,7 @@ def of_op(rows: Rows, x: Tensor, classes: Tensor | None = None) -> tuple:
         classes,
         columns,
         None,
-        held,
+        scale_and_bias,
         [1.0, 0.0, 1.0, 0.0, 0.0],
         [0, 0, 0, 0, 1, 0],
     )
@@ -233,7 +261,8 @@ def test_the_ops_are_what_torch_expects_of_ops() -> None:
         vectors = [torch.rand(5) for _ in range(4)]
         count = 70 if classes is None else 3
         torch.library.opcheck(
-            triton_backend.emit, (*of_op(rows, x, classes)[:9], *vectors, 0, count, [1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1])
+            triton_backend.logit_gradient,
+            (*of_op(rows, x, classes)[:9], *vectors, 0, count, [1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1]),
         )
 
 
@@ -262,14 +291,20 @@ def test_a_compiled_backbone_and_the_op_are_one_graph() -> None:
 def test_a_workspace_decides_how_large_a_chunk_is(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = filled(131, 32)
     labels = torch.arange(BATCH)
-    x, taking = batch(rows, labels), Taking.of(labels, range(131))
-    products = Products(unit_rows=True, dtype=torch.float32, chunk=7, workspace=1 << 20)
+    x, active = batch(rows, labels), ActiveClasses.of(labels, range(131))
+    logit_options = LogitOptions(unit_rows=True, dtype=torch.float32, chunk=7, workspace=1 << 20)
     sizes = []
     monkeypatch.setattr(tiles, "chunk", lambda *_, **options: 64 if options["workspace"] == (1 << 20) // 3 else 1)
     vectors = [torch.rand(BATCH) for _ in range(4)]
-    arguments = (x, products, Summand(Linear(16.0), None, False, 16.0), *vectors, lambda part, _: sizes.append(part))
-    whole = triton_backend.backward(rows, taking, *arguments)
+    arguments = (
+        x,
+        logit_options,
+        NegativeTerm(AffineNegatives(16.0), None, False, 16.0),
+        *vectors,
+        lambda part, _: sizes.append(part),
+    )
+    whole = triton_backend.backward(rows, active, *arguments)
     assert sizes == [slice(0, 64), slice(64, 128), slice(128, 131)]
-    products = replace(products, workspace=None)
-    assert error(triton_backend.backward(rows, taking, x, products, *arguments[2:]), whole.double()) < ROUNDING
+    logit_options = replace(logit_options, workspace=None)
+    assert error(triton_backend.backward(rows, active, x, logit_options, *arguments[2:]), whole.double()) < ROUNDING
     assert sizes[3] == slice(0, 7)

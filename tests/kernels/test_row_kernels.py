@@ -27,7 +27,7 @@ from recognition import config
 from recognition.head.class_weights import fused_update
 from recognition.head.class_weights.gradient import RowGradient
 from recognition.head.class_weights.optimizer import RowOptimizer, build_row_optimizer
-from recognition.head.class_weights.shard import Part, Rows, State
+from recognition.head.class_weights.shard import Part, RowFormat, WeightShard
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernel on the device")
 
@@ -54,13 +54,13 @@ def make_gradient(form: str, values: Tensor, seed: int, *, bias: bool = False) -
         return one, formed(one, values)
     if form == "projected":
         one = RowGradient(one.a, one.x, inverse_norm=torch.linalg.vector_norm(values, dim=1).reciprocal())
-        along = torch.nn.functional.normalize(values.double(), dim=1)
+        radial = torch.nn.functional.normalize(values.double(), dim=1)
         product = formed(one, values)
-        return one, product - (product * along).sum(1, keepdim=True) * along
-    one = RowGradient(one.a.bfloat16(), one.x.bfloat16(), one.along, one.bias)
+        return one, product - (product * radial).sum(1, keepdim=True) * radial
+    one = RowGradient(one.a.bfloat16(), one.x.bfloat16(), one.radial, one.bias)
     product = one.product()
     assert product.dtype == torch.bfloat16
-    return one, product.double() - (0 if one.along is None else one.along.double()[:, None] * values.double())
+    return one, product.double() - (0 if one.radial is None else one.radial.double()[:, None] * values.double())
 
 
 def differ(one: Tensor, other: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def differ(one: Tensor, other: Tensor) -> Tensor:
 @pytest.mark.parametrize(("form", "size"), FORMS)
 @pytest.mark.parametrize("state", ["float32", "split"])
 def test_rows_move_as_torchs_own(
-    settings: config.SGD | config.AdamW, untouched: Literal["sparse", "lazy"], size: int, state: State, form: str
+    settings: config.SGD | config.AdamW, untouched: Literal["sparse", "lazy"], size: int, state: RowFormat, form: str
 ) -> None:
     if isinstance(settings, config.AdamW):
         # Its first step is all but the sign of a gradient, which rounding decides where that is small beside epsilon.
@@ -131,7 +131,9 @@ def test_bfloat16_is_rounded_by_the_very_same_bits(
 
 @BOTH
 @pytest.mark.parametrize("state", STATES)
-def test_rows_do_not_depend_on_the_parts_they_are_updated_in(settings: config.SGD | config.AdamW, state: State) -> None:
+def test_rows_do_not_depend_on_the_parts_they_are_updated_in(
+    settings: config.SGD | config.AdamW, state: RowFormat
+) -> None:
     results = []
     dense = torch.randn(COUNT, 24, generator=torch.Generator().manual_seed(0))
     for pieces in ([slice(None)], [torch.arange(COUNT).flip(0)], [slice(0, 5), torch.arange(5, COUNT)]):
@@ -149,7 +151,7 @@ def test_rows_do_not_depend_on_the_parts_they_are_updated_in(settings: config.SG
 def test_a_skipped_update_changes_not_a_bit(
     settings: config.SGD | config.AdamW,
     untouched: Literal["sparse", "lazy"],
-    state: State,
+    state: RowFormat,
     part: Part,
     as_on_a_gpu: None,
 ) -> None:
@@ -202,7 +204,7 @@ def test_adamws_corrections_are_exact_after_any_number_of_updates(betas: tuple[f
 
 
 @pytest.mark.parametrize("state", ["split", "bfloat16"])
-def test_what_is_not_a_number_is_seen(state: State) -> None:
+def test_what_is_not_a_number_is_seen(state: RowFormat) -> None:
     rows, optimizer = make(SGD, state)
     # NVIDIA's has all bits set, which rounding upwards carries into the sign.
     g = torch.full((3, 8), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
@@ -230,8 +232,8 @@ def test_offsets_beyond_32_bits(tmp_path: Path, scattered: bool) -> None:
         tensors.append(torch.from_numpy(stored).view(torch.bfloat16))
     small, optimizer = make(SGD, "bfloat16", count=few, size=size)
     last = slice(count - few, count)
-    rows = Rows(tensors[0], torch.zeros(count), moments={"momentum": tensors[1]})
-    near_end = Rows(small.weight, small.inverse_norm, first=count - few, moments=small.moments)
+    rows = WeightShard(tensors[0], torch.zeros(count), moments={"momentum": tensors[1]})
+    near_end = WeightShard(small.weight, small.inverse_norm, first=count - few, moments=small.moments)
     rows.weight[last] = small.weight
     part: Part = torch.arange(count - few, count) if scattered else last
     for step in range(2):
@@ -251,7 +253,7 @@ def test_offsets_beyond_32_bits(tmp_path: Path, scattered: bool) -> None:
 def test_opcheck(
     settings: config.SGD | config.AdamW,
     untouched: Literal["sparse", "lazy"],
-    state: State,
+    state: RowFormat,
     scattered: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

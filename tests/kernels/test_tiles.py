@@ -83,9 +83,9 @@ def test_a_device_is_found_by_the_part_of_its_name_that_says_most(table: Path) -
 def test_the_nearest_problem_counts_by_work_then_types_then_doublings(table: Path) -> None:
     assert found(batch=300, classes=100) == (128, 128, 64)
     assert found(batch=250) == (64, 256, 64)
-    assert found(batch=1024, itemsize=4, products=2) == (64, 128, 32)
-    assert found(batch=1024, itemsize=4, products=4) == (64, 128, 32)
-    assert found(batch=1024, itemsize=4, products=2, work="centers") == (32, 128, 32)
+    assert found(batch=1024, itemsize=4, options=2) == (64, 128, 32)
+    assert found(batch=1024, itemsize=4, options=4) == (64, 128, 32)
+    assert found(batch=1024, itemsize=4, options=2, work="centers") == (32, 128, 32)
     assert tiles.tile("emit", "", batch=1, classes=1, embedding_size=1, itemsize=4, work="elaborate").warps == 8
 
 

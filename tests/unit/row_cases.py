@@ -11,7 +11,7 @@ from torch import Tensor
 from recognition import config
 from recognition.head.class_weights.gradient import RowGradient
 from recognition.head.class_weights.optimizer import RowOptimizer, build_row_optimizer
-from recognition.head.class_weights.shard import Part, Rows, State
+from recognition.head.class_weights.shard import Part, RowFormat, WeightShard
 
 CPU = torch.device("cpu")
 COUNT, SIZE = 14, 8
@@ -21,21 +21,21 @@ BOTH = pytest.mark.parametrize("settings", [SGD, ADAMW], ids=["sgd", "adamw"])
 ALL = pytest.mark.parametrize(
     ("settings", "untouched"), [(SGD, "sparse"), (SGD, "lazy"), (ADAMW, "sparse")], ids=["sgd", "lazy-sgd", "adamw"]
 )
-STATES: list[State] = ["float32", "split", "bfloat16"]
+STATES: list[RowFormat] = ["float32", "split", "bfloat16"]
 GO, SKIP = torch.tensor(0.0), torch.tensor(1.0)
 
 
 def make(
     settings: config.SGD | config.AdamW,
-    state: State = "float32",
+    state: RowFormat = "float32",
     *,
     untouched: Literal["sparse", "lazy"] = "sparse",
     bias: bool = False,
     count: int = COUNT,
     size: int = SIZE,
-) -> tuple[Rows, RowOptimizer]:
+) -> tuple[WeightShard, RowOptimizer]:
     """Rows whose norms are about 3, and what changes them."""
-    rows = Rows.initial(range(5, 5 + count), size, bias=bias, seed=1, device=CPU, state=state)
+    rows = WeightShard.initial(range(5, 5 + count), size, bias=bias, seed=1, device=CPU, state=state)
     optimizer = build_row_optimizer(settings, untouched, seed=7)
     rows.moments.update(optimizer.moments(count, size, bias=bias, device=CPU, state=state))
     generator = torch.Generator().manual_seed(2)
@@ -46,13 +46,13 @@ def make(
 def gradient(values: Tensor, seed: int, *, bias: bool = False) -> RowGradient:
     generator = torch.Generator().manual_seed(seed)
     a, x = torch.randn(6, len(values), generator=generator), torch.randn(6, values.shape[1], generator=generator)
-    along = None if bias else torch.randn(len(values), generator=generator)
-    return RowGradient(a, x, along, torch.randn(len(values), generator=generator) if bias else None)
+    radial = None if bias else torch.randn(len(values), generator=generator)
+    return RowGradient(a, x, radial, torch.randn(len(values), generator=generator) if bias else None)
 
 
 def formed(gradient: RowGradient, values: Tensor) -> Tensor:
     product = gradient.a.double().T @ gradient.x.double()
-    return product if gradient.along is None else product - gradient.along.double()[:, None] * values.double()
+    return product if gradient.radial is None else product - gradient.radial.double()[:, None] * values.double()
 
 
 def parts(scattered: bool, among: Tensor | None = None, size: int = 4) -> Iterator[Part]:
@@ -64,7 +64,7 @@ def parts(scattered: bool, among: Tensor | None = None, size: int = 4) -> Iterat
     yield from (*order.split(size), torch.zeros(0, dtype=torch.int64))
 
 
-def snapshot(rows: Rows) -> dict[str, Tensor]:
+def snapshot(rows: WeightShard) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in rows.tensors().items()}
 
 

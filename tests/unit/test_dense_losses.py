@@ -61,7 +61,7 @@ def close(found: list[Tensor], expected: list[Tensor], rtol: float = 1e-5, atol:
 # One embedding of length 2 at angle 0, its class at 60 degrees, and three other classes.
 C1, C2, C3 = (math.cos(degrees(angle)) for angle in (80, 30, 200))
 PLAIN = [10 * C1, 10 * C2, 10 * C3]
-Z, BENT = 45 / 100.001, 10 * math.cos(degrees(60) + 0.3)
+Z, KIND = 45 / 100.001, 10 * math.cos(degrees(60) + 0.3)
 FACE: dict[str, Any] = {"scale": 10.0}
 MAG: dict[str, Any] = {"scale": 10.0, "upper_norm": 5.0, "lower_margin": 0.2, "upper_margin": 1.0, "norm_weight": 3.0}
 ADA: dict[str, Any] = {"scale": 10.0, "momentum": 0.5}
@@ -92,9 +92,9 @@ BY_HAND: list[tuple[Any, float, list[float]]] = [
     (config.ElasticFace(**FACE), 10 * math.cos(degrees(60) + 0.25), PLAIN),
     (config.ElasticFace(**FACE, base="cosface"), 2.5, PLAIN),
     # t = 0.1 * 0.5; only the class at 30 degrees is nearer than 60 degrees and the margin's 17.
-    (config.CurricularFace(**FACE, margin=0.3, momentum=0.1), BENT, [10 * C1, 10 * C2 * (0.05 + C2), 10 * C3]),
+    (config.CurricularFace(**FACE, margin=0.3, momentum=0.1), KIND, [10 * C1, 10 * C2 * (0.05 + C2), 10 * C3]),
     (config.MVSoftmax(**FACE, weight=1.2), 1.5, [10 * (1.2 * C1 + 0.2), 10 * (1.2 * C2 + 0.2), 10 * C3]),
-    (config.MVSoftmax(**FACE, base="arcface", margin=0.3, weight=1.2), BENT, [10 * C1, 12 * C2 + 2, 10 * C3]),
+    (config.MVSoftmax(**FACE, base="arcface", margin=0.3, weight=1.2), KIND, [10 * C1, 12 * C2 + 2, 10 * C3]),
     (config.Circle(scale=4.0, margin=0.25), -0.75, [4 * (C1**2 - 0.0625), 4 * (C2**2 - 0.0625), 0.0]),
 ]
 
@@ -204,7 +204,7 @@ def test_strength_weakens_the_margin(loss: config.Loss, weaker: dict[str, float]
     for head in heads:
         # Where it starts depends on the margin.
         head.scalars = {name: torch.tensor(0.3, dtype=torch.float64) for name in head.scalars}
-    assert value(heads[0], strength=0.25) == pytest.approx(value(heads[1]), rel=1e-12)
+    assert value(heads[0], margin_scale=0.25) == pytest.approx(value(heads[1]), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -218,7 +218,7 @@ def test_gradients_are_finite_at_the_poles(name: str) -> None:
 def test_drawn_margins() -> None:
     weaker = torch.tensor([0.05], dtype=torch.float64)
     for head in (by_hand(loss=config.ElasticFace(base="arcface")), by_hand(loss=config.ElasticFace(base="cosface"))):
-        assert value(head, strength=0.2) == pytest.approx(value(head, margins=weaker), rel=1e-12)
+        assert value(head, margin_scale=0.2) == pytest.approx(value(head, margins=weaker), rel=1e-12)
     # The smallest margin for the largest cosine.
     margins, cosine = torch.tensor([[0.40, 0.30, 0.43, 0.35, 0.32, 0.37], [0.1, 0.9, 0.5, 0.7, 0.3, 0.2]])
     assert ranked(margins, cosine).tolist() == pytest.approx([0.43, 0.30, 0.35, 0.32, 0.37, 0.40])
@@ -231,7 +231,7 @@ def test_gradients_are_derivatives(name: str) -> None:
 
     def loss(x: Tensor, weight: Tensor, *scalars: Tensor) -> Tensor:
         at = replace(head, weight=weight, scalars=dict(zip(head.scalars, scalars, strict=True)))
-        return at.loss(x, labels, step=3, strength=0.9, training=False, margins=margins)
+        return at.loss(x, labels, step=3, margin_scale=0.9, training=False, margins=margins)
 
     assert torch.autograd.gradcheck(loss, (x.requires_grad_(), head.weight, *scalars))
 

@@ -12,7 +12,7 @@ import torch
 from ranks import launch_ranks, run_ranks
 from recognition import distributed, hardware
 from recognition.config import Distributed
-from recognition.distributed import Interrupt, Ranks, shard_rows, split
+from recognition.distributed import Interrupt, ProcessInfo, shard_rows, split
 from recognition.errors import UserError
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -55,13 +55,13 @@ def test_one_process_needs_no_launcher(no_launcher, threads):
         x = torch.arange(6.0).view(3, 2)
         assert torch.equal(distributed.all_gather_rows(x), x)
         assert torch.equal(distributed.reduce_scatter_rows(x, [3]), x)
-        assert [distributed.agree(flag) for flag in (True, False)] == [True, False]
+        assert [distributed.any_rank(flag) for flag in (True, False)] == [True, False]
         assert distributed.gather_objects("a") == ["a"]
         assert distributed.broadcast_object("a") == "a"
     finally:
         distributed.stop()
     assert not torch.distributed.is_initialized()
-    assert distributed.agree(True)
+    assert distributed.any_rank(True)
     assert distributed.gather_objects("a") == ["a"]
 
 
@@ -127,9 +127,9 @@ def test_one_process_on_a_mac_has_its_backbone_on_the_gpu_and_its_head_on_the_cp
     assert distributed._device("auto", 0, 1, alone=True) == mps
     assert distributed._device("gloo", 0, 1, alone=True) == cpu
     assert distributed._device("auto", 1, 2, alone=False) == cpu
-    assert Ranks(0, 1, 0, 1, mps).head_device == cpu
+    assert ProcessInfo(0, 1, 0, 1, mps).head_device == cpu
     for device in (cpu, torch.device("cuda", 1)):
-        assert Ranks(0, 1, 0, 1, device).head_device == device
+        assert ProcessInfo(0, 1, 0, 1, device).head_device == device
 
 
 def _started_from_environment():
@@ -174,7 +174,7 @@ def _collectives():
         assert distributed.all_gather_rows(torch.full((rank,), rank), [1, 2], group).tolist() == [1, 2, 2]
         assert distributed.broadcast_object(rank, group) == 1
     return (
-        [distributed.agree(flag) for flag in (rank == 1, False, True, rank == world - 1)],
+        [distributed.any_rank(flag) for flag in (rank == 1, False, True, rank == world - 1)],
         distributed.broadcast_object({"rank": rank}),
         distributed.gather_objects(rank),
     )
@@ -191,7 +191,7 @@ def _rank_1_hangs():
         return None
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?i)timed out"):
-        distributed.agree(True, group)
+        distributed.any_rank(True, group)
     return time.monotonic() - started
 
 

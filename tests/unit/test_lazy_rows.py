@@ -20,13 +20,13 @@ from recognition import config
 from recognition.head.class_weights import optimizer as optimizer_module
 from recognition.head.class_weights.gradient import RowGradient
 from recognition.head.class_weights.lazy import History
-from recognition.head.class_weights.shard import Part, Rows, State
+from recognition.head.class_weights.shard import Part, RowFormat, WeightShard
 
 
 class Dense:
     """All rows in float64 under torch's SGD, whose gradient is zero where nothing is said."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: WeightShard) -> None:
         self.weight = rows.read(slice(None)).double().clone()
         self.bias = None if rows.bias is None else rows.bias.double().clone()
         self.reference = torch_optimizer(SGD, self.weight, self.bias)
@@ -48,7 +48,7 @@ class Dense:
 @pytest.mark.parametrize("state", ["float32", "split"])
 @pytest.mark.parametrize("window", [1024, 7])
 def test_lazy_rows_are_dense_rows_whenever_they_are_seen(
-    state: State,
+    state: RowFormat,
     bias: bool,
     host_knows: bool,
     window: int,
@@ -82,7 +82,7 @@ def test_lazy_rows_are_dense_rows_whenever_they_are_seen(
         last_seen[part] = step
     assert longest > 20
     assert window == 7 or (rows.read(slice(0, 1)) - dense.weight[:1]).abs().max() > 0.1
-    optimizer.settle(rows)
+    optimizer.flush(rows)
     near(rows.read(slice(None)), dense.weight, 2e-6)
     near(rows.moments["momentum"], dense.momentum, 2e-6)
     near(rows.inverse_norm, 1 / dense.weight.norm(dim=1), 2e-6)
@@ -90,7 +90,7 @@ def test_lazy_rows_are_dense_rows_whenever_they_are_seen(
         near(rows.bias, dense.bias, 2e-6)
     settled = snapshot(rows)
     assert not rows.moments["last"].any()
-    optimizer.settle(rows)
+    optimizer.flush(rows)
     assert identical(snapshot(rows), settled)
 
 
@@ -100,7 +100,7 @@ def test_what_was_settled_needs_no_history() -> None:
         rows, optimizer = make(SGD, untouched="lazy")
         for step in range(20):
             if step == 12:
-                optimizer.settle(rows)
+                optimizer.flush(rows)
                 if renewed:
                     saved = snapshot(rows)
                     rows, optimizer = make(SGD, untouched="lazy")
@@ -110,7 +110,7 @@ def test_what_was_settled_needs_no_history() -> None:
             optimizer.catch_up(rows, part, step)
             optimizer.begin(rows, step, 0.1, GO)
             optimizer.update(rows, part, gradient(rows.read(part), step), 0.1, GO, step)
-        optimizer.settle(rows)
+        optimizer.flush(rows)
         results.append(snapshot(rows))
     assert identical(*results)
 
@@ -120,7 +120,7 @@ def test_a_skipped_step_is_nothing_to_lazy_rows() -> None:
     optimizer.begin(rows, 0, 0.1, SKIP)
     before = snapshot(rows)
     optimizer.catch_up(rows, slice(None), 1)
-    optimizer.settle(rows)
+    optimizer.flush(rows)
     assert identical(snapshot(rows), before)
 
 
@@ -134,7 +134,7 @@ def test_many_lazy_rows_are_caught_up_in_blocks() -> None:
         values -= 0.1 * momentum
     optimizer.catch_up(rows, torch.arange(1299, 5, -1), 3)
     near(rows.read(slice(6, None)), values[6:])
-    optimizer.settle(rows)
+    optimizer.flush(rows)
     near(rows.read(slice(None)), values)
 
 
@@ -158,12 +158,12 @@ def test_lazy_bfloat16_decays_as_float32() -> None:
         optimizer.begin(rows, step, 0.02, GO)
         if step % 8 == 7:
             optimizer.update(rows, part := torch.arange(7, 64, 8), torch.zeros(len(part), 512), 0.02, GO, step)
-    optimizer.settle(rows)
+    optimizer.flush(rows)
     weight, momentum = 1.0, 0.0
     for _ in range(300):
         momentum = 0.9 * momentum + 5e-4 * weight
         weight -= 0.02 * momentum
     assert 1 - weight > 0.02
-    kept = (rows.read(slice(None)).double() * start).sum() / start.square().sum()
+    cached_exp = (rows.read(slice(None)).double() * start).sum() / start.square().sum()
     # 32,768 numbers, each rounded at random to 2^-9 of itself up to forty times: about 7e-5 in all; four times that.
-    assert kept == pytest.approx(weight, abs=3e-4)
+    assert cached_exp == pytest.approx(weight, abs=3e-4)

@@ -23,12 +23,12 @@ MARGINS = [
 names = [f"{margin.name}-{number}" for number, margin in enumerate(MARGINS)]
 
 
-def logit(margin: config.Loss, cosine: torch.Tensor, strength: float) -> torch.Tensor:
+def logit(margin: config.Loss, cosine: torch.Tensor, margin_scale: float) -> torch.Tensor:
     loss = build_loss(margin, 10, seed=0, device=torch.device("cpu"))
-    return loss.target(Targets(cosine, torch.ones_like(cosine), strength, 0))
+    return loss.target(Targets(cosine, torch.ones_like(cosine), margin_scale, 0))
 
 
-def by_the_paper(margin: config.Loss, cosine: float, strength: float) -> float:
+def by_the_paper(margin: config.Loss, cosine: float, margin_scale: float) -> float:
     """The logit as its paper writes it, one number at a time with the standard library."""
     theta = math.acos(cosine)
     match margin:
@@ -37,29 +37,29 @@ def by_the_paper(margin: config.Loss, cosine: float, strength: float) -> float:
         case config.NormFace(scale=s):
             return s * cosine
         case config.CosFace(scale=s, margin=m):
-            return s * (cosine - strength * m)
+            return s * (cosine - margin_scale * m)
         case config.ArcFace(scale=s, margin=m, straight_through=direct):
-            m *= strength
+            m *= margin_scale
             if direct or theta + m <= math.pi:
                 return s * math.cos(theta + m)
             return s * (cosine - math.sin(math.pi - m) * m)
         case config.Combined(scale=s, m1=m1, m2=m2, m3=m3):
-            angle = (1 + strength * (m1 - 1)) * theta + strength * m2
+            angle = (1 + margin_scale * (m1 - 1)) * theta + margin_scale * m2
             k = int(angle // math.pi)
-            return s * ((-1) ** k * math.cos(angle) - 2 * k - strength * m3)
+            return s * ((-1) ** k * math.cos(angle) - 2 * k - margin_scale * m3)
         case config.SphereFaceR(scale=s, margin=m, version=1):
-            return s * math.cos(min((1 + strength * (m - 1)) * theta, math.pi))
+            return s * math.cos(min((1 + margin_scale * (m - 1)) * theta, math.pi))
         case config.SphereFaceR(scale=s):
             return s * cosine
     raise AssertionError(margin)
 
 
 @pytest.mark.parametrize("margin", MARGINS, ids=names)
-@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
-def test_values_are_the_paper_s(margin: config.Loss, strength: float) -> None:
+@pytest.mark.parametrize("margin_scale", [0.0, 0.5, 1.0])
+def test_values_are_the_paper_s(margin: config.Loss, margin_scale: float) -> None:
     cosine = torch.linspace(-0.999, 0.999, 201, dtype=torch.float64)
-    expected = torch.tensor([by_the_paper(margin, c, strength) for c in cosine.tolist()], dtype=torch.float64)
-    torch.testing.assert_close(logit(margin, cosine, strength), expected, rtol=1e-12, atol=1e-10)
+    expected = torch.tensor([by_the_paper(margin, c, margin_scale) for c in cosine.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(logit(margin, cosine, margin_scale), expected, rtol=1e-12, atol=1e-10)
 
 
 @pytest.mark.parametrize("margin", MARGINS, ids=names)

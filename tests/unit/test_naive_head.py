@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ranks import run_ranks
 from recognition import config
-from recognition.benchmarks.baseline_head import NaiveHead
+from recognition.benchmarks.baseline_head import BaselineHead
 
 C, D, B, RATES = 23, 8, 12, (0.3, 0.1, 0.2)
 LOSS = config.CosFace(scale=16.0, margin=0.35)
@@ -27,7 +27,7 @@ def _trained(optimizer: config.Optimizer) -> dict[str, np.ndarray]:
     """Losses of some steps, this rank's gradients by its embeddings, and its rows after them."""
     rank, share = dist.get_rank(), B // dist.get_world_size()
     x, labels, weight = _data()
-    head = NaiveHead(C, D, seed=0, device="cpu", loss=LOSS, optimizer=optimizer)
+    head = BaselineHead(C, D, seed=0, device="cpu", loss=LOSS, optimizer=optimizer)
     first = head.weight.detach().clone().numpy()
     with torch.no_grad():
         head.weight.copy_(weight[head.shard.start : head.shard.stop])
@@ -90,7 +90,7 @@ def _sampled() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     x, labels = torch.randn(8, D, generator=generator), torch.randint(50, (8,), generator=generator)
     own = slice(8 // world * rank, 8 // world * (rank + 1))
-    head = NaiveHead(classes, D, seed=0, device="cpu", loss=LOSS, sample_rate=0.3)
+    head = BaselineHead(classes, D, seed=0, device="cpu", loss=LOSS, sample_rate=0.3)
     before = head.weight.detach().clone()
     loss = head(x[own].requires_grad_(), labels[own])
     loss.backward()
@@ -125,7 +125,7 @@ def test_samples_the_positives_and_others_up_to_the_rate() -> None:
 
 
 def _empty_shards() -> float:
-    head = NaiveHead(2, D, seed=0, device="cpu", loss=LOSS)
+    head = BaselineHead(2, D, seed=0, device="cpu", loss=LOSS)
     loss = head(torch.ones(1, D).requires_grad_(), torch.tensor([dist.get_rank() % 2]))
     loss.backward()
     head.update(0.1)

@@ -96,7 +96,7 @@ def test_counts_a_backbone_as_it_is() -> None:
     cost = backbone_cost(settings)
     backbone = Backbone(settings)
     assert cost.parameters == sum(parameter.numel() for parameter in backbone.parameters())
-    kept: dict[int, int] = {}
+    cached_exp: dict[int, int] = {}
     own = {parameter.data_ptr() for parameter in backbone.parameters()}
     flops = 0
 
@@ -110,16 +110,16 @@ def test_counts_a_backbone_as_it_is() -> None:
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            held.append(tensor)
+            cached_exp[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            scale_and_bias.append(tensor)
         return tensor
 
-    held: list[torch.Tensor] = []
+    scale_and_bias: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         embeddings = backbone(torch.zeros(8, 3, 32, 32))
     assert cost.forward_flops * 8 == flops
     # What a layer keeps is counted by its kind, and some keep a little more, such as means and masks.
-    assert cost.copied_bytes + cost.activation_bytes * 8 == pytest.approx(sum(kept.values()), rel=0.15)
+    assert cost.copied_bytes + cost.activation_bytes * 8 == pytest.approx(sum(cached_exp.values()), rel=0.15)
     assert embeddings.shape == (8, 24)
 
 
@@ -225,9 +225,9 @@ def test_peak_memory_sees_what_is_freed_again(sampled: bool, monkeypatch, tmp_pa
     before = torch.ones(3 * size, dtype=torch.uint8)
     del before
     memory = PeakMemory(torch.device("cpu"))
-    held = torch.ones(size, dtype=torch.uint8)
-    other = held + 1
+    scale_and_bias = torch.ones(size, dtype=torch.uint8)
+    other = scale_and_bias + 1
     time.sleep(0.05)
-    del held, other
+    del scale_and_bias, other
     # Beside 128 MB, what the interpreter and its threads take meanwhile.
     assert memory.peak() == pytest.approx(2 * size, rel=0.1)

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recognition import config
 from recognition.head.class_weights import optimizer as optimizer_module
 from recognition.head.class_weights.optimizer import build_row_optimizer
-from recognition.head.class_weights.shard import Part, Rows, State
+from recognition.head.class_weights.shard import Part, RowFormat, WeightShard
 
 NAMES = {"momentum": "momentum_buffer", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
@@ -41,7 +41,7 @@ NAMES = {"momentum": "momentum_buffer", "exp_avg": "exp_avg", "exp_avg_sq": "exp
 @pytest.mark.parametrize("form", ["unformed", "dense"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_all_rows_together_are_torchs_own_step(
-    settings: config.SGD | config.AdamW, state: State, scattered: bool, form: str, bias: bool
+    settings: config.SGD | config.AdamW, state: RowFormat, scattered: bool, form: str, bias: bool
 ) -> None:
     rows, optimizer = make(settings, state, bias=bias)
     weight = rows.read(slice(None)).double().clone()
@@ -59,9 +59,9 @@ def test_all_rows_together_are_torchs_own_step(
                 biases.grad[part] = one.bias.double()
             if form == "dense":
                 dense = one.dense(values)
-                kept = dense.clone()
+                cached_exp = dense.clone()
                 optimizer.update(rows, part, dense, lr, GO, step, one.bias)
-                assert torch.equal(dense, kept)
+                assert torch.equal(dense, cached_exp)
             else:
                 optimizer.update(rows, part, one, lr, GO, step)
         torch_step(reference, lr)
@@ -128,7 +128,7 @@ def test_split_is_float32_bit_for_bit(
             optimizer.begin(rows, step, lr, flag)
             for number, part in enumerate(pieces):
                 optimizer.update(rows, part, gradient(rows.read(part), 10 * step + number), lr, flag, step)
-        optimizer.settle(rows)
+        optimizer.flush(rows)
         found = {**snapshot(rows), "weight": rows.read(slice(None)).clone()}
         if state == "split":
             assert rows.weight.dtype == torch.bfloat16 and found.pop("low").any()
@@ -144,7 +144,7 @@ def test_split_is_float32_bit_for_bit(
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_skipped_update_changes_not_a_bit(
     settings: config.SGD | config.AdamW,
-    state: State,
+    state: RowFormat,
     part: Part,
     host_knows: bool,
     bias: bool,
@@ -172,7 +172,7 @@ def test_a_skipped_update_changes_not_a_bit(
 @pytest.mark.parametrize("state", STATES)
 def test_the_way_of_a_gpu_gives_the_same(
     settings: config.SGD | config.AdamW,
-    state: State,
+    state: RowFormat,
     untouched: Literal["sparse", "lazy"],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -187,7 +187,7 @@ def test_the_way_of_a_gpu_gives_the_same(
             optimizer.catch_up(rows, part, step)
             optimizer.begin(rows, step, 0.1, flag)
             optimizer.update(rows, part, gradient(rows.read(part), step, bias=True), 0.1, flag, step)
-        optimizer.settle(rows)
+        optimizer.flush(rows)
         results.append(snapshot(rows))
     assert identical(*results)
 
@@ -200,7 +200,7 @@ def test_sparse_rows_have_nothing_to_catch_up_with() -> None:
         for step in range(3):
             optimizer.begin(rows, step, 0.1, GO)
         optimizer.catch_up(rows, slice(None), 3)
-        optimizer.settle(rows)
+        optimizer.flush(rows)
         assert identical(snapshot(rows), before)
 
 
@@ -271,7 +271,7 @@ def test_bfloat16_does_not_depend_on_parts_and_ranks(settings: config.SGD | conf
     assert identical(results[0], results[1]) and identical(results[0], results[2])
     whole, _ = make(settings, "bfloat16")
     optimizer = build_row_optimizer(settings, seed=7)
-    half = Rows.initial(range(5 + 6, 5 + COUNT), SIZE, bias=False, seed=1, device=CPU, state="bfloat16")
+    half = WeightShard.initial(range(5 + 6, 5 + COUNT), SIZE, bias=False, seed=1, device=CPU, state="bfloat16")
     half.moments.update(optimizer.moments(COUNT - 6, SIZE, bias=False, device=CPU, state="bfloat16"))
     half.load(whole.read(slice(6, None)))
     for step in range(3):
@@ -283,7 +283,7 @@ def test_bfloat16_does_not_depend_on_parts_and_ranks(settings: config.SGD | conf
 @BOTH
 @pytest.mark.parametrize("state", STATES)
 def test_moments_are_zeros_of_the_types_that_the_format_asks_for(
-    settings: config.SGD | config.AdamW, state: State
+    settings: config.SGD | config.AdamW, state: RowFormat
 ) -> None:
     optimizer = build_row_optimizer(settings, seed=0)
     made = optimizer.moments(3, 4, bias=True, device=CPU, state=state)
@@ -322,7 +322,7 @@ class Largest(TorchDispatchMode):
 
 @BOTH
 @pytest.mark.parametrize("state", STATES)
-def test_nothing_as_large_as_the_shard_is_made(settings: config.SGD | config.AdamW, state: State) -> None:
+def test_nothing_as_large_as_the_shard_is_made(settings: config.SGD | config.AdamW, state: RowFormat) -> None:
     rows, optimizer = make(settings, state, count=2000, size=16)
     one = gradient(rows.read(slice(8, 16)), 0)
     for step, part in enumerate([slice(8, 16), torch.arange(16, 8, -1)]):

@@ -3,14 +3,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from recognition.head.class_weights.gradient import RowGradient, RowSum
-from recognition.head.class_weights.shard import Noise, Part, Rows, State
+from recognition.head.class_weights.gradient import AccumulatedGradient, RowGradient
+from recognition.head.class_weights.shard import Noise, Part, RowFormat, WeightShard
 
 CPU = torch.device("cpu")
 NORM, SUM, SUM_OF_BFLOAT16 = 1e-6, 2e-6, 0.03
 """Float32 against float64: a root and a division of sums of 8; sums of 30 products of about 1. bfloat16 rounds the
 product to 4e-3 of numbers up to some 15."""
-STATES: list[State] = ["float32", "split", "bfloat16"]
+STATES: list[RowFormat] = ["float32", "split", "bfloat16"]
 SCATTERED = torch.tensor([7, 0, 3])
 
 
@@ -19,8 +19,10 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def make(count: int = 10, size: int = 8, state: State = "float32", *, first: int = 0, bias: bool = False) -> Rows:
-    return Rows.initial(range(first, first + count), size, bias=bias, seed=3, device=CPU, state=state)
+def make(
+    count: int = 10, size: int = 8, state: RowFormat = "float32", *, first: int = 0, bias: bool = False
+) -> WeightShard:
+    return WeightShard.initial(range(first, first + count), size, bias=bias, seed=3, device=CPU, state=state)
 
 
 def bits(values: Tensor) -> np.ndarray:
@@ -36,21 +38,23 @@ def inverse_norms(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_the_start_is_one_draw_for_any_number_of_ranks(state: State) -> None:
-    whole = Rows.initial(range(2500), 16, bias=True, seed=1, device=CPU, state=state)
+def test_the_start_is_one_draw_for_any_number_of_ranks(state: RowFormat) -> None:
+    whole = WeightShard.initial(range(2500), 16, bias=True, seed=1, device=CPU, state=state)
     parts = [
-        Rows.initial(range(*ends), 16, bias=True, seed=1, device=CPU, state=state)
+        WeightShard.initial(range(*ends), 16, bias=True, seed=1, device=CPU, state=state)
         for ends in ((0, 900), (900, 2100), (2100, 2500), (2500, 2500))
     ]
     assert [rows.first for rows in parts] == [0, 900, 2100, 2500] and [len(rows) for rows in parts][-1] == 0
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, torch.cat([rows.tensors()[name] for rows in parts])), name
-    float32 = Rows.initial(range(2500), 16, bias=False, seed=1, device=CPU).read(slice(None))
+    float32 = WeightShard.initial(range(2500), 16, bias=False, seed=1, device=CPU).read(slice(None))
     assert torch.equal(whole.read(slice(None)), float32.bfloat16().float() if state == "bfloat16" else float32)
     assert whole.bias is not None and not whole.bias.any()
     assert abs(float32.std() - 0.01) < 2e-4 and abs(float32.mean()) < 2e-4
     assert len(np.unique(bits(float32)[:, 0])) > 2490
-    assert not torch.equal(float32[:9], Rows.initial(range(9), 16, bias=False, seed=2, device=CPU).read(slice(None)))
+    assert not torch.equal(
+        float32[:9], WeightShard.initial(range(9), 16, bias=False, seed=2, device=CPU).read(slice(None))
+    )
 
 
 def edges() -> Tensor:
@@ -81,7 +85,7 @@ def test_split_keeps_every_bit_and_its_upper_half_is_the_nearest(part: Part) -> 
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("part", [slice(2, 5), SCATTERED, slice(4, 4), torch.zeros(0, dtype=torch.int64)])
-def test_what_is_written_is_read_and_the_rest_stays(state: State, part: Part) -> None:
+def test_what_is_written_is_read_and_the_rest_stays(state: RowFormat, part: Part) -> None:
     rows = make(state=state)
     before, norms = rows.read(slice(None)).clone(), rows.inverse_norm.clone()
     values = torch.randn(len(before[part]), 8, generator=torch.Generator().manual_seed(0)) * 5
@@ -96,7 +100,7 @@ def test_what_is_written_is_read_and_the_rest_stays(state: State, part: Part) ->
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_operands_are_rows_in_the_type_asked_for_and_views_where_they_can_be(state: State) -> None:
+def test_operands_are_rows_in_the_type_asked_for_and_views_where_they_can_be(state: RowFormat) -> None:
     rows = make(state=state)
     whole = rows.read(slice(None)).clone()
     for part in (slice(1, 6), SCATTERED):
@@ -117,7 +121,7 @@ def test_operands_are_rows_in_the_type_asked_for_and_views_where_they_can_be(sta
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("size", [7, 8])
-def test_scattered_rows_that_are_no_multiple_of_16_bytes(state: State, size: int) -> None:
+def test_scattered_rows_that_are_no_multiple_of_16_bytes(state: RowFormat, size: int) -> None:
     rows = make(size=size, state=state)
     expected = rows.read(slice(None)).clone()
     values = expected[SCATTERED] * 4
@@ -133,7 +137,7 @@ def test_a_row_of_zeros_has_the_largest_inverse_norm() -> None:
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_write_that_is_skipped_leaves_the_inverse_norm(state: State) -> None:
+def test_a_write_that_is_skipped_leaves_the_inverse_norm(state: RowFormat) -> None:
     rows = make(state=state)
     rows.inverse_norm.fill_(5.0)
     noise = rows.noise(slice(2, 6), 0, 0, 0)
@@ -247,13 +251,15 @@ def gradient(batch: int, rows: Tensor, dtype: torch.dtype, seed: int = 0, *, nor
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(batch, len(rows), generator=generator).to(dtype)
     x = torch.randn(batch, rows.shape[1], generator=generator).to(dtype)
-    along = torch.randn(len(rows), generator=generator) if normalised else None
-    return RowGradient(a, x, along, None if normalised else torch.randn(len(rows), generator=generator))
+    radial = torch.randn(len(rows), generator=generator) if normalised else None
+    return RowGradient(a, x, radial, None if normalised else torch.randn(len(rows), generator=generator))
 
 
 def formed(gradient: RowGradient, rows: Tensor) -> np.ndarray:
     product = gradient.a.double().numpy().T @ gradient.x.double().numpy()
-    return product - (0 if gradient.along is None else gradient.along.double().numpy()[:, None] * rows.double().numpy())
+    return product - (
+        0 if gradient.radial is None else gradient.radial.double().numpy()[:, None] * rows.double().numpy()
+    )
 
 
 @pytest.mark.parametrize(
@@ -289,11 +295,11 @@ def test_a_gradient_is_made_orthogonal_to_the_rows(dtype: torch.dtype, tolerance
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("normalised", [True, False])
-def test_gradients_are_summed(state: State, normalised: bool) -> None:
+def test_gradients_are_summed(state: RowFormat, normalised: bool) -> None:
     rows = make(state=state, bias=not normalised)
     rows.load(torch.randn(10, 8))
     values = rows.read(slice(None))
-    total = RowSum(rows)
+    total = AccumulatedGradient(rows)
     expected, bias = np.zeros((10, 8)), np.zeros(10)
     for seed, part in enumerate([slice(1, 5), SCATTERED, slice(4, 4), torch.zeros(0, dtype=torch.int64), SCATTERED]):
         one = gradient(4, values[part], torch.float32, seed, normalised=normalised)

@@ -34,7 +34,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("runs") / "first"
     folder = RunFolder(path)
     folder.create()
-    folder.keep_config(Config(run=Run(folder=path), data=Data(path=path), backbone=SMALL))
+    folder.save_config(Config(run=Run(folder=path), data=Data(path=path), backbone=SMALL))
     distributed.start(Distributed(backend="gloo"), torch.get_num_threads())
     checkpoints = Checkpoints(folder.checkpoints, keep=2)
     for step in (1, 2):

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 
 # Which `negatives` bend the cosines.
-LINEAR = tl.constexpr(0)
+AFFINE = tl.constexpr(0)
 CURRICULAR = tl.constexpr(1)
-HARDENED = tl.constexpr(2)
-CIRCLED = tl.constexpr(3)
-DIVIDED = tl.constexpr(4)
-SPHERE2 = tl.constexpr(5)
+MV_SOFTMAX = tl.constexpr(2)
+CIRCLE = tl.constexpr(3)
+SPHEREFACE_R = tl.constexpr(4)
+SPHEREFACE2 = tl.constexpr(5)
 
 # What becomes of cosines beyond the threshold.
 REMOVED = tl.constexpr(1)
@@ -25,7 +25,7 @@ _EDGE = tl.constexpr(1 - 2.0**-23)
 
 
 @triton.jit
-def statistics_kernel(
+def negative_sums_kernel(
     x,  # [batch, SIZE]
     weight,  # [r, SIZE]
     low,  # [r, SIZE] int16: the lower halves of rows that are kept split, where products are of whole ones; or None
@@ -33,11 +33,11 @@ def statistics_kernel(
     bias,  # [r], with `not UNIT`
     classes,  # [count], with GATHER: positions of the classes
     columns,  # [batch]: the target's place, or -1
-    anchor,  # [batch], with ANCHOR
-    held,  # [2]: the bent logits' factor and addend
+    hard_boundary,  # [batch], with ANCHOR
+    scale_and_bias,  # [2]: the bent logits' factor and addend
     sums,  # out: [splits, 2 if LOGISTIC else 1, batch]
     shifts,  # out: [splits, batch], with RUNNING
-    kept,  # out: [batch, count], exp of the shifted logits times the inverse norms, 0 for targets; or None
+    cached_exp,  # out: [batch, count], exp of the shifted logits times the inverse norms, 0 for targets; or None
     batch,
     count,
     tiles_per_split,
@@ -46,13 +46,13 @@ def statistics_kernel(
     exponent,
     threshold,
     offset,
-    BENT: tl.constexpr,
+    KIND: tl.constexpr,
     FILTER: tl.constexpr,
     LOGISTIC: tl.constexpr,
     RUNNING: tl.constexpr,
     UNIT: tl.constexpr,
     GATHER: tl.constexpr,
-    ANCHOR: tl.constexpr,
+    HARD_BOUNDARY: tl.constexpr,
     CENTERS: tl.constexpr,
     UPCAST: tl.constexpr,
     SIZE: tl.constexpr,
@@ -65,47 +65,49 @@ def statistics_kernel(
     split = tl.program_id(1)
     here = sample < batch
     column = tl.load(columns + sample, mask=here, other=-1)
-    held_factor, held_addend = tl.load(held), tl.load(held + 1)
-    limit = _limits(anchor, sample, here, ANCHOR)
+    factor, addend = tl.load(scale_and_bias), tl.load(scale_and_bias + 1)
+    boundary = _hard_boundaries(hard_boundary, sample, here, HARD_BOUNDARY)
     total = tl.zeros([BLOCK_B], tl.float32)
-    slopes = tl.zeros([BLOCK_B], tl.float32)
-    highest = tl.full([BLOCK_B], float("-inf"), tl.float32)
+    sigmoid_sum = tl.zeros([BLOCK_B], tl.float32)
+    max_logit = tl.full([BLOCK_B], float("-inf"), tl.float32)
     for tile in range(split * tiles_per_split, (split + 1) * tiles_per_split):
         place = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         cosine, _ = _products(
             x, weight, low, inverse_norm, bias, classes, sample, here, place, count, 0,
             UNIT, GATHER, CENTERS, UPCAST, SIZE, BLOCK_B, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        z, _ = _bent(cosine, limit, held_factor, held_addend, scale, margin, exponent, threshold, BENT, FILTER)
+        z, _ = _negative_logit(cosine, boundary, factor, addend, scale, margin, exponent, threshold, KIND, FILTER)
         wanted = (place < count)[None, :] & (place[None, :] != column[:, None])
         z = tl.where(wanted, z, float("-inf"))
         if LOGISTIC:
             total += tl.sum(_softplus(z), 1)
-            slopes += tl.sum(_sigmoid(z), 1)
+            sigmoid_sum += tl.sum(_sigmoid(z), 1)
         elif RUNNING:
-            higher = tl.maximum(highest, tl.max(z, 1))
+            higher = tl.maximum(max_logit, tl.max(z, 1))
             shift = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp(highest - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
-            highest = higher
+            total = total * tl.exp(max_logit - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
+            max_logit = higher
         else:
             e = tl.exp(z - offset)
             total += tl.sum(e, 1)
-            if kept is not None:
+            if cached_exp is not None:
                 position = _positions(classes, place, count, 0, GATHER)
                 e *= tl.load(inverse_norm + position, mask=place < count, other=0.0)[None, :]
                 where = sample.to(tl.int64)[:, None] * count + place[None, :]
-                tl.store(kept + where, e.to(kept.dtype.element_ty), mask=here[:, None] & (place < count)[None, :])
+                tl.store(
+                    cached_exp + where, e.to(cached_exp.dtype.element_ty), mask=here[:, None] & (place < count)[None, :]
+                )
     if LOGISTIC:
         tl.store(sums + split * 2 * batch + sample, total, mask=here)
-        tl.store(sums + (split * 2 + 1) * batch + sample, slopes, mask=here)
+        tl.store(sums + (split * 2 + 1) * batch + sample, sigmoid_sum, mask=here)
     else:
         tl.store(sums + split * batch + sample, total, mask=here)
     if RUNNING:
-        tl.store(shifts + split * batch + sample, highest, mask=here)
+        tl.store(shifts + split * batch + sample, max_logit, mask=here)
 
 
 @triton.jit
-def emit_kernel(
+def logit_gradient_kernel(
     x,  # [batch, SIZE]
     weight,  # [r, SIZE]
     low,  # likewise
@@ -113,14 +115,14 @@ def emit_kernel(
     bias,  # [r], with `not UNIT`
     classes,  # [count], with GATHER: positions of the classes
     columns,  # [batch]: the target's place among these classes
-    anchor,  # [batch], with ANCHOR
-    held,  # [2]
-    log_sum,  # [batch]
-    by_sum,  # [batch]
+    hard_boundary,  # [batch], with ANCHOR
+    scale_and_bias,  # [2]
+    lse,  # [batch]
+    grad_lse,  # [batch]
     target,  # [batch]
-    by_target,  # [batch]
+    grad_target,  # [batch]
     e,  # out: [batch, count CENTERS], the gradient by x_i . w_j
-    columns_sum,  # out: [blocks of samples, count CENTERS]
+    row_sums,  # out: [blocks of samples, count CENTERS]
     batch,
     count,
     first,  # position of the first class, without GATHER
@@ -128,12 +130,12 @@ def emit_kernel(
     margin,
     exponent,
     threshold,
-    BENT: tl.constexpr,
+    KIND: tl.constexpr,
     FILTER: tl.constexpr,
     LOGISTIC: tl.constexpr,
     UNIT: tl.constexpr,
     GATHER: tl.constexpr,
-    ANCHOR: tl.constexpr,
+    HARD_BOUNDARY: tl.constexpr,
     CENTERS: tl.constexpr,
     UPCAST: tl.constexpr,
     SIZE: tl.constexpr,
@@ -149,21 +151,32 @@ def emit_kernel(
     place = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     here = sample < batch
     column = tl.load(columns + sample, mask=here, other=-1)
-    limit = _limits(anchor, sample, here, ANCHOR)
+    boundary = _hard_boundaries(hard_boundary, sample, here, HARD_BOUNDARY)
     cosine, nearest = _products(
         x, weight, low, inverse_norm, bias, classes, sample, here, place, count, first,
         UNIT, GATHER, CENTERS, UPCAST, SIZE, BLOCK_B, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    z, slope = _bent(cosine, limit, tl.load(held), tl.load(held + 1), scale, margin, exponent, threshold, BENT, FILTER)
+    z, derivative = _negative_logit(
+        cosine,
+        boundary,
+        tl.load(scale_and_bias),
+        tl.load(scale_and_bias + 1),
+        scale,
+        margin,
+        exponent,
+        threshold,
+        KIND,
+        FILTER,
+    )
     own = place[None, :] == column[:, None]
     inside = (place < count)[None, :] & here[:, None]
     z = tl.where(inside & (own == 0), z, float("-inf"))
     if LOGISTIC:  # noqa: SIM108, of two constants one is compiled
         a = _sigmoid(z)
     else:
-        a = tl.exp(z - tl.load(log_sum + sample, mask=here, other=0.0)[:, None])
-    a *= slope * tl.load(by_sum + sample, mask=here, other=0.0)[:, None]
-    a = tl.where(own & inside, tl.load(by_target + sample, mask=here, other=0.0)[:, None], a)
+        a = tl.exp(z - tl.load(lse + sample, mask=here, other=0.0)[:, None])
+    a *= derivative * tl.load(grad_lse + sample, mask=here, other=0.0)[:, None]
+    a = tl.where(own & inside, tl.load(grad_target + sample, mask=here, other=0.0)[:, None], a)
     if CENTERS == 1:
         # The target's product is known more exactly than this tile has it.
         cosine = tl.where(own, tl.load(target + sample, mask=here, other=0.0)[:, None], cosine)
@@ -179,7 +192,7 @@ def emit_kernel(
             summed = share * cosine * (inverse * inverse)[None, :]
             share *= inverse[None, :]
         row = place * CENTERS + center
-        tl.store(columns_sum + block.to(tl.int64) * width + row, tl.sum(summed, 0), mask=place < count)
+        tl.store(row_sums + block.to(tl.int64) * width + row, tl.sum(summed, 0), mask=place < count)
         tl.store(e + sample.to(tl.int64)[:, None] * width + row[None, :], share.to(e.dtype.element_ty), mask=inside)
 
 
@@ -192,12 +205,12 @@ def _positions(classes, place, count, first, GATHER: tl.constexpr):
 
 
 @triton.jit
-def _limits(anchor, sample, here, ANCHOR: tl.constexpr):
+def _hard_boundaries(hard_boundary, sample, here, HARD_BOUNDARY: tl.constexpr):
     """What each sample's negatives are held against."""
-    limit = tl.zeros(sample.shape, tl.float32)
-    if ANCHOR:
-        limit = tl.load(anchor + sample, mask=here, other=0.0)
-    return limit
+    boundary = tl.zeros(sample.shape, tl.float32)
+    if HARD_BOUNDARY:
+        boundary = tl.load(hard_boundary + sample, mask=here, other=0.0)
+    return boundary
 
 
 @triton.jit
@@ -242,40 +255,42 @@ def _products(
 
 
 @triton.jit
-def _bent(cosine, limit, factor, addend, scale, margin, exponent, threshold, BENT: tl.constexpr, FILTER: tl.constexpr):
+def _negative_logit(
+    cosine, boundary, factor, addend, scale, margin, exponent, threshold, KIND: tl.constexpr, FILTER: tl.constexpr
+):
     """The logits that `negatives` make of cosines, and their slopes."""
     near = cosine > threshold
     if FILTER == ZEROED:
         cosine = tl.where(near, 0.0, cosine)
-    beyond = cosine > limit[:, None]
-    if BENT == CURRICULAR:
+    beyond = cosine > boundary[:, None]
+    if KIND == CURRICULAR:
         z = scale * tl.where(beyond, cosine * (factor + cosine), cosine)
-        slope = scale * tl.where(beyond, factor + 2 * cosine, 1.0)
-    elif BENT == HARDENED:
+        derivative = scale * tl.where(beyond, factor + 2 * cosine, 1.0)
+    elif KIND == MV_SOFTMAX:
         z = scale * tl.where(beyond, margin * cosine + (margin - 1), cosine)
-        slope = scale * tl.where(beyond, margin, 1.0)
-    elif BENT == CIRCLED:
-        slope = scale * tl.maximum(cosine + margin, 0.0)
-        z = slope * (cosine - margin)
-    elif BENT == DIVIDED:
+        derivative = scale * tl.where(beyond, margin, 1.0)
+    elif KIND == CIRCLE:
+        derivative = scale * tl.maximum(cosine + margin, 0.0)
+        z = derivative * (cosine - margin)
+    elif KIND == SPHEREFACE_R:
         edged = tl.minimum(tl.maximum(cosine, -_EDGE), _EDGE)
         angle = _arccosine(edged) / margin
         sine, cosine_of_half = _half_angle(angle / 2)
         z = scale * (1 - 2 * sine * sine)
-        slope = scale / margin * (2 * sine * cosine_of_half) / tl.sqrt((1 - edged) * (1 + edged))
-    elif BENT == SPHERE2:
+        derivative = scale / margin * (2 * sine * cosine_of_half) / tl.sqrt((1 - edged) * (1 + edged))
+    elif KIND == SPHEREFACE2:
         half = tl.maximum((cosine + 1) / 2, _TINY)
         power = tl.exp2((exponent - 1) * tl.log2(half))
         z = scale * (2 * half * power - 1 + margin) + addend
-        slope = scale * exponent * power
+        derivative = scale * exponent * power
     else:
         z = cosine * factor + addend
-        slope = tl.zeros_like(cosine) + factor
+        derivative = tl.zeros_like(cosine) + factor
     if FILTER == REMOVED:
         z = tl.where(near, float("-inf"), z)
     if FILTER != 0:
-        slope = tl.where(near, 0.0, slope)
-    return z, slope
+        derivative = tl.where(near, 0.0, derivative)
+    return z, derivative
 
 
 @triton.jit

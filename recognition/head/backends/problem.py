@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from recognition.head.class_weights.gradient import RowGradient
-from recognition.head.class_weights.shard import Part, Rows
-from recognition.head.losses.negatives import Linear, Negatives
+from recognition.head.class_weights.shard import Part, WeightShard
+from recognition.head.losses.negatives import AffineNegatives, Negatives
 
 _LARGEST_EXPONENT = 64.0
 _LARGEST_BOUND = 120.0
 _FEW = 16  # one in so many, up to which single products are cheaper than a matrix product
 
-Sink = Callable[[Part, RowGradient], None]
+OnRows = Callable[[Part, RowGradient], None]
 """What takes the gradients of some rows."""
-Ready = Callable[[Tensor], None]
+OnEmbeddings = Callable[[Tensor], None]
 """What is told the gradient by the embeddings as soon as it is whole."""
 Places = tuple[Tensor | None, Tensor]
 """Where targets are in a matrix [B, n]: samples [t] and columns [t]; on a GPU, of whose columns the host knows nothing,
@@ -34,7 +34,7 @@ None and those of all samples [B], also outside of the matrix."""
 
 
 @dataclass(frozen=True)
-class Products:
+class LogitOptions:
     """How embeddings and rows are multiplied."""
 
     unit_rows: bool
@@ -48,7 +48,7 @@ class Products:
     `chunk`; None: nothing is kept."""
     centers: int = 1
     """K"""
-    sharp: float = 0.25
+    recompute_above: float = 0.25
     """Cosines beyond this are computed anew in float32 where a product comes rounded to bfloat16, as on a CPU. Below,
     the rounding is not larger than that of the operands."""
 
@@ -59,11 +59,11 @@ class Products:
 
 
 @dataclass(frozen=True)
-class Summand:
+class NegativeTerm:
     """What is summed over the negatives: exp(z), or, of a logistic loss, log(1 + exp(z)) and its derivative."""
 
     negatives: Negatives
-    anchor: Tensor | None
+    hard_boundary: Tensor | None
     """[B], what the negatives are held against."""
     logistic: bool
     bound: float | None
@@ -78,7 +78,7 @@ class Summand:
 
 
 @dataclass(frozen=True)
-class Taking:
+class ActiveClasses:
     """The classes that take part, and where among them each sample's target is.
 
     `classes`: their positions [n] on this rank, ascending, or None for all. `columns` [B]: the target's place among
@@ -103,26 +103,28 @@ class Taking:
         return samples, columns, columns.tolist()
 
     @staticmethod
-    def of(labels: Tensor, shard: range, classes: Tensor | None = None) -> "Taking":
+    def of(labels: Tensor, shard: range, classes: Tensor | None = None) -> "ActiveClasses":
         """`labels` [B] against the classes of this rank; `classes` has to contain those that are among them."""
         own = (labels >= shard.start) & (labels < shard.stop)
         local = labels - shard.start
-        return Taking(classes, torch.where(own, local if classes is None else torch.searchsorted(classes, local), -1))
+        return ActiveClasses(
+            classes, torch.where(own, local if classes is None else torch.searchsorted(classes, local), -1)
+        )
 
-    def parts(self, rows: Rows, products: Products) -> Iterator[tuple[int, int, Part]]:
+    def parts(self, rows: WeightShard, options: LogitOptions) -> Iterator[tuple[int, int, Part]]:
         """A chunk at a time: the place of its first class, how many classes, and which rows."""
-        total = len(rows) // products.centers if self.classes is None else len(self.classes)
-        for start in range(0, total, products.chunk):
-            stop = min(start + products.chunk, total)
+        total = len(rows) // options.centers if self.classes is None else len(self.classes)
+        for start in range(0, total, options.chunk):
+            stop = min(start + options.chunk, total)
             if self.classes is None:
-                yield start, stop - start, slice(start * products.centers, stop * products.centers)
+                yield start, stop - start, slice(start * options.centers, stop * options.centers)
             else:
-                yield start, stop - start, rows_of(self.classes[start:stop], products.centers)
+                yield start, stop - start, rows_of(self.classes[start:stop], options.centers)
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a forward pass of `kept` leaves for the backward pass, of the classes other than the targets."""
+class CachedExponentials:
+    """What a forward pass of `cached_exp` leaves for the backward pass, of the classes other than the targets."""
 
     pulled: Tensor
     """[B, D] float32: sum over j of E_ij w_j."""
@@ -131,7 +133,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Statistics:
+class NegativeSums:
     """This rank's share of what the loss needs.
 
     `sums` [B, 1] or [B, 2]: over its classes other than the target, of exp(z - shift) or of a logistic loss's two
@@ -140,7 +142,7 @@ class Statistics:
 
     sums: Tensor
     shift: Tensor
-    kept: Kept | Tensor | None = None
+    cached_exp: CachedExponentials | Tensor | None = None
     """For `backward`; of the kernels, a tensor."""
 
 
@@ -161,21 +163,21 @@ def rescaling(shift: Tensor, other: Tensor) -> Tensor:
     return torch.exp(shift - finite_shift(other))
 
 
-def products_of(
-    rows: Rows, part: Part, operand: Tensor, x: Tensor, products: Products, places: Places | None
+def similarities(
+    rows: WeightShard, part: Part, operand: Tensor, x: Tensor, options: LogitOptions, places: Places | None
 ) -> Tensor:
     """[B, n K] of some rows, whose `operand` is [n K, D]. With K = 1 those of the targets, `places`, are not
     meant to be used.
     """
-    if not products.unit_rows:
+    if not options.unit_rows:
         return _unrounded(x, operand.T) + (0 if rows.bias is None else rows.bias[part])
     inverse_norm = rows.inverse_norm[part]
     product = multiply(x, operand.T).mul_(inverse_norm)
-    if products.centers == 1:
+    if options.centers == 1:
         # Targets are near their rows, and would be computed anew each time, for nothing.
         put_at(product, places, 0.0)
-    if x.dtype != torch.float32 and not x.is_cuda and product.numel() and product.amax() > products.sharp:
-        sample, row = (product > products.sharp).nonzero(as_tuple=True)
+    if x.dtype != torch.float32 and not x.is_cuda and product.numel() and product.amax() > options.recompute_above:
+        sample, row = (product > options.recompute_above).nonzero(as_tuple=True)
         if len(sample) > product.numel() // _FEW:
             return _unrounded(x, operand.T).mul_(inverse_norm)
         product[sample, row] = (x[sample].float() * operand[row].float()).sum(1).mul_(inverse_norm[row])
@@ -183,18 +185,24 @@ def products_of(
 
 
 def logits(
-    rows: Rows, part: Part, operand: Tensor, x: Tensor, products: Products, summand: Summand, places: Places | None
+    rows: WeightShard,
+    part: Part,
+    operand: Tensor,
+    x: Tensor,
+    options: LogitOptions,
+    negative_term: NegativeTerm,
+    places: Places | None,
 ) -> Tensor:
     """z [B, n] of some rows, but for the targets."""
-    cosine = products_of(rows, part, operand, x, products, places)
-    if products.centers > 1:
-        cosine = cosine.view(len(x), -1, products.centers).amax(2)
-    negatives = summand.negatives
-    if isinstance(negatives, Linear):
+    cosine = similarities(rows, part, operand, x, options, places)
+    if options.centers > 1:
+        cosine = cosine.view(len(x), -1, options.centers).amax(2)
+    negatives = negative_term.negatives
+    if isinstance(negatives, AffineNegatives):
         # The most common case, in place.
         cosine.mul_(negatives.scale)
-        return cosine.add_(negatives.bias) if summand.logistic else cosine
-    return negatives.logits(cosine, summand.anchor)
+        return cosine.add_(negatives.bias) if negative_term.logistic else cosine
+    return negatives.logits(cosine, negative_term.hard_boundary)
 
 
 def multiply(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:

@@ -12,112 +12,118 @@ import torch
 from torch import Tensor
 
 from recognition.head.backends.problem import (
-    Kept,
+    ActiveClasses,
+    CachedExponentials,
+    LogitOptions,
+    NegativeSums,
+    NegativeTerm,
+    OnEmbeddings,
+    OnRows,
     Places,
-    Products,
-    Ready,
-    Sink,
-    Statistics,
-    Summand,
-    Taking,
     multiply,
-    products_of,
     put_at,
+    similarities,
 )
 from recognition.head.class_weights.gradient import RowGradient
-from recognition.head.class_weights.shard import Part, Rows
-from recognition.head.losses.negatives import Linear
+from recognition.head.class_weights.shard import Part, WeightShard
+from recognition.head.losses.negatives import AffineNegatives
 
 _LOG2_E = math.log2(math.e)
 
 
-def possible(products: Products, summand: Summand) -> bool:
+def possible(options: LogitOptions, negative_term: NegativeTerm) -> bool:
     """Whether the loss is one of those, and something may be kept."""
-    linear = isinstance(summand.negatives, Linear) and not summand.logistic and summand.offset is not None
-    return linear and products.unit_rows and products.centers == 1 and products.workspace is not None
+    linear = (
+        isinstance(negative_term.negatives, AffineNegatives)
+        and not negative_term.logistic
+        and negative_term.offset is not None
+    )
+    return linear and options.unit_rows and options.centers == 1 and options.workspace is not None
 
 
-def statistics(rows: Rows, taking: Taking, x: Tensor, products: Products, summand: Summand) -> Statistics:
-    """As `chunks.statistics`."""
-    kept = Kept(torch.zeros(x.shape, device=x.device), [])
+def negative_sums(
+    rows: WeightShard, active: ActiveClasses, x: Tensor, options: LogitOptions, negative_term: NegativeTerm
+) -> NegativeSums:
+    """As `chunks.negative_sums`."""
+    cached_exp = CachedExponentials(torch.zeros(x.shape, device=x.device), [])
     sums = x.new_zeros(len(x), 1, dtype=torch.float32)
-    room = products.workspace or 0
-    for start, count, part in taking.parts(rows, products):
-        operand = rows.operand(part, products.dtype)
-        e = _exponentials(rows, part, operand, x, products, summand, taking.targets_in(start, count), sums)
-        multiply(e, operand, kept.pulled)
+    room = options.workspace or 0
+    for start, count, part in active.parts(rows, options):
+        operand = rows.operand(part, options.dtype)
+        e = _exponentials(rows, part, operand, x, options, negative_term, active.targets_in(start, count), sums)
+        multiply(e, operand, cached_exp.pulled)
         room -= e.nbytes
         if room >= 0:
-            kept.exponentials.append(e)
+            cached_exp.exponentials.append(e)
         elif not e.is_cuda:
-            products.spare.append(e)
-    return Statistics(sums, torch.full_like(sums[:, 0], summand.offset or 0.0), kept)
+            options.spare.append(e)
+    return NegativeSums(sums, torch.full_like(sums[:, 0], negative_term.offset or 0.0), cached_exp)
 
 
 def backward(
-    rows: Rows,
-    taking: Taking,
+    rows: WeightShard,
+    active: ActiveClasses,
     x: Tensor,
-    products: Products,
-    summand: Summand,
-    kept: Kept,
+    options: LogitOptions,
+    negative_term: NegativeTerm,
+    cached_exp: CachedExponentials,
     factor: Tensor,
-    target_gradient: Tensor,
-    sink: Sink | None,
-    ready: Ready | None,
+    grad_target: Tensor,
+    on_rows: OnRows | None,
+    on_embeddings: OnEmbeddings | None,
 ) -> Tensor:
     """As `chunks.backward`. `factor` [B]: what E is to be multiplied by."""
-    gradient = kept.pulled * factor[:, None]
+    gradient = cached_exp.pulled * factor[:, None]
     of_target = torch.zeros_like(factor)
-    if len(rows) and (taking.classes is None or len(taking.classes)):
-        columns = taking.columns.clamp(0)
-        own = columns if taking.classes is None else taking.classes[columns]
-        of_target = torch.where(taking.columns >= 0, target_gradient * rows.inverse_norm[own], 0)
+    if len(rows) and (active.classes is None or len(active.classes)):
+        columns = active.columns.clamp(0)
+        own = columns if active.classes is None else active.classes[columns]
+        of_target = torch.where(active.columns >= 0, grad_target * rows.inverse_norm[own], 0)
         gradient.addcmul_(rows.read(own), of_target[:, None])
-    if ready is not None:
-        ready(gradient)
-    if sink is None:
+    if on_embeddings is not None:
+        on_embeddings(gradient)
+    if on_rows is None:
         return gradient
     of_target = torch.where(factor == 0, 0, of_target / factor).to(x.dtype)
     weighted = (x * factor[:, None]).to(x.dtype)
-    exponentials = kept.exponentials[::-1]
-    kept.exponentials.clear()
-    for start, count, part in taking.parts(rows, products):
-        places, weight = taking.targets_in(start, count), None
+    exponentials = cached_exp.exponentials[::-1]
+    cached_exp.exponentials.clear()
+    for start, count, part in active.parts(rows, options):
+        places, weight = active.targets_in(start, count), None
         if exponentials:
             e = exponentials.pop()
         else:
-            weight, operand = rows.read_with_operand(part, products.dtype)
-            e = _exponentials(rows, part, operand, x, products, summand, places)
+            weight, operand = rows.read_with_operand(part, options.dtype)
+            e = _exponentials(rows, part, operand, x, options, negative_term, places)
         put_at(e, places, of_target)
-        sink(part, RowGradient(e, weighted, weight=weight, inverse_norm=rows.inverse_norm[part]))
+        on_rows(part, RowGradient(e, weighted, weight=weight, inverse_norm=rows.inverse_norm[part]))
         if not e.is_cuda:
-            products.spare.append(e)
+            options.spare.append(e)
     return gradient
 
 
 def _exponentials(
-    rows: Rows,
+    rows: WeightShard,
     part: Part,
     operand: Tensor,
     x: Tensor,
-    products: Products,
-    summand: Summand,
+    options: LogitOptions,
+    negative_term: NegativeTerm,
     places: Places | None,
     sums: Tensor | None = None,
 ) -> Tensor:
-    """E [B, n] of some rows, 0 for the targets, of type `products.dtype`; sums of exp(z) are added to `sums` [B, 1]."""
-    assert isinstance(summand.negatives, Linear)
-    z = products_of(rows, part, operand, x, products, places)
+    """E [B, n] of some rows, 0 for the targets, of type `options.dtype`; sums of exp(z) are added to `sums` [B, 1]."""
+    assert isinstance(negative_term.negatives, AffineNegatives)
+    z = similarities(rows, part, operand, x, options, places)
     # 2^(z log2 e), which is as exact, and takes a third of the time that torch's exp takes.
-    z.mul_(summand.negatives.scale * _LOG2_E)
-    if summand.offset:
-        z.sub_(summand.offset * _LOG2_E)
+    z.mul_(negative_term.negatives.scale * _LOG2_E)
+    if negative_term.offset:
+        z.sub_(negative_term.offset * _LOG2_E)
     z.exp2_()
     put_at(z, places, 0.0)
     if sums is not None:
         sums += z.sum(1, keepdim=True)
     # Where a former step had as much.
-    spare = products.spare.pop() if products.spare else z.new_empty(0, dtype=x.dtype)
+    spare = options.spare.pop() if options.spare else z.new_empty(0, dtype=x.dtype)
     e = spare.view(-1)[: z.numel()].view_as(z) if spare.numel() >= z.numel() else torch.empty_like(z, dtype=x.dtype)
     return torch.mul(z, rows.inverse_norm[part], out=e)

@@ -1,4 +1,4 @@
-"""Who goes over the class weights: PyTorch (`chunks`), on any device, or Triton's kernels (`fused`)."""
+"""Who goes over the class weights: PyTorch (`chunks`), on any device, or Triton's kernels (`triton_backend`)."""
 
 import importlib
 import importlib.util
@@ -12,33 +12,33 @@ from torch import Tensor
 
 from recognition import config
 from recognition.head.backends import pytorch
-from recognition.head.backends.problem import Statistics
+from recognition.head.backends.problem import NegativeSums
 
 _AMPERE = (8, 0)
 
 
 @dataclass(frozen=True)
-class Maker:
+class Backend:
     """The two functions, as `chunks` describes them."""
 
-    statistics: Callable[..., Statistics]
+    negative_sums: Callable[..., NegativeSums]
     backward: Callable[..., Tensor]
     kernels: bool
     """Whether they are made of Triton's kernels, which then update the rows as well."""
 
 
-def choose(kernels: Literal["auto", "torch", "triton"], device: torch.device) -> Maker:
+def select_backend(kernels: Literal["auto", "torch", "triton"], device: torch.device) -> Backend:
     """Whoever `head.kernels` and the device ask for. Raises UserError where there are to be kernels and cannot be."""
-    lacking = _lacking(device)
+    lacking = _unavailable_reason(device)
     if kernels == "torch" or (kernels == "auto" and (lacking or device.type != "cuda")):
-        return Maker(pytorch.statistics, pytorch.backward, kernels=False)
+        return Backend(pytorch.negative_sums, pytorch.backward, kernels=False)
     if lacking:
         raise config.UserError(f"head.kernels is triton, but {lacking}; auto takes them where they run")
-    fused = importlib.import_module("recognition.head.backends.triton_backend")
-    return Maker(fused.statistics, fused.backward, kernels=True)
+    triton_backend = importlib.import_module("recognition.head.backends.triton_backend")
+    return Backend(triton_backend.negative_sums, triton_backend.backward, kernels=True)
 
 
-def _lacking(device: torch.device) -> str:
+def _unavailable_reason(device: torch.device) -> str:
     """Why the kernels do not run on the device; nothing where they do."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"

@@ -97,10 +97,10 @@ class Section:
             for entry in table[kernel]:
                 if entry["work"] not in get_args(Work):
                     raise ValueError(f"{kernel}: no work is called {entry['work']}")
-                (wider, products), (batch, classes, size) = entry["bytes"], entry["problem"]
+                (wider, options), (batch, classes, size) = entry["bytes"], entry["problem"]
                 samples, wide, depth = entry["tile"]
                 best = Tile(samples, wide, depth, entry["warps"], entry["stages"])
-                entries[Problem(entry["work"], (wider, products), (batch, classes, size))] = best
+                entries[Problem(entry["work"], (wider, options), (batch, classes, size))] = best
             if not entries:
                 raise ValueError(f"{kernel}: no entries")
             tiles[kernel] = entries
@@ -129,15 +129,15 @@ def tile(
     classes: int,
     embedding_size: int,
     itemsize: int,
-    products: int | None = None,
+    options: int | None = None,
     work: Work = "plain",
 ) -> Tile:
     """The tile of `kernel` on the device that CUDA calls `device`; an empty name is a device that nothing is known of.
 
-    `itemsize`: bytes of a number of the rows or of the products' operands, whichever has more; `products`: of the
+    `itemsize`: bytes of a number of the rows or of the products' operands, whichever has more; `options`: of the
     latter, None for as many.
     """
-    problem = Problem(work, (itemsize, itemsize if products is None else products), (batch, classes, embedding_size))
+    problem = Problem(work, (itemsize, itemsize if options is None else options), (batch, classes, embedding_size))
     return _forced.get() or _nearest(kernel, device, problem)
 
 

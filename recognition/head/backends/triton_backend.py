@@ -1,4 +1,4 @@
-"""`statistics` and `backward` of `chunks`, made of the Triton kernels: one pass each, and no logits in memory.
+"""`negative_sums` and `backward` of `chunks`, made of the Triton kernels: one pass each, and no logits in memory.
 
 A chunk of the backward pass writes out the gradient by its products, in the products' type, and two matrix products
 (cuBLAS) make of it the gradients by embeddings and by rows. Nothing here makes the host wait for the GPU.
@@ -14,43 +14,43 @@ from torch import Tensor
 
 from recognition.head.backends import kernels, tiles
 from recognition.head.backends.problem import (
-    Products,
-    Ready,
-    Sink,
-    Statistics,
-    Summand,
-    Taking,
+    ActiveClasses,
+    LogitOptions,
+    NegativeSums,
+    NegativeTerm,
+    OnEmbeddings,
+    OnRows,
     finite_shift,
     multiply,
     rescaling,
 )
 from recognition.head.class_weights.gradient import RowGradient
-from recognition.head.class_weights.shard import Part, Rows
+from recognition.head.class_weights.shard import Part, WeightShard
 from recognition.head.losses.negatives import (
-    Circled,
-    Curricular,
-    DividedAngle,
-    Filtered,
-    Hardened,
-    Linear,
+    AffineNegatives,
+    CircleNegatives,
+    CurricularNegatives,
+    FilteredNegatives,
+    MVSoftmaxNegatives,
     Negatives,
-    Sphere2,
+    SphereFace2Negatives,
+    SphereFaceRNegatives,
 )
 
 _PROCESSORS = 128
 """Of a GPU whose number is not known; splits are made for twice as many blocks."""
-_ELABORATE = kernels.DIVIDED.value, kernels.SPHERE2.value
+_HEAVY = kernels.SPHEREFACE_R.value, kernels.SPHEREFACE2.value
 """Negatives that take many registers."""
 _HELD_BACK = 2
 """Chunks whose rows' gradient waits until the one by the embeddings is on its way to the other ranks."""
 
 
 @dataclass(frozen=True)
-class _Bent:
+class _KernelArguments:
     """What the kernels have to know of `negatives`."""
 
     kind: int
-    held: Tensor
+    scale_and_bias: Tensor
     """[2] float32 on the device: what is multiplied with and added to; kept there, so that the host need not know."""
     scale: float = 1.0
     margin: float = 0.0
@@ -59,146 +59,149 @@ class _Bent:
     filter: int = 0
 
     @staticmethod
-    def of(negatives: Negatives, device: torch.device) -> "_Bent":
+    def of(negatives: Negatives, device: torch.device) -> "_KernelArguments":
         threshold, filtering = 0.0, 0
-        if isinstance(negatives, Filtered):
+        if isinstance(negatives, FilteredNegatives):
             threshold = negatives.threshold
             filtering = (kernels.ZEROED if negatives.zero else kernels.REMOVED).value
             negatives = negatives.inner
         factor: Tensor | float = 1.0
         addend: Tensor | float = 0.0
         scale, margin, exponent = 1.0, 0.0, 1.0
-        if isinstance(negatives, Linear):
-            kind, factor, addend = kernels.LINEAR, negatives.scale, negatives.bias
-        elif isinstance(negatives, Curricular):
+        if isinstance(negatives, AffineNegatives):
+            kind, factor, addend = kernels.AFFINE, negatives.scale, negatives.bias
+        elif isinstance(negatives, CurricularNegatives):
             kind, scale, factor = kernels.CURRICULAR, negatives.scale, negatives.t
-        elif isinstance(negatives, Hardened):
-            kind, scale, margin = kernels.HARDENED, negatives.scale, negatives.weight
-        elif isinstance(negatives, Circled):
-            kind, scale, margin = kernels.CIRCLED, negatives.scale, negatives.margin
-        elif isinstance(negatives, DividedAngle):
-            kind, scale, margin = kernels.DIVIDED, negatives.scale, negatives.margin
-        elif isinstance(negatives, Sphere2):
-            kind, scale, margin, exponent = kernels.SPHERE2, negatives.scale, negatives.margin, negatives.exponent
+        elif isinstance(negatives, MVSoftmaxNegatives):
+            kind, scale, margin = kernels.MV_SOFTMAX, negatives.scale, negatives.weight
+        elif isinstance(negatives, CircleNegatives):
+            kind, scale, margin = kernels.CIRCLE, negatives.scale, negatives.margin
+        elif isinstance(negatives, SphereFaceRNegatives):
+            kind, scale, margin = kernels.SPHEREFACE_R, negatives.scale, negatives.margin
+        elif isinstance(negatives, SphereFace2Negatives):
+            kind, scale, margin, exponent = kernels.SPHEREFACE2, negatives.scale, negatives.margin, negatives.exponent
             addend = negatives.bias
         else:
             raise NotImplementedError(f"no kernel for {type(negatives).__name__}")
         # A tensor made of a number on the host would be copied over, which waits.
-        held = torch.stack([_scalar(factor, device), _scalar(addend, device)])
-        return _Bent(kind.value, held, scale, margin, exponent, threshold, filtering)
+        scale_and_bias = torch.stack([_scalar(factor, device), _scalar(addend, device)])
+        return _KernelArguments(kind.value, scale_and_bias, scale, margin, exponent, threshold, filtering)
 
 
-def statistics(rows: Rows, taking: Taking, x: Tensor, products: Products, summand: Summand) -> Statistics:
-    """As `chunks.statistics`."""
-    bent = _Bent.of(summand.negatives, x.device)
-    running = not summand.logistic and summand.offset is None
-    plain = isinstance(summand.negatives, Linear) and products.unit_rows and products.centers == 1
-    numbers = len(x) * (len(rows) if taking.classes is None else len(taking.classes))
-    fits = products.workspace is not None and 0 < numbers * x.itemsize <= products.workspace
-    keep = plain and fits and not summand.logistic and not running
-    sums, shift, kept = sum_negatives(
+def negative_sums(
+    rows: WeightShard, active: ActiveClasses, x: Tensor, options: LogitOptions, negative_term: NegativeTerm
+) -> NegativeSums:
+    """As `chunks.negative_sums`."""
+    bent = _KernelArguments.of(negative_term.negatives, x.device)
+    running = not negative_term.logistic and negative_term.offset is None
+    plain = isinstance(negative_term.negatives, AffineNegatives) and options.unit_rows and options.centers == 1
+    numbers = len(x) * (len(rows) if active.classes is None else len(active.classes))
+    fits = options.workspace is not None and 0 < numbers * x.itemsize <= options.workspace
+    keep = plain and fits and not negative_term.logistic and not running
+    sums, shift, cached_exp = sum_negatives(
         x,
         rows.weight,
         rows.low if x.dtype == torch.float32 else None,
         rows.inverse_norm,
         rows.bias,
-        taking.classes,
-        taking.columns,
-        summand.anchor,
-        bent.held,
-        [bent.scale, bent.margin, bent.exponent, bent.threshold, summand.offset or 0.0],
-        [bent.kind, bent.filter, int(summand.logistic), int(running), products.centers, int(keep)],
+        active.classes,
+        active.columns,
+        negative_term.hard_boundary,
+        bent.scale_and_bias,
+        [bent.scale, bent.margin, bent.exponent, bent.threshold, negative_term.offset or 0.0],
+        [bent.kind, bent.filter, int(negative_term.logistic), int(running), options.centers, int(keep)],
     )
-    return Statistics(sums, shift, kept if keep else None)
+    return NegativeSums(sums, shift, cached_exp if keep else None)
 
 
 def backward(
-    rows: Rows,
-    taking: Taking,
+    rows: WeightShard,
+    active: ActiveClasses,
     x: Tensor,
-    products: Products,
-    summand: Summand,
-    log_sum: Tensor,
-    negatives_gradient: Tensor,
+    options: LogitOptions,
+    negative_term: NegativeTerm,
+    lse: Tensor,
+    grad_lse: Tensor,
     target: Tensor,
-    target_gradient: Tensor,
-    sink: Sink | None,
-    ready: Ready | None = None,
-    kept: Tensor | None = None,
+    grad_target: Tensor,
+    on_rows: OnRows | None,
+    on_embeddings: OnEmbeddings | None = None,
+    cached_exp: Tensor | None = None,
 ) -> Tensor:
-    """As `chunks.backward`; from what `statistics` kept, where it did, one product is saved."""
-    bent = _Bent.of(summand.negatives, x.device)
-    if products.workspace is not None:
-        room = products.workspace // (1 + _HELD_BACK)
+    """As `chunks.backward`; from what `negative_sums` kept, where it did, one product is saved."""
+    bent = _KernelArguments.of(negative_term.negatives, x.device)
+    if options.workspace is not None:
+        room = options.workspace // (1 + _HELD_BACK)
         chunk = tiles.chunk(_name(x), batch=len(x), embedding_size=x.shape[1], workspace=room, itemsize=x.itemsize)
-        products = replace(products, chunk=max(1, chunk // products.centers))
+        options = replace(options, chunk=max(1, chunk // options.centers))
     gradient = torch.zeros(x.shape, device=x.device)
-    if kept is not None:
-        factor = negatives_gradient * bent.held[0] * torch.exp((summand.offset or 0.0) - log_sum)
-        return _from_kept(rows, taking, x, products, kept, factor, target_gradient, gradient, sink, ready)
+    if cached_exp is not None:
+        factor = grad_lse * bent.scale_and_bias[0] * torch.exp((negative_term.offset or 0.0) - lse)
+        return _from_kept(rows, active, x, options, cached_exp, factor, grad_target, gradient, on_rows, on_embeddings)
     waiting: deque[tuple[Part, RowGradient]] = deque()
-    for start, count, part in taking.parts(rows, products):
-        e, summed = emit(
+    for start, count, part in active.parts(rows, options):
+        e, summed = logit_gradient(
             x,
             rows.weight,
             rows.low if x.dtype == torch.float32 else None,
             rows.inverse_norm,
             rows.bias,
-            None if taking.classes is None else taking.classes[start : start + count],
-            taking.columns - start,
-            summand.anchor,
-            bent.held,
-            log_sum,
-            negatives_gradient,
+            None if active.classes is None else active.classes[start : start + count],
+            active.columns - start,
+            negative_term.hard_boundary,
+            bent.scale_and_bias,
+            lse,
+            grad_lse,
             target,
-            target_gradient,
+            grad_target,
             start,
             count,
             [bent.scale, bent.margin, bent.exponent, bent.threshold],
-            [bent.kind, bent.filter, int(summand.logistic), products.centers],
+            [bent.kind, bent.filter, int(negative_term.logistic), options.centers],
         )
-        gradient += multiply(e, rows.operand(part, products.dtype))
-        if sink is None:
+        gradient += multiply(e, rows.operand(part, options.dtype))
+        if on_rows is None:
             continue
-        waiting.append((part, RowGradient(e, x, *((summed, None) if products.unit_rows else (None, summed)))))
+        waiting.append((part, RowGradient(e, x, *((summed, None) if options.unit_rows else (None, summed)))))
         if len(waiting) > _HELD_BACK:
-            sink(*waiting.popleft())
-    if ready is not None:
-        ready(gradient)
-    while sink is not None and waiting:
-        sink(*waiting.popleft())
+            on_rows(*waiting.popleft())
+    if on_embeddings is not None:
+        on_embeddings(gradient)
+    while on_rows is not None and waiting:
+        on_rows(*waiting.popleft())
     return gradient
 
 
 def _from_kept(
-    rows: Rows,
-    taking: Taking,
+    rows: WeightShard,
+    active: ActiveClasses,
     x: Tensor,
-    products: Products,
-    kept: Tensor,
+    options: LogitOptions,
+    cached_exp: Tensor,
     factor: Tensor,
-    target_gradient: Tensor,
+    grad_target: Tensor,
     gradient: Tensor,
-    sink: Sink | None,
-    ready: Ready | None,
+    on_rows: OnRows | None,
+    on_embeddings: OnEmbeddings | None,
 ) -> Tensor:
-    """`backward` where `factor` [B] times `kept` [B, n] is the gradient by the products of embeddings and raw rows."""
-    here = taking.columns >= 0
-    columns = torch.where(here, taking.columns, 0)
-    positions = columns if taking.classes is None else taking.classes[columns]
-    own = torch.where(factor == 0, 0, target_gradient / factor) * rows.inverse_norm[positions]
-    before = kept.gather(1, columns[:, None])
-    kept.scatter_(1, columns[:, None], torch.where(here[:, None], own[:, None].to(kept.dtype), before))
-    parts = [(slice(start, start + count), part) for start, count, part in taking.parts(rows, products)]
+    """`backward` where `factor` [B] times `cached_exp` [B, n] is the gradient by the products of embeddings and
+    raw rows."""
+    here = active.columns >= 0
+    columns = torch.where(here, active.columns, 0)
+    positions = columns if active.classes is None else active.classes[columns]
+    own = torch.where(factor == 0, 0, grad_target / factor) * rows.inverse_norm[positions]
+    before = cached_exp.gather(1, columns[:, None])
+    cached_exp.scatter_(1, columns[:, None], torch.where(here[:, None], own[:, None].to(cached_exp.dtype), before))
+    parts = [(slice(start, start + count), part) for start, count, part in active.parts(rows, options)]
     for columns_of, part in parts:
-        gradient += multiply(kept[:, columns_of], rows.operand(part, products.dtype))
+        gradient += multiply(cached_exp[:, columns_of], rows.operand(part, options.dtype))
     gradient *= factor[:, None]
-    if ready is not None:
-        ready(gradient)
+    if on_embeddings is not None:
+        on_embeddings(gradient)
     weighted = (x * factor[:, None]).to(x.dtype)
     for columns_of, part in parts:
-        if sink is not None:
-            sink(part, RowGradient(kept[:, columns_of], weighted, inverse_norm=rows.inverse_norm[part]))
+        if on_rows is not None:
+            on_rows(part, RowGradient(cached_exp[:, columns_of], weighted, inverse_norm=rows.inverse_norm[part]))
     return gradient
 
 
@@ -211,46 +214,49 @@ def sum_negatives(
     bias: Tensor | None,
     classes: Tensor | None,
     columns: Tensor,
-    anchor: Tensor | None,
-    held: Tensor,
+    hard_boundary: Tensor | None,
+    scale_and_bias: Tensor,
     numbers: list[float],
     flags: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`Statistics` as tensors, differentiable by `x` [B, D]: sums [B, 1] (logistic: [B, 2]), shift [B], and kept
+    """`NegativeSums` as tensors, differentiable by `x` [B, D]: sums [B, 1] (logistic: [B, 2]), shift [B], and kept
     [B, n] in the type of `x`, which is empty unless it is wanted.
 
     `numbers`: scale, margin, exponent, threshold, offset; `flags`: kind of the negatives, filter, logistic, running
-    maximum, centres, keep; `low`: `Rows.low` where products are of float32. The rest is as in `chunks`; the second of
+    maximum, centres, keep; `low`: `WeightShard.low` where products are of float32. The rest is as in `chunks`; the
+    second of
     two sums is a constant in the gradient.
     """
     scale, margin, exponent, threshold, offset = numbers
     bent, filtering, logistic, running, centers, keep = flags
     batch, size = x.shape
     count = len(weight) // centers if classes is None else len(classes)
-    x, columns, anchor, held = _dense(x, columns, anchor, held)
+    x, columns, hard_boundary, scale_and_bias = _dense(x, columns, hard_boundary, scale_and_bias)
     tile = _tile("statistics", x, weight, count, _work(bent, filtering, logistic, centers))
     blocks, wide = triton.cdiv(batch, tile.batch), triton.cdiv(count, tile.classes)
     splits = max(1, min(wide, triton.cdiv(2 * _processors(x.device), max(blocks, 1))))
     sums = x.new_zeros(splits, 1 + logistic, batch, dtype=torch.float32)
-    kept = x.new_empty(batch, count if keep else 0)
+    cached_exp = x.new_empty(batch, count if keep else 0)
     shifts = x.new_full((splits, batch), -torch.inf if running else offset, dtype=torch.float32)
     if batch and count:
-        kernels.statistics_kernel[(blocks, splits)](
-            x, weight, low, inverse_norm, bias, classes, columns, anchor, held, sums, shifts, kept if keep else None,
+        kernels.negative_sums_kernel[(blocks, splits)](
+            x, weight, low, inverse_norm, bias, classes, columns, hard_boundary, scale_and_bias, sums, shifts,
+            cached_exp if keep else None,
             batch, count, triton.cdiv(wide, splits), scale, margin, exponent, threshold, offset,
-            BENT=bent, FILTER=filtering, LOGISTIC=logistic, RUNNING=running, UNIT=bias is None,
-            GATHER=classes is not None, ANCHOR=anchor is not None, CENTERS=centers, UPCAST=x.dtype == torch.float32,
+            KIND=bent, FILTER=filtering, LOGISTIC=logistic, RUNNING=running, UNIT=bias is None,
+            GATHER=classes is not None, HARD_BOUNDARY=hard_boundary is not None, CENTERS=centers, UPCAST=x.dtype ==
+            torch.float32,
             SIZE=size, BLOCK_B=tile.batch, BLOCK_N=tile.classes, BLOCK_D=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
     if not running:
-        return sums.sum(0).T.contiguous(), shifts[0].clone(), kept
+        return sums.sum(0).T.contiguous(), shifts[0].clone(), cached_exp
     shift = shifts.amax(0)
-    return (sums[:, 0] * rescaling(shifts, shift)).sum(0)[:, None], shift, kept
+    return (sums[:, 0] * rescaling(shifts, shift)).sum(0)[:, None], shift, cached_exp
 
 
 @sum_negatives.register_fake
-def _(x, weight, low, inverse_norm, bias, classes, columns, anchor, held, numbers, flags):  # type: ignore[no-untyped-def]
+def _(x, weight, low, inverse_norm, bias, classes, columns, hard_boundary, scale_and_bias, numbers, flags):  # type: ignore[no-untyped-def]
     count = len(weight) // flags[4] if classes is None else len(classes)
     sums = x.new_empty(len(x), 1 + flags[2], dtype=torch.float32)
     return sums, x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), count if flags[5] else 0)
@@ -262,12 +268,12 @@ def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(True)
 
 
-def _differentiate(ctx, by_sums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    x, weight, low, inverse_norm, bias, classes, columns, anchor, held, shift = ctx.saved_tensors
+def _differentiate(ctx, grad_sums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    x, weight, low, inverse_norm, bias, classes, columns, hard_boundary, scale_and_bias, shift = ctx.saved_tensors
     bent, filtering, logistic, _, centers, _ = ctx.flags
     count = len(weight) // centers if classes is None else len(classes)
     nothing = torch.zeros_like(shift)
-    e, _ = emit(
+    e, _ = logit_gradient(
         x,
         weight,
         low,
@@ -275,10 +281,10 @@ def _differentiate(ctx, by_sums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...
         bias,
         classes,
         columns,
-        anchor,
-        held,
+        hard_boundary,
+        scale_and_bias,
         finite_shift(shift),
-        by_sums[:, 0].contiguous(),
+        grad_sums[:, 0].contiguous(),
         nothing,
         nothing,
         0,
@@ -296,7 +302,7 @@ sum_negatives.register_autograd(_differentiate, setup_context=_keep)
 
 
 @torch.library.custom_op("recognition::emit", mutates_args=())
-def emit(
+def logit_gradient(
     x: Tensor,
     weight: Tensor,
     low: Tensor | None,
@@ -304,19 +310,19 @@ def emit(
     bias: Tensor | None,
     classes: Tensor | None,
     columns: Tensor,
-    anchor: Tensor | None,
-    held: Tensor,
-    log_sum: Tensor,
-    by_sum: Tensor,
+    hard_boundary: Tensor | None,
+    scale_and_bias: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor,
     target: Tensor,
-    by_target: Tensor,
+    grad_target: Tensor,
     first: int,
     count: int,
     numbers: list[float],
     flags: list[int],
 ) -> tuple[Tensor, Tensor]:
     """The gradient by the products of `x` [B, D] and the raw rows of `count` classes [B, n K], in the type of `x`, and
-    `RowGradient.along` of these rows, or where they have a bias the gradient by it [n K], float32.
+    `RowGradient.radial` of these rows, or where they have a bias the gradient by it [n K], float32.
 
     `classes` [n]: their positions, or None for those from `first` on; `columns` [B]: the targets' places among them.
     `numbers`: scale, margin, exponent, threshold; `flags`: kind of the negatives, filter, logistic, centres.
@@ -324,29 +330,30 @@ def emit(
     scale, margin, exponent, threshold = numbers
     bent, filtering, logistic, centers = flags
     batch, size = x.shape
-    x, columns, anchor, held, log_sum, by_sum, target, by_target = _dense(
-        x, columns, anchor, held, log_sum, by_sum, target, by_target
+    x, columns, hard_boundary, scale_and_bias, lse, grad_lse, target, grad_target = _dense(
+        x, columns, hard_boundary, scale_and_bias, lse, grad_lse, target, grad_target
     )
     tile = _tile("emit", x, weight, count, _work(bent, filtering, logistic, centers))
     blocks = triton.cdiv(batch, tile.batch)
     e = x.new_empty(batch, count * centers)
     summed = x.new_empty(blocks, count * centers, dtype=torch.float32)
     if batch and count:
-        kernels.emit_kernel[(blocks, triton.cdiv(count, tile.classes))](
-            x, weight, low, inverse_norm, bias, classes, columns, anchor, held,
-            log_sum, by_sum, target, by_target, e, summed, batch, count, first, scale, margin, exponent, threshold,
-            BENT=bent, FILTER=filtering, LOGISTIC=logistic, UNIT=bias is None,
-            GATHER=classes is not None, ANCHOR=anchor is not None, CENTERS=centers, UPCAST=x.dtype == torch.float32,
+        kernels.logit_gradient_kernel[(blocks, triton.cdiv(count, tile.classes))](
+            x, weight, low, inverse_norm, bias, classes, columns, hard_boundary, scale_and_bias,
+            lse, grad_lse, target, grad_target, e, summed, batch, count, first, scale, margin, exponent, threshold,
+            KIND=bent, FILTER=filtering, LOGISTIC=logistic, UNIT=bias is None,
+            GATHER=classes is not None, HARD_BOUNDARY=hard_boundary is not None, CENTERS=centers, UPCAST=x.dtype ==
+            torch.float32,
             SIZE=size, BLOCK_B=tile.batch, BLOCK_N=tile.classes, BLOCK_D=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return e, summed.sum(0)
 
 
-@emit.register_fake
+@logit_gradient.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, weight, low, inverse_norm, bias, classes, columns, anchor, held,
-    log_sum, by_sum, target, by_target, first, count, numbers, flags,
+    x, weight, low, inverse_norm, bias, classes, columns, hard_boundary, scale_and_bias,
+    lse, grad_lse, target, grad_target, first, count, numbers, flags,
 ):  # fmt: skip
     width = count * flags[3]
     return x.new_empty(len(x), width), x.new_empty(width, dtype=torch.float32)
@@ -366,7 +373,7 @@ def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
 def _work(bent: int, filtering: int, logistic: int, centers: int) -> tiles.Work:
     if centers > 1:
         return "centers"
-    return "elaborate" if filtering or logistic or bent in _ELABORATE else "plain"
+    return "elaborate" if filtering or logistic or bent in _HEAVY else "plain"
 
 
 def _tile(kernel: tiles.Kernel, x: Tensor, weight: Tensor, count: int, work: tiles.Work) -> tiles.Tile:
@@ -377,7 +384,7 @@ def _tile(kernel: tiles.Kernel, x: Tensor, weight: Tensor, count: int, work: til
         classes=count,
         embedding_size=x.shape[1],
         itemsize=max(x.itemsize, weight.itemsize),
-        products=x.itemsize,
+        options=x.itemsize,
         work=work,
     )
 

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from recognition.head.class_weights.shard import Part, Rows, multipliers, salt
+from recognition.head.class_weights.shard import Part, WeightShard, multipliers, salt
 
 _COLUMNS = 512
 _NUMBERS = 1024
@@ -17,11 +17,11 @@ _NUMBERS = 1024
 
 
 def update(
-    rows: Rows,
+    rows: WeightShard,
     part: Part,
     gradient: Tensor,
-    along: Tensor | None,
-    projected: bool,
+    radial: Tensor | None,
+    remove_radial: bool,
     moments: list[Tensor],
     updates: Tensor | None,
     skip: Tensor,
@@ -34,12 +34,12 @@ def update(
     step: int,
     purpose: int,
 ) -> None:
-    """Move `part` of `rows` by `gradient` [n, D], float32 or bfloat16, less diag(along) w, `along` [n] float32; or,
-    with `projected`, less what of it is along w.
+    """Move `part` of `rows` by `gradient` [n, D], float32 or bfloat16, less diag(along) w, `radial` [n] float32; or,
+    with `remove_radial`, less what of it is along w.
 
     `moments` [r, D]: of SGD the momentum, whose factor is betas[0]; of AdamW the two averages, with `updates` [n]
     int32, this one counted. `skip`: float32 scalar; where it is 1, nothing changes, and the host does not look.
-    `seed`, `step` and `purpose` key the rounding, as in `Rows.noise`.
+    `seed`, `step` and `purpose` key the rounding, as in `WeightShard.noise`.
     """
     start, positions = (0, part) if isinstance(part, Tensor) else (part.indices(len(rows))[0], None)
     random = rows.state == "bfloat16"
@@ -52,12 +52,12 @@ def update(
         moments[0],
         moments[1] if len(moments) > 1 else None,
         gradient,
-        along,
+        radial,
         positions,
         updates,
         multipliers(rows.weight.shape[1], rows.weight.device) if random else None,
         skip,
-        projected,
+        remove_radial,
         start,
         key,
         [lr, decay, *betas, eps],
@@ -72,12 +72,12 @@ def update_rows(
     first: Tensor,
     second: Tensor | None,
     gradient: Tensor,
-    along: Tensor | None,
+    radial: Tensor | None,
     positions: Tensor | None,
     updates: Tensor | None,
     multipliers: Tensor | None,
     skip: Tensor,
-    projected: bool,
+    remove_radial: bool,
     start: int,
     salt: int,
     numbers: list[float],
@@ -90,7 +90,7 @@ def update_rows(
     count, size = gradient.shape
     if count == 0:
         return
-    stored = [each for each in (weight, low, first, second, gradient, along, positions, updates) if each is not None]
+    stored = [each for each in (weight, low, first, second, gradient, radial, positions, updates) if each is not None]
     if not all(each.is_contiguous() for each in stored):
         raise ValueError("rows, moments and gradients are to be contiguous")
     lr, decay, beta1, beta2, eps = numbers
@@ -103,7 +103,7 @@ def update_rows(
         _bits(first),
         None if second is None else _bits(second),
         _bits(gradient),
-        along,
+        radial,
         positions,
         updates,
         multipliers,
@@ -120,7 +120,7 @@ def update_rows(
         1 - beta2,
         _log(beta2),
         eps,
-        PROJECTED=projected,
+        REMOVE_RADIAL=remove_radial,
         SIZE=size,
         ROWS=height,
         BLOCK=block,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recognition.head.class_weights.shard import Part, Rows, put, take
+from recognition.head.class_weights.shard import Part, WeightShard, put, take
 
 
 @dataclass(frozen=True)
@@ -19,35 +19,37 @@ class RowGradient:
     """[B, n]: of the loss by x_i . w_j, in the type of the matrix products, float32 or bfloat16."""
     x: Tensor
     """[B, D]: the embeddings, likewise."""
-    along: Tensor | None = None
+    radial: Tensor | None = None
     """[n] float32: sum over i of a_ij cos_ij / |w_j|, the part along w_j; None where rows are not normalised."""
     bias: Tensor | None = None
     """[n] float32: by the bias."""
     weight: Tensor | None = None
-    """[n, D] float32: the rows as `Rows.read` gives them, where they are at hand; the taker may overwrite them."""
+    """[n, D] float32: the rows as `WeightShard.read` gives them, where they are at hand; the taker may overwrite
+    them."""
     inverse_norm: Tensor | None = None
-    """[n] float32: 1 / |w| of these rows, where `along` is what makes the gradient orthogonal to them and is not given.
+    """[n] float32: 1 / |w| of these rows, where `radial` is what makes the gradient orthogonal to them and is not
+    given.
     """
 
     def dense(self, weight: Tensor) -> Tensor:
         """The gradient [n, D], float32, at the rows `weight` [n, D], float32."""
         gradient = self.product().float()
-        along = self._along(gradient, weight)
-        if along is not None:
-            gradient.addcmul_(weight, along[:, None], value=-1)
+        radial = self._radial(gradient, weight)
+        if radial is not None:
+            gradient.addcmul_(weight, radial[:, None], value=-1)
         return gradient
 
     def add_to(self, total: Tensor, weight: Tensor, factor: float = 1.0, decay: float = 0.0) -> None:
         """total = factor total + gradient + decay w, in place, at the rows w; both are [n, D], float32."""
         if self.inverse_norm is None and self.a.dtype == torch.float32:
             total.addmm_(self.a.T, self.x, beta=factor)
-            along = self.along
+            radial = self.radial
         else:
             product = self.product().float()
             torch.add(product, total, alpha=factor, out=total)
-            along = self._along(product, weight)
-        if along is not None:
-            total.addcmul_(weight, (decay - along)[:, None])
+            radial = self._radial(product, weight)
+        if radial is not None:
+            total.addcmul_(weight, (decay - radial)[:, None])
         elif decay:
             total.add_(weight, alpha=decay)
 
@@ -59,24 +61,24 @@ class RowGradient:
             return torch.mm(self.a.T, self.x, out_dtype=torch.float32)
         return self.a.T @ self.x
 
-    def _along(self, product: Tensor, weight: Tensor) -> Tensor | None:
-        """`along` [n], from `product` where it is not given."""
+    def _radial(self, product: Tensor, weight: Tensor) -> Tensor | None:
+        """`radial` [n], from `product` where it is not given."""
         if self.inverse_norm is None:
-            return self.along
+            return self.radial
         return torch.linalg.vecdot(product, weight).mul_(self.inverse_norm.square())
 
 
-class RowSum:
+class AccumulatedGradient:
     """A gradient of all rows, summed over backward passes and applied once: what gradient accumulation needs.
 
-    `weight` [r, D] and `bias` [r] or None, float32; `taken` [r] bool: the rows that took part in any of the passes.
+    `weight` [r, D] and `bias` [r] or None, float32; `touched` [r] bool: the rows that took part in any of the passes.
     """
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: WeightShard) -> None:
         self._rows = rows
         self.weight = torch.zeros(rows.weight.shape, device=rows.weight.device)
         self.bias = None if rows.bias is None else torch.zeros_like(rows.bias)
-        self.taken = torch.zeros(len(rows), dtype=torch.bool, device=rows.weight.device)
+        self.touched = torch.zeros(len(rows), dtype=torch.bool, device=rows.weight.device)
 
     def add(self, part: Part, gradient: RowGradient) -> None:
         """Add the gradient of `part` of the rows, which are as they were when it was taken."""
@@ -86,11 +88,11 @@ class RowSum:
         put(self.weight, part, total)
         if self.bias is not None and gradient.bias is not None:
             put(self.bias, part, take(self.bias, part) + gradient.bias)
-        put(self.taken, part, torch.ones_like(take(self.taken, part)))
+        put(self.touched, part, torch.ones_like(take(self.touched, part)))
 
     def clear(self) -> None:
         """Start anew."""
         self.weight.zero_()
         if self.bias is not None:
             self.bias.zero_()
-        self.taken.zero_()
+        self.touched.zero_()

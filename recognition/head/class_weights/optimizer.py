@@ -11,13 +11,13 @@ from recognition import config
 from recognition.head.class_weights import fused_update
 from recognition.head.class_weights.gradient import RowGradient
 from recognition.head.class_weights.lazy import History
-from recognition.head.class_weights.shard import Part, Rows, State, moment_type, put, store, take
+from recognition.head.class_weights.shard import Part, RowFormat, WeightShard, moment_type, put, store, take
 
-_UPDATE, _CATCH_UP, _SETTLE = range(3)
+_UPDATE, _CATCH_UP, _FLUSH = range(3)
 
 
 class RowOptimizer(ABC):
-    """Changes some rows by their gradient. One of these belongs to one `Rows`, whose `moments` it made."""
+    """Changes some rows by their gradient. One of these belongs to one `WeightShard`, whose `moments` it made."""
 
     names: tuple[str, ...]
     """Of the moments that every number of a row has; those of the bias are called the same after `bias_`."""
@@ -30,9 +30,9 @@ class RowOptimizer(ABC):
         self.weight_decay, self.betas, self.eps, self.seed = weight_decay, betas, eps, seed
 
     def moments(
-        self, rows: int, embedding_size: int, *, bias: bool, device: torch.device, state: State = "float32"
+        self, rows: int, embedding_size: int, *, bias: bool, device: torch.device, state: RowFormat = "float32"
     ) -> dict[str, Tensor]:
-        """What is kept of `rows` rows at the start, zeros, by name: for `Rows.moments`."""
+        """What is kept of `rows` rows at the start, zeros, by name: for `WeightShard.moments`."""
         made = {}
         for name in self.names:
             made[name] = torch.zeros(rows, embedding_size, device=device, dtype=moment_type(state))
@@ -42,18 +42,18 @@ class RowOptimizer(ABC):
             made[self.counter] = torch.zeros(rows, device=device, dtype=torch.int32)
         return made
 
-    def begin(self, rows: Rows, step: int, lr: float, skip: Tensor) -> None:  # noqa: B027
+    def begin(self, rows: WeightShard, step: int, lr: float, skip: Tensor) -> None:  # noqa: B027
         """Say once for every step, before its first `update`, what it is; all rows have to know, also the others."""
 
-    def catch_up(self, rows: Rows, part: Part, step: int) -> None:  # noqa: B027
+    def catch_up(self, rows: WeightShard, part: Part, step: int) -> None:  # noqa: B027
         """Bring rows that sat steps out to where those leave them, before anything reads them in `step`."""
 
-    def settle(self, rows: Rows) -> None:  # noqa: B027
+    def flush(self, rows: WeightShard) -> None:  # noqa: B027
         """Catch up with all rows, so that they and their moments are the whole state: before it is read or loaded."""
 
     def update(
         self,
-        rows: Rows,
+        rows: WeightShard,
         part: Part,
         gradient: RowGradient | Tensor,
         lr: float,
@@ -88,7 +88,7 @@ class RowOptimizer(ABC):
 
     def _move(
         self,
-        rows: Rows,
+        rows: WeightShard,
         part: Part,
         gradient: RowGradient | Tensor,
         lr: float,
@@ -108,7 +108,7 @@ class RowOptimizer(ABC):
 
     def _launch(
         self,
-        rows: Rows,
+        rows: WeightShard,
         part: Part,
         gradient: RowGradient | Tensor,
         lr: float,
@@ -117,16 +117,16 @@ class RowOptimizer(ABC):
         step: int,
     ) -> None:
         """The same by the kernel."""
-        along, projected = None, False
+        radial, remove_radial = None, False
         if isinstance(gradient, RowGradient):
-            along, projected = gradient.along, gradient.inverse_norm is not None
+            radial, remove_radial = gradient.radial, gradient.inverse_norm is not None
             gradient = gradient.product()
         fused_update.update(
             rows,
             part,
             gradient,
-            along,
-            projected,
+            radial,
+            remove_radial,
             [rows.moments[name] for name in self.names],
             count,
             skip,
@@ -183,7 +183,7 @@ class RowSGD(RowOptimizer):
         self._history: History | None = None
         self._latest = 0
 
-    def begin(self, rows: Rows, step: int, lr: float, skip: Tensor) -> None:
+    def begin(self, rows: WeightShard, step: int, lr: float, skip: Tensor) -> None:
         """As in `RowOptimizer`; when the history is full, all rows are caught up with, every 1024th step."""
         if self.counter is None or _skipped(skip):
             return
@@ -191,24 +191,24 @@ class RowSGD(RowOptimizer):
             self._history = History(self.momentum, self.weight_decay, rows.weight.device)
         self._latest = step
         if self._history.count == self._history.window:
-            self.settle(rows)
+            self.flush(rows)
         self._history.add(lr, skip.bool())
 
-    def catch_up(self, rows: Rows, part: Part, step: int) -> None:
+    def catch_up(self, rows: WeightShard, part: Part, step: int) -> None:
         """As in `RowOptimizer`."""
         for block in _blocks(rows, part):
             self._catch_up(rows, block, step, _CATCH_UP)
 
-    def settle(self, rows: Rows) -> None:
+    def flush(self, rows: WeightShard) -> None:
         """As in `RowOptimizer`."""
         if self._history is None or self._history.count == 0:
             return
         for block in _blocks(rows, slice(None)):
-            self._catch_up(rows, block, self._latest, _SETTLE)
+            self._catch_up(rows, block, self._latest, _FLUSH)
         rows.moments["last"].zero_()
         self._history.clear()
 
-    def _catch_up(self, rows: Rows, part: Part, step: int, purpose: int) -> None:
+    def _catch_up(self, rows: WeightShard, part: Part, step: int, purpose: int) -> None:
         history = self._history
         if history is None or history.count == 0:
             return
@@ -304,7 +304,7 @@ def _skipped(skip: Tensor) -> bool:
     return _host_knows(skip) and bool(skip.item())
 
 
-def _blocks(rows: Rows, part: Part) -> Iterator[Part]:
+def _blocks(rows: WeightShard, part: Part) -> Iterator[Part]:
     """`part` in pieces that are small beside the rows, and large beside the cost of a launch on a GPU."""
     size = 16384 if rows.weight.is_cuda else 512
     if isinstance(part, Tensor):

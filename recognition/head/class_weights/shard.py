@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recognition.randomness import splitmix64
 
-State = Literal["float32", "split", "bfloat16"]
+RowFormat = Literal["float32", "split", "bfloat16"]
 """How rows are kept."""
 Part = slice | Tensor
 """Some of a rank's rows: a run of them, or their positions [n], int64, each once."""
@@ -67,7 +67,7 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Rows:
+class WeightShard:
     """A rank's rows, with what the optimizer keeps of each. Every `write` keeps `inverse_norm` in step with the rows.
 
     `moments`: the row optimizer's tensors [r, ...] by name, which `RowOptimizer.moments` makes.
@@ -87,14 +87,14 @@ class Rows:
 
     @staticmethod
     def initial(
-        rows: range, embedding_size: int, *, bias: bool, seed: int, device: torch.device, state: State = "float32"
-    ) -> "Rows":
+        rows: range, embedding_size: int, *, bias: bool, seed: int, device: torch.device, state: RowFormat = "float32"
+    ) -> "WeightShard":
         """The rows `rows`, of all, drawn from N(0, 0.01), whichever rank holds them; the bias is zero.
 
         Blocks of rows have a generator each, so no two rows start alike and the number of ranks does not matter.
         """
         weight = torch.empty(len(rows), embedding_size, device=device, dtype=_weight_type(state))
-        built = Rows(
+        built = WeightShard(
             weight,
             torch.empty(len(rows), device=device),
             torch.empty_like(weight, dtype=torch.int16) if state == "split" else None,
@@ -116,7 +116,7 @@ class Rows:
         return len(self.weight)
 
     @property
-    def state(self) -> State:
+    def state(self) -> RowFormat:
         """How the rows are kept."""
         if self.low is not None:
             return "split"
@@ -218,7 +218,7 @@ def store(storage: Tensor, part: Part, values: Tensor, noise: Noise | None, stre
     return values
 
 
-def moment_type(state: State) -> torch.dtype:
+def moment_type(state: RowFormat) -> torch.dtype:
     """Type of the moments [r, D] beside rows of this format."""
     return torch.bfloat16 if state == "bfloat16" else torch.float32
 
@@ -231,7 +231,7 @@ def _wide(matrix: Tensor) -> bool:
     return all(count * matrix.itemsize % 16 == 0 for count in counts)
 
 
-def _weight_type(state: State) -> torch.dtype:
+def _weight_type(state: RowFormat) -> torch.dtype:
     return torch.float32 if state == "float32" else torch.bfloat16
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernel that moves rows: what `Rows` and `RowOptimizer` do to some rows, in one pass over them.
+"""The Triton kernel that moves rows: what `WeightShard` and `RowOptimizer` do to some rows, in one pass over them.
 
 bfloat16 numbers come as the int16 numbers of their bits, and are read and rounded in integers: `rows` says how.
 Offsets into the rows are 64-bit: 4.2 million rows of 512 numbers are 2^31.
@@ -22,7 +22,7 @@ def update_kernel(
     first,  # [r, SIZE]: the momentum or the mean of the gradients; float32, or bfloat16 as int16
     second,  # [r, SIZE]: the mean of their squares; None makes it SGD
     gradient,  # [count, SIZE]: float32, or bfloat16 as int16
-    along,  # [count] float32: the gradient is `gradient` - diag(along) w; None: 0, or with PROJECTED orthogonal to w
+    radial,  # [count] float32: the gradient is `gradient` - diag(along) w; None: 0, or with PROJECTED orthogonal to w
     positions,  # [count] int64: which rows; None for those from `start` on
     updates,  # [count] int32, AdamW alone: this one counted
     multipliers,  # [at least SIZE / 4 + 3] int64, of the format `bfloat16`; else None
@@ -39,7 +39,7 @@ def update_kernel(
     rest2,
     log_beta2,
     eps,
-    PROJECTED: tl.constexpr,
+    REMOVE_RADIAL: tl.constexpr,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -54,9 +54,9 @@ def update_kernel(
         row = tl.load(positions + place, mask=here, other=0)
     keys = _mixed(row + salt)
     pull = tl.zeros([ROWS], tl.float32)
-    if along is not None:
-        pull -= tl.load(along + place, mask=here, other=0.0)
-    if PROJECTED:
+    if radial is not None:
+        pull -= tl.load(radial + place, mask=here, other=0.0)
+    if REMOVE_RADIAL:
         product = tl.zeros([ROWS, BLOCK], tl.float32)
         square = tl.zeros([ROWS, BLOCK], tl.float32)
         for begin in range(0, SIZE, BLOCK):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recognition.head.losses.negatives import Linear, Negatives
+from recognition.head.losses.negatives import AffineNegatives, Negatives
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Targets:
     """[B], of embedding and row: the cosine, where the loss normalises both."""
     norm: Tensor
     """[B], of the embeddings."""
-    strength: float
+    margin_scale: float
     """Share of the margin, in [0, 1]."""
     step: int
     """Which step of the training it is."""
@@ -41,7 +41,7 @@ class Loss:
     targets_first = False
     """Whether `observe` or the negatives need the targets' cosines, before anything is summed."""
     sums_twice = False
-    """Whether `observe_sum` changes what is to be summed."""
+    """Whether `observe_lse` changes what is to be summed."""
 
     def __init__(self, scale: float | None, margin: Callable[[Targets], Tensor] | None = None) -> None:
         self.scale = scale
@@ -58,7 +58,7 @@ class Loss:
     def observe(self, cosine: Tensor, norm: Tensor) -> None:
         """Bring the state up to a training step's batch before it is used: `cosine` and `norm` [B], detached."""
 
-    def observe_sum(self, log_sum: Tensor, cosine: Tensor) -> None:
+    def observe_lse(self, lse: Tensor, cosine: Tensor) -> None:
         """Likewise from the log of the first sum over the negatives, [B]."""
 
     def restore(self, state: dict[str, Tensor], where: Tensor) -> None:
@@ -66,11 +66,11 @@ class Loss:
         for name, value in state.items():
             self.state[name].copy_(torch.where(where, value, self.state[name]))
 
-    def negatives(self, strength: float) -> Negatives:
+    def negatives(self, margin_scale: float) -> Negatives:
         """What becomes of the other classes' cosines."""
-        return Linear(1.0 if self.scale is None else self.scale)
+        return AffineNegatives(1.0 if self.scale is None else self.scale)
 
-    def anchor(self, targets: Targets) -> Tensor | None:
+    def hard_boundary(self, targets: Targets) -> Tensor | None:
         """What the negatives are held against, [B]."""
         return None
 

@@ -29,10 +29,10 @@ def build_loss(settings: config.Loss, num_classes: int, *, seed: int, device: to
         case config.NormFace():
             return Loss(settings.scale, lambda targets: targets.product)
         case config.CosFace():
-            return Loss(settings.scale, lambda targets: targets.product - targets.strength * settings.margin)
+            return Loss(settings.scale, lambda targets: targets.product - targets.margin_scale * settings.margin)
         case config.ArcFace():
             bend = margins.arcface_straight_through if settings.straight_through else margins.arcface
-            return Loss(settings.scale, lambda targets: bend(targets.product, targets.strength * settings.margin))
+            return Loss(settings.scale, lambda targets: bend(targets.product, targets.margin_scale * settings.margin))
         case config.Combined():
             return Loss(settings.scale, lambda targets: _combined(settings, targets))
         case config.SphereFace():
@@ -42,7 +42,7 @@ def build_loss(settings: config.Loss, num_classes: int, *, seed: int, device: to
         case config.SphereFaceR():
             factor = settings.margin - 1
             return Loss(
-                settings.scale, lambda targets: margins.sphereface_r(targets.product, 1 + targets.strength * factor)
+                settings.scale, lambda targets: margins.sphereface_r(targets.product, 1 + targets.margin_scale * factor)
             )
         case config.AdaFace():
             return AdaFace(settings, device)
@@ -65,6 +65,6 @@ def build_loss(settings: config.Loss, num_classes: int, *, seed: int, device: to
 
 
 def _combined(settings: config.Combined, targets: Targets) -> Tensor:
-    strength = targets.strength
-    m1 = 1 + strength * (settings.m1 - 1)
-    return margins.combined(targets.product, m1, strength * settings.m2, strength * settings.m3)
+    margin_scale = targets.margin_scale
+    m1 = 1 + margin_scale * (settings.m1 - 1)
+    return margins.combined(targets.product, m1, margin_scale * settings.m2, margin_scale * settings.m3)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recognition import config
 from recognition.head.losses.base import Loss, Targets
-from recognition.head.losses.negatives import Linear, Negatives, Sphere2, similarity
+from recognition.head.losses.negatives import AffineNegatives, Negatives, SphereFace2Negatives, similarity
 
 
 class Logistic(Loss):
@@ -39,14 +39,14 @@ class SphereFace2(Logistic):
         super().__init__(r, math.log(2 * odds) - negative - math.log(1 - odds + root), device)
         self._settings = settings
 
-    def negatives(self, strength: float) -> Negatives:
+    def negatives(self, margin_scale: float) -> Negatives:
         s = self._settings
-        return Sphere2(s.scale, strength * s.margin, s.exponent, self.state["bias"].detach().clone())
+        return SphereFace2Negatives(s.scale, margin_scale * s.margin, s.exponent, self.state["bias"].detach().clone())
 
     def target(self, targets: Targets) -> Tensor:
         s = self._settings
         near = similarity(targets.product, s.exponent)
-        return s.scale * (near - targets.strength * s.margin) + self.state["bias"]
+        return s.scale * (near - targets.margin_scale * s.margin) + self.state["bias"]
 
     def __call__(self, total: Tensor, targets: Targets) -> Tensor:
         s = self._settings
@@ -61,11 +61,13 @@ class UCE(Logistic):
         super().__init__(settings.scale, math.log(10 * num_classes), device)
         self._settings = settings
 
-    def negatives(self, strength: float) -> Negatives:
-        return Linear(self._settings.scale, -self.state["bias"].detach())
+    def negatives(self, margin_scale: float) -> Negatives:
+        return AffineNegatives(self._settings.scale, -self.state["bias"].detach())
 
     def target(self, targets: Targets) -> Tensor:
-        return self._settings.scale * (targets.product - targets.strength * self._settings.margin) - self.state["bias"]
+        return (
+            self._settings.scale * (targets.product - targets.margin_scale * self._settings.margin) - self.state["bias"]
+        )
 
     def __call__(self, total: Tensor, targets: Targets) -> Tensor:
         return F.softplus(-self.target(targets)) + self._others(total, -1.0)

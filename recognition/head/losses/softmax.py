@@ -8,7 +8,14 @@ from torch import Tensor
 from recognition import config
 from recognition.head.losses import margins
 from recognition.head.losses.base import Loss, Targets
-from recognition.head.losses.negatives import Circled, Curricular, DividedAngle, Hardened, Linear, Negatives
+from recognition.head.losses.negatives import (
+    AffineNegatives,
+    CircleNegatives,
+    CurricularNegatives,
+    MVSoftmaxNegatives,
+    Negatives,
+    SphereFaceRNegatives,
+)
 from recognition.randomness import splitmix64
 
 
@@ -33,7 +40,7 @@ class SphereFace(Loss):
         settings = self._settings
         blend = max(settings.lambda_end, settings.lambda_start / (1 + settings.lambda_decay * targets.step))
         norm = targets.norm.clamp(min=1e-12)
-        factor = 1 + targets.strength * (settings.margin - 1)
+        factor = 1 + targets.margin_scale * (settings.margin - 1)
         return norm * margins.sphereface(targets.product / norm, factor, blend)
 
 
@@ -44,8 +51,8 @@ class DividedNegatives(Loss):
         super().__init__(settings.scale, lambda targets: targets.product)
         self._factor = settings.margin
 
-    def negatives(self, strength: float) -> Negatives:
-        return DividedAngle(self.scale or 1.0, 1 + strength * (self._factor - 1))
+    def negatives(self, margin_scale: float) -> Negatives:
+        return SphereFaceRNegatives(self.scale or 1.0, 1 + margin_scale * (self._factor - 1))
 
 
 class AdaFace(Loss):
@@ -69,7 +76,7 @@ class AdaFace(Loss):
         norm = targets.norm.detach().clamp(0.001, 100)
         spread = (self.state["deviation"] + 1e-3) / self._settings.concentration
         quality = ((norm - self.state["mean"]) / spread).clamp(-1, 1)
-        margin = targets.strength * self._settings.margin
+        margin = targets.margin_scale * self._settings.margin
         return self._settings.scale * margins.adaface(targets.product, quality, margin)
 
 
@@ -86,7 +93,7 @@ class MagFace(Loss):
         s = self._settings
         slope = (s.upper_margin - s.lower_margin) / (s.upper_norm - s.lower_norm)
         margin = slope * (self._clamped(targets) - s.lower_norm) + s.lower_margin
-        return s.scale * margins.arcface(targets.product, targets.strength * margin)
+        return s.scale * margins.arcface(targets.product, targets.margin_scale * margin)
 
     def __call__(self, total: Tensor, targets: Targets) -> Tensor:
         norm = self._clamped(targets)
@@ -118,7 +125,7 @@ class ElasticFace(Loss):
             # The peers sort by what the ranks' inverse says; the paper gives the smallest margin to the largest cosine.
             rank = cosine.detach().argsort(descending=True).argsort()
             margin = margin.sort().values[rank]
-        margin = targets.strength * margin
+        margin = targets.margin_scale * margin
         bent = margins.arcface(cosine, margin) if self._settings.base == "arcface" else cosine - margin
         return self._settings.scale * bent
 
@@ -133,14 +140,14 @@ class AdaCos(Loss):
         start = math.sqrt(2) * math.log(max(num_classes - 1, 2))
         self.state = {"scale": torch.tensor(start, device=device)}
 
-    def observe_sum(self, log_sum: Tensor, cosine: Tensor) -> None:
-        mean = torch.logsumexp(log_sum, 0) - math.log(len(log_sum))
+    def observe_lse(self, lse: Tensor, cosine: Tensor) -> None:
+        mean = torch.logsumexp(lse, 0) - math.log(len(lse))
         median = torch.acos(cosine.clamp(-1, 1)).median().clamp(max=math.pi / 4)
         scale = mean / median.cos()
         self.state["scale"].copy_(torch.where(scale.isfinite() & (scale > 0), scale, self.state["scale"]))
 
-    def negatives(self, strength: float) -> Negatives:
-        return Linear(self.state["scale"].clone())
+    def negatives(self, margin_scale: float) -> Negatives:
+        return AffineNegatives(self.state["scale"].clone())
 
     def target(self, targets: Targets) -> Tensor:
         return self.state["scale"] * targets.product
@@ -163,15 +170,15 @@ class CurricularFace(Loss):
     def observe(self, cosine: Tensor, norm: Tensor) -> None:
         _blend(self.state["t"], cosine.mean(), self._settings.momentum)
 
-    def negatives(self, strength: float) -> Negatives:
-        return Curricular(self._settings.scale, self.state["t"].clone())
+    def negatives(self, margin_scale: float) -> Negatives:
+        return CurricularNegatives(self._settings.scale, self.state["t"].clone())
 
-    def anchor(self, targets: Targets) -> Tensor:
+    def hard_boundary(self, targets: Targets) -> Tensor:
         cosine = targets.product.detach()
-        return torch.cos(torch.acos(cosine.clamp(-1, 1)) + targets.strength * self._settings.margin)
+        return torch.cos(torch.acos(cosine.clamp(-1, 1)) + targets.margin_scale * self._settings.margin)
 
     def target(self, targets: Targets) -> Tensor:
-        return self._settings.scale * margins.arcface(targets.product, targets.strength * self._settings.margin)
+        return self._settings.scale * margins.arcface(targets.product, targets.margin_scale * self._settings.margin)
 
 
 class MVSoftmax(Loss):
@@ -187,14 +194,14 @@ class MVSoftmax(Loss):
     def bound(self) -> float:
         return (2 * self._settings.weight - 1) * self._settings.scale
 
-    def negatives(self, strength: float) -> Negatives:
-        return Hardened(self._settings.scale, self._settings.weight)
+    def negatives(self, margin_scale: float) -> Negatives:
+        return MVSoftmaxNegatives(self._settings.scale, self._settings.weight)
 
-    def anchor(self, targets: Targets) -> Tensor:
+    def hard_boundary(self, targets: Targets) -> Tensor:
         return (self.target(targets) / self._settings.scale).detach()
 
     def target(self, targets: Targets) -> Tensor:
-        margin = targets.strength * self._settings.margin
+        margin = targets.margin_scale * self._settings.margin
         bent = (
             margins.arcface(targets.product, margin) if self._settings.base == "arcface" else targets.product - margin
         )
@@ -212,8 +219,8 @@ class Circle(Loss):
     def bound(self) -> None:
         return None
 
-    def negatives(self, strength: float) -> Negatives:
-        return Circled(self._settings.scale, self._settings.margin)
+    def negatives(self, margin_scale: float) -> Negatives:
+        return CircleNegatives(self._settings.scale, self._settings.margin)
 
     def target(self, targets: Targets) -> Tensor:
         cosine, margin = targets.product, self._settings.margin
