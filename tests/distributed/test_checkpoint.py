@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
-from ranks import run_ranks
 from recognition import distributed
 from recognition.config import Distributed
 from recognition.errors import UserError
 from recognition.runs import checkpoint
 from recognition.runs.checkpoint import CheckpointError, Checkpoints, read_manifest, read_tensors, step_folders
+from tests.support.ranks import run_ranks
 
 FACTS = {"config": {"lr": 0.1, "name": "café", "none": None}, "fingerprint": "ab" * 32, "step": 10, "list": [1, 2.5]}
 

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from ranks import launch_ranks
 from recognition import config, distributed
 from recognition.distributed import failures
 from recognition.errors import UserError
 from recognition.training import trainer
+from tests.support.ranks import launch_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REASON = "sample 20 (p003/002.jpg): No such file or directory"

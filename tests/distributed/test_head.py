@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dense_head import D, dense_training, make
-from dense_losses import LOSSES
-from head_checks import EVERY_BATCH, KEPT, batches, part, refusals, resharded
 
-from ranks import run_ranks
 from recognition import config
+from tests.support.head_checks import EVERY_BATCH, KEPT, batches, part, refusals, resharded
+from tests.support.ranks import run_ranks
+from tests.support.reference_head import D, dense_training, make
+from tests.support.reference_losses import LOSSES
 
 WORLDS = [1, 2, 3, 4]
 EXACT, TRAINED, BFLOAT16 = 1e-5, 1e-4, 1e-2

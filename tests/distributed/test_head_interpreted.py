@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense_head import data, dense_training, fill, make, run, whole
-from dense_losses import LOSSES
-from head_checks import against_reference, batches, fused_training
 
-from ranks import run_ranks
 from recognition import config
 from recognition.distributed import split
 from recognition.head.backends import select, triton_backend
+from tests.support.head_checks import against_reference, batches, fused_training
+from tests.support.ranks import run_ranks
+from tests.support.reference_head import data, dense_training, fill, make, run, whole
+from tests.support.reference_losses import LOSSES
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the device"),

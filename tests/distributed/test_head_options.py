@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from option_checks import AUXILIARY, options
 
-from ranks import run_ranks
+from tests.support.option_checks import AUXILIARY, options
+from tests.support.ranks import run_ranks
 
 EXACT = 1e-5
 """Of the largest number: float32 against float64, over as many as eight steps; see test_head.py."""

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from ranks import launch_ranks, launched
 from recognition import distributed
 from recognition.config import Distributed
 from recognition.distributed.turns import Turns
 from recognition.errors import FailedElsewhere, UserError
 from recognition.tracking import progress
+from tests.support.ranks import launch_ranks, launched
 
 SILENCE = 1.0
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed.dense_losses import LOSSES, DenseHead
 from torch import Tensor
 
 from recognition import config, distributed
 from recognition.head import ShardedSoftmax, build_head
 from recognition.head.sampling import sample_rows
+from tests.support.reference_losses import LOSSES, DenseHead
 
 pytestmark = [
     pytest.mark.gpu,

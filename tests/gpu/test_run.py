@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from ranks import launch_ranks, run_ranks
 from recognition import config
 from recognition.config import Augment, Data, Head
 from recognition.data.index import open_index
 from recognition.data.procedural.dataset import write_faces
 from recognition.head import build_head
 from recognition.training.loss_scale import LossScale
+from tests.support.ranks import launch_ranks, run_ranks
 
 pytestmark = [
     pytest.mark.gpu,

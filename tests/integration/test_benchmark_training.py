@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from ranks import launch_ranks, run_ranks
 from recognition import config
 from recognition.benchmarks import training
 from recognition.benchmarks.training import Baseline, Float16, Training, Variant, peak_flops
 from recognition.models.backbone import build_backbone
 from recognition.models.layers import GroupedConv2d, PReLU
+from tests.support.ranks import launch_ranks, run_ranks
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark_training.py"
 TINY = ["--backbone", "resnet10t", "--image-size", "32", "--batch", "4", "--classes", "50", "--steps", "3"]

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from ranks import launch_ranks
 from recognition import config
 from recognition.data.procedural.dataset import write_faces
 from recognition.runs.checkpoint import Checkpoints, read_manifest
 from recognition.training import trainer
+from tests.support.ranks import launch_ranks
 
 TINY = Path(__file__).parent / "tiny.toml"
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from ranks import launch_ranks
 from recognition import config
 from recognition.data.procedural.dataset import write_faces
 from recognition.errors import UserError
@@ -20,6 +19,7 @@ from recognition.runs.checkpoint import Checkpoints, read_tensors
 from recognition.runs.folder import Best, RunFolder
 from recognition.training import trainer
 from recognition.training.update import Update
+from tests.support.ranks import launch_ranks
 
 TINY = Path(__file__).parent / "tiny.toml"
 BATCH, IMAGES, RATE = 8, 48, 0.02

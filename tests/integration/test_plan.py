@@ -8,10 +8,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from ranks import run_ranks
 from recognition import config, hardware
 from recognition.benchmarks.head_rank import Bench
 from recognition.planning.head import HeadPlan
+from tests.support.ranks import run_ranks
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark_head.py"
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from unit.ways_out import refusal, way_out
 
 from recognition import config
 from recognition.data.procedural.dataset import write_faces
@@ -22,6 +21,7 @@ from recognition.evaluation.verification import verify
 from recognition.files import lock
 from recognition.runs.folder import load_backbone
 from recognition.training import trainer
+from tests.support.ways_out import refusal, way_out
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = Path(__file__).parent / "tiny.toml"

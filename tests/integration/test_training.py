@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from ranks import launch_ranks, launched
 from recognition import config, hardware
 from recognition.data.pipeline import Batch
 from recognition.data.procedural.dataset import write_faces
@@ -24,6 +23,7 @@ from recognition.models.backbone import BackboneEmbedder
 from recognition.runs.checkpoint import Checkpoints, read_manifest, read_tensors
 from recognition.runs.folder import load_backbone
 from recognition.training import resuming, trainer
+from tests.support.ranks import launch_ranks, launched
 
 TINY = Path(__file__).parent / "tiny.toml"
 STEPS = 6

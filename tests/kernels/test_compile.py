@@ -12,7 +12,6 @@ from unittest import mock
 
 import pytest
 import torch
-from compiled import Child, Resources, compiling
 
 from recognition import config
 from recognition.head.backends.problem import ActiveClasses, LogitOptions, NegativeTerm
@@ -26,6 +25,7 @@ from recognition.head.losses.negatives import (
     SphereFace2Negatives,
     SphereFaceRNegatives,
 )
+from tests.support.compiled import Child, Resources, compiling
 
 BATCH, CLASSES, SIZE = 1024, 4096, 512
 KIB = 1024

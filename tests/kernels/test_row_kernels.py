@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from unit.row_cases import (
+
+from recognition import config
+from recognition.head.class_weights import fused_update
+from recognition.head.class_weights.gradient import RowGradient
+from recognition.head.class_weights.optimizer import RowOptimizer, build_row_optimizer
+from recognition.head.class_weights.shard import Part, RowFormat, WeightShard
+from tests.support.row_cases import (
     ADAMW,
     ALL,
     BOTH,
@@ -22,12 +28,6 @@ from unit.row_cases import (
     torch_optimizer,
     torch_step,
 )
-
-from recognition import config
-from recognition.head.class_weights import fused_update
-from recognition.head.class_weights.gradient import RowGradient
-from recognition.head.class_weights.optimizer import RowOptimizer, build_row_optimizer
-from recognition.head.class_weights.shard import Part, RowFormat, WeightShard
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernel on the device")
 

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ranks import launch_ranks, launched
 from recognition import config
 from recognition.data.procedural.dataset import write_faces
 from recognition.runs import checkpoint
 from recognition.runs.checkpoint import Checkpoints, read_tensors, step_folders
 from recognition.training import trainer
+from tests.support.ranks import launch_ranks, launched
 
 TINY = Path(__file__).resolve().parents[1] / "integration" / "tiny.toml"
 ROUNDS, SEED = int(os.environ.get("ROUNDS", "20")), int(os.environ.get("SEED", "0"))

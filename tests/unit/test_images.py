@@ -6,12 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import picture_kinds
 import pytest
 import torch
-from picture_kinds import GREY, RGB, Kind, save
 from PIL import Image
-from test_pipeline import Images, as_levels, picture
+from tests.unit.data.test_pipeline import Images, as_levels, picture
 
 from recognition.config import Augment, Data
 from recognition.data.pipeline import Pipeline
@@ -19,6 +17,8 @@ from recognition.errors import UserError
 from recognition.evaluation.pairs import PairSet
 from recognition.evaluation.verification import embed_pairs
 from recognition.images import decode, fit, size
+from tests.support import picture_kinds
+from tests.support.picture_kinds import GREY, RGB, Kind, save
 
 SHOWN = picture_kinds.jpegs() | picture_kinds.pngs() | picture_kinds.others() | picture_kinds.broken_but_shown()
 REFUSED = picture_kinds.refused()
