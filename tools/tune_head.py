@@ -130,7 +130,7 @@ class _Bench:
         self.rows = WeightShard.initial(range(classes * centers), size, bias=False, seed=0, device=device, state=state)
         self.x = torch.nn.functional.normalize(torch.randn(batch, size, device=device)).to(dtype)
         self.active = ActiveClasses(None, torch.randint(classes, (batch,), device=device))
-        self.logit_options = LogitOptions(
+        self.options = LogitOptions(
             unit_rows=True, dtype=dtype, chunk=min(classes, max(CHUNKS) // 4), centers=centers
         )
         curricular = CurricularNegatives(64.0, torch.tensor(0.1, device=device))
@@ -143,13 +143,13 @@ class _Bench:
         """The forward pass."""
         from recognition.head.backends import triton_backend
 
-        triton_backend.negative_sums(self.rows, self.active, self.x, self.logit_options, self.negative_term)
+        triton_backend.negative_sums(self.rows, self.active, self.x, self.options, self.negative_term)
 
     def backward(self, chunk: int | None = None, *, rows_too: bool = False) -> None:
         """The backward pass, with the gradient by the rows if wanted."""
         from recognition.head.backends import triton_backend
 
-        logit_options = replace(self.logit_options, chunk=chunk or self.logit_options.chunk)
+        logit_options = replace(self.options, chunk=chunk or self.options.chunk)
         vectors: list[Tensor] = [self.vector] * 4
         on_rows = (lambda part, gradient: gradient.product()) if rows_too else None
         triton_backend.backward(self.rows, self.active, self.x, logit_options, self.negative_term, *vectors, on_rows)
@@ -157,7 +157,7 @@ class _Bench:
     def best_chunk(self, workspace: int, known: dict[Problem, Tile]) -> int:
         """Rows per chunk that are fastest, of those that have room, in the tile that is `known` to be best."""
         batch, size = self.x.shape
-        problem = Problem("plain", next(iter(TYPES)), (batch, self.logit_options.chunk, size))
+        problem = Problem("plain", next(iter(TYPES)), (batch, self.options.chunk, size))
         best = known[min(known, key=problem.distance)]
         times = {}
         for chunk in CHUNKS:

@@ -54,13 +54,13 @@ def make(
 
 
 def fill(head: ShardedSoftmax, weight: Tensor, bias: Tensor | None = None) -> None:
-    centers = head.logit_options.centers
+    centers = head.options.centers
     own = slice(head.shard.start * centers, head.shard.stop * centers)
     head.rows.load(weight[own].float(), None if bias is None or head.rows.bias is None else bias[own].float())
 
 
 def whole(head: ShardedSoftmax, local: Tensor) -> Tensor:
-    size, centers = -(-head.num_classes // head.world), head.logit_options.centers
+    size, centers = -(-head.num_classes // head.world), head.options.centers
     sizes = [centers * max(0, min(size, head.num_classes - rank * size)) for rank in range(head.world)]
     return all_gather_rows(local, sizes)
 
