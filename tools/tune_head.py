@@ -101,7 +101,7 @@ def _tuned(device: torch.device, options: argparse.Namespace) -> tuple[str, Sect
             for batch in options.batch:
                 bench = _Bench(device, work, types, batch, options.classes, options.embedding_size)
                 for kernel, run in bench.kernels.items():
-                    classes = options.classes if kernel == "statistics" else bench.logit_options.chunk
+                    classes = options.classes if kernel == "statistics" else bench.options.chunk
                     problem = Problem(work, types, (batch, classes, options.embedding_size))
                     measured[kernel][problem] = _fastest(f"{kernel}, {problem}", run)
     found = {
@@ -130,9 +130,7 @@ class _Bench:
         self.rows = WeightShard.initial(range(classes * centers), size, bias=False, seed=0, device=device, state=state)
         self.x = torch.nn.functional.normalize(torch.randn(batch, size, device=device)).to(dtype)
         self.active = ActiveClasses(None, torch.randint(classes, (batch,), device=device))
-        self.options = LogitOptions(
-            unit_rows=True, dtype=dtype, chunk=min(classes, max(CHUNKS) // 4), centers=centers
-        )
+        self.options = LogitOptions(unit_rows=True, dtype=dtype, chunk=min(classes, max(CHUNKS) // 4), centers=centers)
         curricular = CurricularNegatives(64.0, torch.tensor(0.1, device=device))
         negatives = FilteredNegatives(curricular, 0.9, zero=False) if work == "elaborate" else AffineNegatives(64.0)
         self.vector = torch.full((batch,), 0.1, device=device)

@@ -84,7 +84,7 @@ def test_the_grid_is_the_smallest_near_square_one(monkeypatch: pytest.MonkeyPatc
         grids.append((int(rows[0]), int(columns[0])))
         return np.zeros_like(cells)
 
-    monkeypatch.setattr("recognition.data.order._feistel", passing)
+    monkeypatch.setattr("recognition.randomness._feistel", passing)
     roots = [1, 2, 3, 1000, 2**26 + 1, 2**31 - 1, 2**31]
     sizes = sorted({max(1, min(root**2 + shift, 2**62)) for root in roots for shift in (-1, 0, 1)})
     for size in sizes:

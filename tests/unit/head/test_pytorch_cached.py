@@ -114,7 +114,7 @@ def test_what_is_kept_stays_within_its_room(room: str, chunks_kept: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("products", "summand"),
+    ("options", "negative_term"),
     [
         (PRODUCTS, SUMMAND),
         (

@@ -182,7 +182,7 @@ def test_log_keeps_what_the_package_says_with_times_and_close_lets_go(tmp_path: 
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert [line[20:] for line in lines] == [
         "INFO recognition.data: index built",
-        "INFO recognition.tracking: 100 % of it",
+        "INFO recognition.tracking.tracker: 100 % of it",
     ]
     assert all(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S") for line in lines)
     assert (list(root.handlers), package.level) == (handlers, level)
