@@ -30,7 +30,6 @@ STEPS, IDENTITIES, IMAGES = 50, 24, 10
 
 # All that a recipe says stands here, in today's names: where settings are renamed, rename them here.
 BOTH = (
-    "backbone.name=test_resnet",
     "backbone.image_size=32",
     "backbone.embedding_size=32",
     "backbone.precision=float32",
@@ -48,12 +47,13 @@ RECIPES: dict[str, tuple[int, tuple[str, ...]]] = {
     "one process, ArcFace": (
         1,
         (
+            "backbone.name=test_convnext",
             "backbone.dropout=0.1",
-            "head.loss={name = 'arcface', scale = 32.0, margin = 0.5}",
+            "head.loss={name = 'arcface', scale = 16.0, margin = 0.5}",
             "head.margin_warmup_epochs=1.0",
             "head.chunk=7",
             "optimizer.name=sgd",
-            "optimizer.lr=0.02",
+            "optimizer.lr=0.005",
             "optimizer.momentum=0.9",
             "optimizer.weight_decay=5e-4",
             "training.warmup_epochs=1.0",
@@ -67,13 +67,14 @@ RECIPES: dict[str, tuple[int, tuple[str, ...]]] = {
     "two processes, sampled, accumulated, split": (
         2,
         (
-            "head.loss={name = 'curricularface', scale = 32.0, margin = 0.4}",
+            "backbone.name=test_vit",
+            "head.loss={name = 'curricularface', scale = 16.0, margin = 0.4}",
             "head.sample_rate=0.5",
             "head.untouched=lazy",
             "head.state=split",
             "head.subcenters=2",
             "head.chunk=5",
-            "head.optimizer={name = 'sgd', lr = 0.02, momentum = 0.9, weight_decay = 1e-3}",
+            "head.optimizer={name = 'sgd', lr = 0.01, momentum = 0.9, weight_decay = 1e-3}",
             "optimizer.name=adamw",
             "optimizer.lr=3e-4",
             "optimizer.weight_decay=0.05",
