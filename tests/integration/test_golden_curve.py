@@ -87,7 +87,10 @@ RECIPES: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
 }
 RECORDED = ("loss", "target_cosine", "gradient_norm", "embedding_norm", "lr")
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
+"""Relative. With torch and oneDNN held to AVX2, no number of the 50 steps differed by more than 2e-6; held to no vector
+instructions (ATEN_CPU_CAPABILITY=default), by 2e-5 at most. The recipes are chosen for it: smooth activations and
+little BatchNorm; of a ResNet on these faces the same differences made some percent."""
 
 
 def render(folder: Path) -> None:
@@ -137,7 +140,7 @@ def test_every_step_is_as_it_was(name: str, golden: dict[str, Any], faces: Path,
         pytest.fail(f"{GOLDEN.name} has no {name}")
     found = curve(name, faces, tmp_path / "run")
     for key in RECORDED:
-        np.testing.assert_allclose(found[key], golden[name][key], rtol=TOLERANCE, err_msg=key)
+        np.testing.assert_allclose(found[key], golden[name][key], rtol=TOLERANCE, atol=1e-6, err_msg=key)
 
 
 def main(arguments: list[str]) -> int:
