@@ -28,7 +28,11 @@ TODAY: dict[str, str] = {}
 RANKS = {"fused": 1, "split": 2, "lazy": 1}
 # Two steps more, in today's names: a run that is complete gets more epochs.
 PLACES = ("data.path={folder}/faces", "run.folder={folder}/{name}", "evaluation.pairs=[]", "evaluation.images={folder}")
-GOING_ON = {"fused": ("training.epochs=1.5", "training.extend=stretch", "export.enabled=false"), "split": (), "lazy": ()}
+GOING_ON = {
+    "fused": ("training.epochs=1.5", "training.extend=stretch", "export.enabled=false"),
+    "split": (),
+    "lazy": (),
+}
 TOLERANCE = 1e-3
 """Relative, of the losses of two steps: float32's 6e-8, magnified by weights that no training has found."""
 
