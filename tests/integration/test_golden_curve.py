@@ -3,7 +3,7 @@
 A change that is to leave the arithmetic as it is leaves these numbers as they are. One that is to change it, a new
 default or another rounding, writes new ones, which its commit gives the reason for:
 
-    PYTHONPATH=tests python tests/integration/test_golden_curve.py --write
+    python -m tests.integration.test_golden_curve --write
 
 `--train FOLDER [section.key=value ...]` trains the same runs into a folder, with settings changed; `make soak
 SOAK=golden` compares those of two commits by it, bit for bit.
@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ranks import launch_ranks
-from recognition import config, trainer
-from recognition.data.faces import write_faces
+from recognition import config
+from recognition.data.procedural.dataset import write_faces
+from recognition.training import trainer
+from tests.support.ranks import launch_ranks
 
 TINY = Path(__file__).parent / "tiny.toml"
 GOLDEN = Path(__file__).parent / "golden_curve.json"

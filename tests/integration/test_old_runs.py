@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ranks import launch_ranks
-from recognition import config, trainer
+from recognition import config
 from recognition.deploy.embedder import OnnxEmbedder
-from recognition.run_folder import load_backbone
+from recognition.runs.folder import load_backbone
+from recognition.training import trainer
+from tests.support.ranks import launch_ranks
 
 BEFORE = Path(__file__).resolve().parents[1] / "fixtures" / "run_before"
 

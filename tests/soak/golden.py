@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from recognition.checkpoint import read_tensors, step_folders
+from recognition.runs.checkpoint import read_tensors, step_folders
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPES = Path("tests/integration/test_golden_curve.py")
@@ -32,6 +32,7 @@ def git(*arguments: str) -> str:
 
 def train(tree: Path, folder: Path) -> None:
     """Train the recipes of the source in `tree`, by its own code."""
+    # Before the tests were a package, their helpers were found beside them.
     places = os.pathsep.join((str(tree), str(tree / "tests")))
     command = [sys.executable, str(tree / RECIPES), "--train", str(folder)]
     done = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": places}, capture_output=True, text=True)
