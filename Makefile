@@ -10,7 +10,7 @@ STARTED := $(shell date +%s)
 SOAK ?= kills fuzzing faces
 export ROUNDS SECONDS SEED GOLDEN_BASE
 
-.PHONY: setup demo test soak lint format pins clean
+.PHONY: setup demo test unit soak lint format pins clean
 
 setup: $(READY)
 
@@ -26,8 +26,15 @@ demo: $(READY)
 	$(BIN)/python tools/demo.py --started $(STARTED)
 
 # A worker for each core takes a file at a time, whose tests share what is slow to set up; the long ones come first.
+# The number at the end is the part of lines and branches that the workers' own processes ran, ranks not included.
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+	  --cov --cov-report=
+	@echo "covered by tests: $$($(BIN)/coverage report --format=total) %"
+
+# The quick part of the tests: no ranks, no training, no kernels.
+unit: $(READY)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile -m "not slow and not distributed and not gpu"
 
 # What is long and need not be shown for every change.
 soak: $(READY)

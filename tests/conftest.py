@@ -10,11 +10,25 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+MARKS = {
+    "distributed": ("distributed",),
+    "integration": ("slow", "distributed"),
+    "kernels": ("slow",),
+    "soak": ("slow",),
+    "gpu": ("gpu",),
+}
 
 
 def pytest_configure() -> None:
     # Small tensors gain nothing from threads, and wait long for them on a busy machine.
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by their folder, so that `-m "not slow and not distributed"` is the quick part."""
+    for item in items:
+        for mark in MARKS.get(item.path.relative_to(REPOSITORY / "tests").parts[0], ()):
+            item.add_marker(mark)
 
 
 @pytest.fixture(scope="session")
