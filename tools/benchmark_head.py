@@ -72,9 +72,9 @@ def _plan(options: argparse.Namespace) -> HeadPlan:
             {
                 "loss": {"name": options.loss},
                 "sample_rate": options.sample_rate,
-                "state": options.state,
+                "row_format": options.state,
                 "precision": options.precision,
-                "kernels": options.kernels,
+                "backend": options.kernels,
                 "chunk": options.chunk,
             }
         )

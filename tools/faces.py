@@ -48,7 +48,7 @@ def _main(given: Sequence[str] | None) -> int:
         write_faces(
             arguments.output,
             identities=arguments.identities,
-            images=arguments.images,
+            images_per_identity=arguments.images,
             pairs=arguments.pairs,
             seed=arguments.seed,
             image_size=arguments.image_size,

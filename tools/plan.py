@@ -119,9 +119,9 @@ class Plan:
     def nearest(self) -> list[tuple[str, "Plan"]]:
         """What fits with one thing changed, or with rows in bfloat16 and the number of GPUs."""
         settings = self.head.settings
-        lighter = self._with(settings=settings.model_copy(update={"state": "bfloat16"}))
+        lighter = self._with(settings=settings.model_copy(update={"row_format": "bfloat16"}))
         changes = []
-        if settings.state != "bfloat16":
+        if settings.row_format != "bfloat16":
             changes.append(("--state bfloat16", lighter))
         if isinstance(self.head.optimizer, config.AdamW):
             changes.append(("--optimizer sgd", self._with(optimizer=config.SGD())))
@@ -131,7 +131,7 @@ class Plan:
         if fitting:
             changes.append((f"--batch {batches[fitting - 1]}", self._with(batch=batches[fitting - 1])))
         changes += self._on_more_gpus("")
-        if settings.state != "bfloat16" and not lighter.fits:
+        if settings.row_format != "bfloat16" and not lighter.fits:
             changes += lighter._on_more_gpus("--state bfloat16 ")
         return [(change, plan) for change, plan in changes if plan.fits]
 
@@ -207,7 +207,7 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    given = {"sample_rate": options.sample_rate, "state": options.state}
+    given = {"sample_rate": options.sample_rate, "row_format": options.state}
     try:
         settings = config.Head.model_validate(given)
     except ValidationError as error:

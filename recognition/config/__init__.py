@@ -103,7 +103,7 @@ class Training(Section):
     """Passes over the data; fractions are allowed."""
     global_batch: PositiveInt = 1024
     """Images per update over all ranks."""
-    accumulation: PositiveInt = 1
+    accumulation_steps: PositiveInt = 1
     """Forward and backward passes per update; `global_batch` is split over them."""
     warmup_epochs: NonNegativeFloat = 0.0
     """Epochs of linear warm-up; the first step already learns."""
@@ -115,15 +115,15 @@ class Training(Section):
     """Epochs at which `multistep` multiplies the rate by `gamma`, rising."""
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """What `multistep` multiplies by."""
-    extend: Literal["no", "stretch", "restart"] = "no"
-    """What a run with a checkpoint does when `epochs` is more than it had. `no`: it refuses. `stretch`: it goes on as
-    if it had had them from the beginning. `restart`: the learning rate starts again, warm-up included, and falls over
-    the epochs that were added."""
+    more_epochs: Literal["refuse", "stretch", "restart"] = "refuse"
+    """What happens when a run is started again with more `epochs` than it had. `refuse`: an error. `stretch`: it goes
+    on as if it had had them from the beginning. `restart`: the learning rate starts again, warm-up included, and falls
+    over the added epochs."""
     clip_norm: NonNegativeFloat = 5.0
     """Largest global norm of the backbone's gradient; 0: no clipping."""
     decay_norms_and_biases: bool = False
     """Whether norms' and biases' parameters decay too, as in arcface_torch."""
-    loss_scale: PositiveFloat = 65536.0
+    initial_loss_scale: PositiveFloat = 65536.0
     """What the loss is multiplied by at the start of a run in float16. A step in which a gradient overflows changes
     nothing but to halve it."""
     loss_scale_growth_steps: PositiveInt = 2000
@@ -140,7 +140,7 @@ class Evaluation(Section):
     pairs: Annotated[tuple[InputPath, ...], Field(strict=False), BeforeValidator(as_list)] = ()
     """Verification sets: InsightFace `.bin` files, or lists of pairs beside their image folder, such as LFW's
     `pairs.txt`, CALFW's, CPLFW's, or lines `path path label`."""
-    images: InputPath | None = None
+    image_folder: InputPath | None = None
     """The folder of the lists' images. Default: looked for beside each list."""
     missing_images: Literal["refuse", "skip"] = "refuse"
     """What becomes of pairs one of whose images is missing or cannot be decoded, as where alignment found no face.
@@ -150,7 +150,7 @@ class Evaluation(Section):
     `even`: genuine and impostor pairs are spread evenly over them first."""
     every_steps: NonNegativeInt = 2000
     """Steps between verifications, each of which follows a checkpoint; 0: only at the end."""
-    batch: PositiveInt = 64
+    batch_per_rank: PositiveInt = 64
     """Images per forward pass, per rank."""
 
 
@@ -168,7 +168,7 @@ class Tracking(Section):
 
     every_steps: PositiveInt = 10
     """Steps between two records."""
-    images: NonNegativeInt = 32
+    preview_images: NonNegativeInt = 32
     """Images of the first batch that go to TensorBoard."""
 
 
@@ -184,9 +184,6 @@ class Distributed(Section):
     """Bound on a collective after that."""
     bucket_mib: PositiveInt = 25
     """MiB of the backbone's gradients that are summed over the ranks at a time, while the backward pass goes on."""
-    head_group: bool = False
-    """Whether the head's collectives have a process group of their own, on GPUs a communicator, so that none of them
-    waits behind the backbone's gradients."""
 
 
 class Export(Section):
@@ -222,23 +219,25 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         training, mistakes = self.training, []
-        if training.global_batch % training.accumulation:
-            batch, passes = training.global_batch, training.accumulation
-            mistakes.append(f"training.global_batch ({batch}) must divide by training.accumulation ({passes})")
+        if training.global_batch % training.accumulation_steps:
+            batch, passes = training.global_batch, training.accumulation_steps
+            mistakes.append(f"training.global_batch ({batch}) must divide by training.accumulation_steps ({passes})")
         if training.warmup_epochs >= training.epochs:
             warmup, epochs = training.warmup_epochs, training.epochs
             mistakes.append(f"training.warmup_epochs ({warmup}) must be below training.epochs ({epochs})")
         mistakes += _schedule_mistakes(training)
         together = self.data.images_per_identity
-        if training.global_batch // training.accumulation % together:
-            batch = training.global_batch // training.accumulation
+        if training.global_batch // training.accumulation_steps % together:
+            batch = training.global_batch // training.accumulation_steps
             mistakes.append(f"a batch of {batch} images must divide by data.images_per_identity ({together})")
         on_pairs = [name for name in ("triplet", "contrastive") if getattr(self.head, name) is not None]
         if on_pairs and together == 1:
             names = " and ".join(f"head.{name}" for name in on_pairs)
             mistakes.append(f"{names} needs several images of an identity in a batch: set data.images_per_identity")
-        if self.head.untouched == "lazy" and self.head_optimizer.name != "sgd":
-            mistakes.append("head.untouched is lazy, which SGD alone can catch up with: set head.optimizer.name to sgd")
+        if self.head.inactive_rows == "lazy" and self.head_optimizer.name != "sgd":
+            mistakes.append(
+                "head.inactive_rows is lazy, which SGD alone can catch up with: set head.optimizer.name to sgd"
+            )
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self

@@ -38,7 +38,7 @@ class Data(Section):
 
     path: InputPath
     """A .rec file with its .idx, a folder that holds `train.rec`, or a folder of identity folders."""
-    cache: OutputPath | None = None
+    index_folder: OutputPath | None = None
     """Where the index goes when the data's own folder is read-only. Default: the user's cache folder."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     """What decodes and changes images. `auto`: NVIDIA DALI where it is installed, else torchvision, which gives the
@@ -63,7 +63,7 @@ class Faces(Section):
 
     identities: PositiveInt
     """Identities to train on."""
-    images: PositiveInt
+    images_per_identity: PositiveInt
     """Images of each."""
     pairs: PositiveInt = 1200
     """Verification pairs, half of them genuine."""

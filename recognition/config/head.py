@@ -28,19 +28,19 @@ class Head(Section):
     """Contrastive loss beside the loss over classes."""
     sample_rate: Fraction = 1.0
     """Partial FC: the fraction of classes whose rows take part in a step; those of the batch always do."""
-    untouched: Literal["sparse", "lazy"] = "sparse"
+    inactive_rows: Literal["sparse", "lazy"] = "sparse"
     """What rows do that take no part in a step. `sparse`: nothing, they neither move nor decay. `lazy`: what SGD does
     to them, momentum and decay; it is caught up with, exactly, when they next take part."""
     optimizer: Optimizer | None = None
     """What moves the class weights. Default: what moves the backbone, with the same settings."""
-    state: Literal["float32", "split", "bfloat16"] = "float32"
+    row_format: Literal["float32", "split", "bfloat16"] = "float32"
     """How rows are kept. `split`: as `float32`, in two halves of which bfloat16 products read the upper alone;
     `bfloat16`: rows and moments in half the memory, rounded at random."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products. `auto`: bfloat16 where the processor has units for it, else float32."""
     chunk: PositiveInt | None = None
     """Classes per chunk; logits exist for one chunk at a time. Default: what suits the device."""
-    kernels: Literal["auto", "torch", "triton"] = "auto"
+    backend: Literal["auto", "torch", "triton"] = "auto"
     """What goes over the class weights. `auto`: Triton's kernels on NVIDIA's GPUs from Ampere on, elsewhere PyTorch."""
     workspace_mib: PositiveInt = 256
     """MiB for what the backward pass takes over from the forward pass, and for a chunk of the kernels' backward pass.

@@ -140,13 +140,6 @@ def absent(ranks: ProcessInfo, seconds: float = 2.0) -> list[int]:
     return []
 
 
-def new_group(seconds: float) -> dist.ProcessGroup:
-    """Another group of all ranks, whose collectives are bounded by `seconds` and do not queue with the others'."""
-    group = dist.new_group(timeout=timedelta(seconds=seconds))
-    assert isinstance(group, dist.ProcessGroup)
-    return group
-
-
 def split(total: int, parts: int) -> list[int]:
     """Sizes that add up to `total`, as even as possible, the larger ones first: how a batch is shared out."""
     size, larger = divmod(total, parts)

@@ -166,7 +166,7 @@ def _with_files(path: Path, listed: PairList, images: Path | None, missing: Miss
         where = images or f"{path.parent} or a folder in it"
         raise UserError(
             f"{name}: no image {escape(entries[0].first[0])} nor one of the next in {escape(str(where))}; put the "
-            "images' folder beside the file, or name it: evaluation.images, and --images for tools/evaluate.py"
+            "images' folder beside the file, or name it: evaluation.image_folder, and --images for tools/evaluate.py"
         )
     read: dict[Path, bytes] = {}
     files, faults, respelled = [], {}, []

@@ -106,7 +106,7 @@ class ShardedSoftmax(nn.Module):
         self.shard = shard_rows(num_classes, self.world, self.rank)
         self.seed, self.sample_rate, self.filter = seed, settings.sample_rate, settings.filter
         self.loss = build_loss(settings.loss, num_classes, seed=seed, device=device)
-        self._backend = select.select_backend(settings.kernels, device)
+        self._backend = select.select_backend(settings.backend, device)
         self.options = LogitOptions(
             unit_rows=self.loss.unit_rows,
             dtype=hardware.product_type(settings.precision, device),
@@ -118,7 +118,7 @@ class ShardedSoftmax(nn.Module):
             ),
         )
         optimizer_config = settings.optimizer or optimizer or config.SGD()
-        self.optimizer = build_row_optimizer(optimizer_config, settings.untouched, seed=seed)
+        self.optimizer = build_row_optimizer(optimizer_config, settings.inactive_rows, seed=seed)
         self.optimizer.kernels = self._backend.kernels
         centers = self.options.centers
         self.rows = WeightShard.initial(
@@ -127,11 +127,11 @@ class ShardedSoftmax(nn.Module):
             bias=not self.loss.unit_rows,
             seed=seed,
             device=device,
-            state=settings.state,
+            state=settings.row_format,
         )
         self.rows.moments.update(
             self.optimizer.moments(
-                len(self.rows), embedding_size, bias=not self.loss.unit_rows, device=device, state=settings.state
+                len(self.rows), embedding_size, bias=not self.loss.unit_rows, device=device, state=settings.row_format
             )
         )
         self.scalars = LearnedScalars({name: self.loss.state[name] for name in self.loss.learned}, optimizer_config)

@@ -68,8 +68,8 @@ class HeadPlan:
     def traffic(self) -> int:
         """Bytes that have to pass between memory and processor: each row that takes part is read for the logits, and
         read and written with its moments in the backward pass. Nothing else is counted."""
-        number = _NUMBER[self.settings.state]
-        read = _UPPER if self._product == 2 and self.settings.state != "float32" else number
+        number = _NUMBER[self.settings.row_format]
+        read = _UPPER if self._product == 2 and self.settings.row_format != "float32" else number
         return self.taken * self.embedding_size * (read + 2 * number * (1 + self._moments))
 
     @property
@@ -81,8 +81,8 @@ class HeadPlan:
     def memory(self) -> dict[str, int]:
         """Bytes by part."""
         size, gathered, rows = self.embedding_size, self.gathered, self.shard * self.settings.subcenters
-        number, bias = _NUMBER[self.settings.state], 4 * (self.settings.loss.name == "softmax")
-        counter = 4 * (isinstance(self._moves, config.AdamW) or self.settings.untouched == "lazy")
+        number, bias = _NUMBER[self.settings.row_format], 4 * (self.settings.loss.name == "softmax")
+        counter = 4 * (isinstance(self._moves, config.AdamW) or self.settings.inactive_rows == "lazy")
         memory = {
             "class weights": rows * (size * number + bias),
             "moments": rows * (self._moments * (size * number + bias) + counter),
@@ -136,21 +136,21 @@ class HeadPlan:
     @property
     def _workspace(self) -> int:
         """What a chunk of classes needs: its logits, and copies of its rows where they cannot be used in place."""
-        if self.device == "cuda" and self.settings.kernels != "torch" and self.settings.chunk is None:
+        if self.device == "cuda" and self.settings.backend != "torch" and self.settings.chunk is None:
             # The gradient by the products of three chunks, and all else of one, as large as there is room for.
             everything = self.taken * (3 * self.gathered * self._product + self.embedding_size * (self._product + 4))
             return min(self.settings.workspace_mib << 20, everything)
         chunk = min((self.settings.chunk or head_chunk(self.device)) * self.settings.subcenters, self.taken)
         # Products, logits and gradient in float32, and the gradient once more where products are of another type.
         logits = self.gathered * chunk * (3 * 4 + (self._product if self._product != 4 else 0))
-        in_place = self.settings.state == "float32" and self.settings.sample_rate == 1
+        in_place = self.settings.row_format == "float32" and self.settings.sample_rate == 1
         copies = 0
         if not in_place or self._product != 4:
             copies += self._product
         if not in_place:
             # Rows and moments in float32, as they were and as they will be.
             copies += 2 * 4 * (1 + self._moments)
-        if self.settings.state == "bfloat16":
+        if self.settings.row_format == "bfloat16":
             # Random bits: words, and what becomes of them.
             copies += 4 + 4
         cached_exp = 0

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 FREE_TO_CHANGE = (
     "run.folder",
     "data.path",
-    "data.cache",
+    "data.index_folder",
     "data.loader",
     "data.threads",
     "data.prefetch",
@@ -38,9 +38,9 @@ FREE_TO_CHANGE = (
     "head.precision",
     "head.chunk",
     "head.workspace_mib",
-    "training.extend",
+    "training.more_epochs",
     "training.threads",
-    "training.loss_scale",
+    "training.initial_loss_scale",
     "training.loss_scale_growth_steps",
     "training.max_nonfinite_steps",
     "evaluation",
@@ -208,9 +208,9 @@ class RunFolder:
             if free or before.get(name) == after.get(name):
                 continue
             if name == "training.epochs" and after[name] > before[name]:
-                if after["training.extend"] != "no":
+                if after["training.more_epochs"] != "refuse":
                     continue
-                ways.append("train on for more epochs with training.extend=stretch or training.extend=restart")
+                ways.append("train on for more epochs with training.more_epochs=stretch or training.more_epochs=restart")
             mistakes.append(f"{name}: was {json.dumps(before.get(name))}, is {json.dumps(after.get(name))}")
         if mistakes:
             raise UserError(

@@ -134,14 +134,14 @@ class Tracker:
             self._events.hyperparameters(self._settings, metrics, self.total_steps)
 
     def images(self, tag: str, images: Tensor, step: int) -> None:
-        """Show the first `config.images` of a batch, once per tag: later calls and those of a resumed run do nothing.
+        """Show the first `config.preview_images` of a batch, once per tag: later calls, and a resumed run, do nothing.
 
         `images`: [n, 3, H, W], float in [-1, 1] or uint8.
         """
-        if not self.is_main or self._closed or self.start_step or tag in self._shown or not self.config.images:
+        if not self.is_main or self._closed or self.start_step or tag in self._shown or not self.config.preview_images:
             return
         self._shown.add(tag)
-        images = images[: self.config.images].detach()
+        images = images[: self.config.preview_images].detach()
         if images.dtype != torch.uint8:
             images = (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         self._events.images(tag, images, step)

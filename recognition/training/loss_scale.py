@@ -20,7 +20,7 @@ class LossScale:
 
     def __init__(self, settings: config.Training, device: torch.device, *, enabled: bool) -> None:
         self.enabled = enabled
-        self.value = torch.tensor(settings.loss_scale if enabled else 1.0, device=device)
+        self.value = torch.tensor(settings.initial_loss_scale if enabled else 1.0, device=device)
         """Scalar, float32."""
         self._good_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._growth_steps = settings.loss_scale_growth_steps

@@ -21,7 +21,7 @@ def schedule(config: Config, images: int, before: dict[str, Any]) -> tuple[Sched
     epochs = before["config"]["training"]["epochs"] if before else training.epochs
     if training.epochs <= epochs:
         return Schedule.of(training, per_epoch, offset), []
-    restarts = training.extend == "restart"
+    restarts = training.more_epochs == "restart"
     planned = Schedule.of(training, per_epoch, step if restarts else offset)
     how = (
         f"starts again at step {step:,}, with {planned.warmup_steps:,} steps of warm-up, and falls until"
@@ -30,5 +30,5 @@ def schedule(config: Config, images: int, before: dict[str, Any]) -> tuple[Sched
     )
     return planned, [
         f"training.epochs was {epochs:g} and is {training.epochs:g}: the learning rate {how} step "
-        f"{planned.total_steps:,} (training.extend = {training.extend})"
+        f"{planned.total_steps:,} (training.more_epochs = {training.more_epochs})"
     ]

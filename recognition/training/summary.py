@@ -65,7 +65,7 @@ def closing(
         "evaluate it:",
         f"  python tools/evaluate.py --model {run} --pairs {sets}",
         "go on: the same command, and",
-        f"  training.epochs={2 * config.training.epochs:g} training.extend=stretch",
+        f"  training.epochs={2 * config.training.epochs:g} training.more_epochs=stretch",
         "curves:",
         f"  tensorboard --logdir {run}",
     ]

@@ -77,7 +77,9 @@ class Trainer:
             faces = config.faces.model_dump()
             turns.machines("rendering faces", lambda: write_faces(config.data.path, **faces), shared=True)
         begun = str(before.get("fingerprint", ""))
-        self.index = turns.machines("indexing", lambda: open_index(config.data.path, config.data.cache, going_on=begun))
+        self.index = turns.machines(
+            "indexing", lambda: open_index(config.data.path, config.data.index_folder, going_on=begun)
+        )
         check_trainable(self.index)
         self.pair_sets = open_on_ranks(config, turns)
         self.sizes = micro_batch_sizes(config, ranks.world)
@@ -96,9 +98,6 @@ class Trainer:
         self.backbone.to(ranks.device)
         scaled = config.backbone.precision == "float16"
         self.loss_scale = LossScale(config.training, ranks.head_device, enabled=scaled)
-        self.head_group = None
-        if config.distributed.head_group:
-            self.head_group = distributed.new_group(config.distributed.init_timeout_seconds)
         self.head = build_head(
             config.head,
             self.index.num_identities,
@@ -106,9 +105,8 @@ class Trainer:
             seed=config.run.seed,
             device=ranks.head_device,
             optimizer=config.head_optimizer,
-            ranks_group=self.head_group,
             # In float16 a step may be called off by the backbone's gradient, so the rows wait for it.
-            update_in_backward=config.training.accumulation == 1 and not scaled,
+            update_in_backward=config.training.accumulation_steps == 1 and not scaled,
         )
         self.optimizer = build_optimizer(
             self.backbone, config.optimizer, decay_norms_and_biases=config.training.decay_norms_and_biases
@@ -149,7 +147,7 @@ class Trainer:
                 device=ranks.device,
                 image_size=config.backbone.image_size,
                 channels_last=config.backbone.channels_last is True,
-                start_step=self.step * config.training.accumulation,
+                start_step=self.step * config.training.accumulation_steps,
                 quarantine=folder.quarantine,
             )
         self.batches = self._shown(self.pipeline)
@@ -232,8 +230,8 @@ class Trainer:
         if not (trained or lacks_results or exports):
             self.tracker.note(f"complete: all {self.step:,} steps are done, nothing to do{_listed(numbers)}")
             self.tracker.note(
-                "to go on: more training.epochs with training.extend=stretch or training.extend=restart, or another "
-                f"run with run.folder=... and backbone.weights={self.folder.path}"
+                "to go on: more training.epochs with training.more_epochs=stretch or training.more_epochs=restart, or "
+                f"another run with run.folder=... and backbone.weights={self.folder.path}"
             )
             return
         if lacks_results:
@@ -306,7 +304,7 @@ class Trainer:
             embedder = BackboneEmbedder(self.backbone, self.ranks.device, float32=True)
             for pairs in self.pair_sets:
                 result = verify_on_ranks(
-                    embedder, pairs, self.turns, self.config.evaluation.batch, self.config.data.fit
+                    embedder, pairs, self.turns, self.config.evaluation.batch_per_rank, self.config.data.fit
                 )
                 results[pairs.name] = result
                 self.tracker.verification(self.step, pairs.name, result.to_json(), result.scores)
@@ -343,8 +341,6 @@ class Trainer:
 
     def _bound_collectives(self, seconds: float) -> None:
         distributed.set_timeout(seconds)
-        if self.head_group is not None:
-            distributed.set_timeout(seconds, self.head_group)
 
     def _export(self, verification: dict[str, dict[str, Any]]) -> None:
         """Write the deployable and its card on the main rank; a failure there stops every rank."""

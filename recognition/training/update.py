@@ -66,7 +66,7 @@ class Update:
 
     def __call__(self, step: int, batches: Iterator[Batch], schedule: Schedule) -> dict[str, Tensor | float]:
         """Do update number `step`; returns what is recorded of it, on the device."""
-        config, passes = self.config.training, self.config.training.accumulation
+        config, passes = self.config.training, self.config.training.accumulation_steps
         factor = schedule.factor(step)
         lr, head_lr = self.config.optimizer.lr * factor, self.config.head_optimizer.lr * factor
         set_lr(self.optimizer, lr)
@@ -179,11 +179,11 @@ def _flat(buffers: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 def micro_batch_sizes(config: Config, world: int) -> list[int]:
     """Images of each rank in one forward pass. Raises UserError where a rank gets too few for its BatchNorm."""
-    sizes = distributed.split(config.training.global_batch // config.training.accumulation, world)
+    sizes = distributed.split(config.training.global_batch // config.training.accumulation_steps, world)
     if min(sizes) < 2:
         raise UserError(
             f"training.global_batch ({config.training.global_batch}) over {world} ranks and "
-            f"{config.training.accumulation} passes leaves a rank {min(sizes)} images; BatchNorm needs 2. "
-            "Raise training.global_batch, lower training.accumulation or start fewer ranks"
+            f"{config.training.accumulation_steps} passes leaves a rank {min(sizes)} images; BatchNorm needs 2. "
+            "Raise training.global_batch, lower training.accumulation_steps or start fewer ranks"
         )
     return sizes

@@ -22,7 +22,7 @@ def open_on_ranks(config: Config, turns: Turns) -> list[PairSet]:
         return open_sets(
             settings.pairs,
             config.backbone.image_size,
-            folder=settings.images,
+            folder=settings.image_folder,
             missing=settings.missing_images,
             folds=settings.folds,
             fit=config.data.fit,

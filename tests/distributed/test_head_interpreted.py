@@ -24,8 +24,8 @@ TRAINED = ("arcface", "softmax", "uce", "cosface-subcenters", "curricularface")
 CPU = torch.device("cpu")
 OPTIONS: dict[str, dict[str, Any]] = {
     "sampled": {"sample_rate": 0.4},
-    "lazy": {"sample_rate": 0.4, "untouched": "lazy"},
-    "split": {"state": "split"},
+    "lazy": {"sample_rate": 0.4, "inactive_rows": "lazy"},
+    "split": {"row_format": "split"},
     "adamw": {"optimizer": config.AdamW().model_dump(), "sample_rate": 0.4},
     "accumulated": {"sample_rate": 0.4, "update_in_backward": False},
     "kept": {"chunk": None},
@@ -39,7 +39,7 @@ def errors(batch: str) -> dict[str, list[float]]:
 
 
 def training() -> dict[str, dict[str, np.ndarray]]:
-    return {name: fused_training(name, kernels="triton") for name in TRAINED}
+    return {name: fused_training(name, backend="triton") for name in TRAINED}
 
 
 def options() -> dict[str, list[np.ndarray]]:
@@ -48,7 +48,7 @@ def options() -> dict[str, list[np.ndarray]]:
     for name, settings in OPTIONS.items():
         for kernels in ("triton", "torch"):
             x, labels, weight, _ = data(40, 32)
-            head = make(config.ArcFace(), 40, kernels=kernels, **settings)
+            head = make(config.ArcFace(), 40, backend=kernels, **settings)
             fill(head, weight)
             losses = []
             for step in range(4):
@@ -101,7 +101,7 @@ def test_who_goes_over_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert select.select_backend("auto", CPU) == select.select_backend("torch", CPU)
     assert select.select_backend("auto", CPU).backward is not triton_backend.backward
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(config.UserError, match=r"head\.kernels is triton, but the device is cpu, not an NVIDIA GPU"):
+    with pytest.raises(config.UserError, match=r"head\.backend is triton, but the device is cpu, not an NVIDIA GPU"):
         select.select_backend("triton", CPU)
 
 

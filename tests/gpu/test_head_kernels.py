@@ -87,7 +87,7 @@ def gradients(
     """Loss, gradients and what the loss keeps: of the head, and of the reference in float64."""
     x, labels, weight, bias = data(classes, batch, size, settings.subcenters)
     x.requires_grad_()
-    head = build(settings, classes, size, update_in_backward=False, kernels=kernels, **options)
+    head = build(settings, classes, size, update_in_backward=False, backend=kernels, **options)
     fill(head, weight, bias)
     margins = None
     if isinstance(settings.loss, config.ElasticFace):
@@ -163,7 +163,7 @@ class Reference:
         loss = dense.loss(x, labels, taken=taken)
         loss.backward()
         assert dense.weight.grad is not None and x.grad is not None
-        moving = slice(None) if taken is None or self.settings.untouched == "lazy" else taken
+        moving = slice(None) if taken is None or self.settings.inactive_rows == "lazy" else taken
         w, g, (first, second) = self.weight[moving], dense.weight.grad[moving], self.moments
         if isinstance(self.settings.optimizer, config.AdamW):
             self.updates[moving] += 1
@@ -182,17 +182,17 @@ ADAMW = {"optimizer": {"name": "adamw", "betas": BETAS, "eps": EPS, "weight_deca
 SAMPLED = {"sample_rate": 0.3}
 FORMS: dict[str, dict[str, Any]] = {
     "float32": {},
-    "split": {"state": "split"},
-    "bfloat16": {"state": "bfloat16"},
+    "split": {"row_format": "split"},
+    "bfloat16": {"row_format": "bfloat16"},
     "adamw": ADAMW,
-    "adamw split": ADAMW | {"state": "split"},
-    "adamw bfloat16": ADAMW | {"state": "bfloat16"},
+    "adamw split": ADAMW | {"row_format": "split"},
+    "adamw bfloat16": ADAMW | {"row_format": "bfloat16"},
     "sampled": SAMPLED,
-    "sampled split": SAMPLED | {"state": "split"},
-    "sampled bfloat16": SAMPLED | {"state": "bfloat16"},
+    "sampled split": SAMPLED | {"row_format": "split"},
+    "sampled bfloat16": SAMPLED | {"row_format": "bfloat16"},
     "sampled adamw": SAMPLED | ADAMW,
-    "lazy": SAMPLED | {"untouched": "lazy"},
-    "lazy split": SAMPLED | {"untouched": "lazy", "state": "split"},
+    "lazy": SAMPLED | {"inactive_rows": "lazy"},
+    "lazy split": SAMPLED | {"inactive_rows": "lazy", "row_format": "split"},
     "small chunks": {"chunk": 100},
     "small workspace": {"workspace_mib": 1},
 }
@@ -203,7 +203,7 @@ def test_training_in_every_format(name: str) -> None:
     settings = config.Head.model_validate(config.Head(loss=config.CosFace(scale=16.0)).model_dump() | FORMS[name])
     x, labels, weight, bias = data(CLASSES, 6 * BATCH, SIZE)
     reference = Reference(settings, weight.clone())
-    heads = {kernels: build(settings, CLASSES, SIZE, kernels=kernels) for kernels in ("torch", "triton")}
+    heads = {kernels: build(settings, CLASSES, SIZE, backend=kernels) for kernels in ("torch", "triton")}
     for head in heads.values():
         fill(head, weight, bias)
     lr = 0.02 if "adamw" in name else 0.5
@@ -219,11 +219,11 @@ def test_training_in_every_format(name: str) -> None:
         head.state()
         rows[kernels] = head.rows.read(slice(None)).cpu()
         assert error(rows[kernels], reference.weight) <= 1e-2, f"rows, {kernels}"
-        if settings.state != "bfloat16":
+        if settings.row_format != "bfloat16":
             moved = error(rows[kernels] - weight, reference.weight - weight)
             assert moved <= 2e-2, f"what rows moved by, {kernels}: {moved}"
     # The same random bits round both, so most numbers are the very same.
-    if settings.state == "bfloat16":
+    if settings.row_format == "bfloat16":
         assert (rows["triton"] == rows["torch"]).float().mean() > 0.9
 
 
@@ -238,7 +238,7 @@ def test_rows_beyond_the_reach_of_32_bits() -> None:
     for kernels in ("torch", "triton"):
         gc.collect()
         torch.cuda.empty_cache()
-        head = build(config.Head(loss=config.CosFace(), state="bfloat16"), classes, size, kernels=kernels)
+        head = build(config.Head(loss=config.CosFace(), row_format="bfloat16"), classes, size, backend=kernels)
         before = head.rows.read(labels.to(DEVICE)).cpu()
         loss, grad_x = take_step(head, x, labels)
         head.state()
@@ -275,7 +275,7 @@ def learn(kernels: str, precision: str, *, steps: int = STEPS, classes: int = 20
     linear.to(DEVICE)
     optimizer = torch.optim.SGD(linear.parameters(), lr=0.02, momentum=0.9)
     settings = config.Head(loss=config.CosFace(scale=32.0, margin=0.2))
-    head = build(settings, classes, size, kernels=kernels, precision=precision, **options)
+    head = build(settings, classes, size, backend=kernels, precision=precision, **options)
     seen = Long(torch.zeros(steps, device=DEVICE))
     on_gpu = DEVICE == "cuda"
     for step in range(steps):
@@ -306,7 +306,7 @@ def reference_run() -> Long:
 def test_a_thousand_steps_follow_float32(state: str, reference_run: Long) -> None:
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
-    found = learn("triton", PRECISION, state=state)
+    found = learn("triton", PRECISION, row_format=state)
     assert found.losses.isfinite().all()
     # Means over 50 steps: a single batch tells little.
     ours, theirs = (run.losses.view(-1, 50).mean(1) for run in (found, reference_run))
@@ -326,18 +326,18 @@ SILENT: dict[str, config.Head] = {
     "magface": config.Head(loss=config.MagFace()),
     "uce": config.Head(loss=config.UCE()),
     "filtered sub-centres": LOSSES["circle-subcenters-filter"],
-    "split": config.Head(state="split"),
-    "bfloat16": config.Head(state="bfloat16"),
+    "split": config.Head(row_format="split"),
+    "bfloat16": config.Head(row_format="bfloat16"),
     "adamw": config.Head(optimizer=config.AdamW()),
     "sampled": config.Head(sample_rate=0.3),
-    "lazy": config.Head(sample_rate=0.3, untouched="lazy"),
+    "lazy": config.Head(sample_rate=0.3, inactive_rows="lazy"),
 }
 
 
 @pytest.mark.parametrize("name", SILENT)
 def test_the_host_does_not_wait_in_a_step(name: str) -> None:
     settings = SILENT[name]
-    head = build(settings, CLASSES, SIZE, kernels="triton")
+    head = build(settings, CLASSES, SIZE, backend="triton")
     x, labels, _, _ = data(CLASSES, BATCH, SIZE)
     embeddings, labels = x.float().to(DEVICE), labels.to(DEVICE)
 

@@ -24,7 +24,7 @@ TINY = Path(__file__).parent.parent / "integration" / "tiny.toml"
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faces")
-    write_faces(folder, identities=20, images=8, pairs=20, seed=1)
+    write_faces(folder, identities=20, images_per_identity=8, pairs=20, seed=1)
     return folder
 
 
@@ -61,9 +61,9 @@ HEADS = {
     "uce": Head(loss=config.UCE(scale=16.0)),
     "sub-centres, filtered": Head(loss=config.ArcFace(), subcenters=3, filter=config.Filter(threshold=0.3)),
     "sampled": Head(loss=config.CosFace(), sample_rate=0.3),
-    "lazy": Head(loss=config.CosFace(), sample_rate=0.3, untouched="lazy"),
-    "split": Head(loss=config.CosFace(), state="split"),
-    "bfloat16": Head(loss=config.CosFace(), state="bfloat16"),
+    "lazy": Head(loss=config.CosFace(), sample_rate=0.3, inactive_rows="lazy"),
+    "split": Head(loss=config.CosFace(), row_format="split"),
+    "bfloat16": Head(loss=config.CosFace(), row_format="bfloat16"),
     "adamw": Head(loss=config.CosFace(), optimizer=config.AdamW()),
 }
 

@@ -29,7 +29,7 @@ SETTINGS = (
     "optimizer.lr=0.02",
     "training.global_batch=8",
     f"training.epochs={STEPS * 8 / 60}",
-    "training.loss_scale=64.0",
+    "training.initial_loss_scale=64.0",
     "training.loss_scale_growth_steps=3",
     "data.threads=1",
     "checkpoint.every_steps=0",
@@ -41,7 +41,7 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faces")
-    write_faces(folder, identities=15, images=4, pairs=20, seed=1, workers=1)
+    write_faces(folder, identities=15, images_per_identity=4, pairs=20, seed=1, workers=1)
     return folder
 
 
@@ -140,7 +140,7 @@ def test_a_run_resumed_in_mid_growth_is_bitwise_the_run_that_was_not(
 
 def test_a_scale_that_is_too_large_falls_until_nothing_overflows(faces: Path, tmp_path: Path) -> None:
     start = 2.0**17  # its half alone is beyond float16's 65504 where a gradient is 1
-    launch_ranks(run, 1, settings(faces, tmp_path / "run", f"training.loss_scale={start}"))
+    launch_ranks(run, 1, settings(faces, tmp_path / "run", f"training.initial_loss_scale={start}"))
     scales = [record["loss_scale"] for record in records(tmp_path / "run")]
     assert scales[0] == start / 2
     assert scales[-1] == scales[-2] < start / 2

@@ -45,7 +45,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faces")
-    write_faces(folder, identities=10, images=IMAGES // 10, pairs=20, seed=1, workers=1)
+    write_faces(folder, identities=10, images_per_identity=IMAGES // 10, pairs=20, seed=1, workers=1)
     return folder
 
 

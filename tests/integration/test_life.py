@@ -35,9 +35,9 @@ SETTINGS = (
     "data.threads=1",
     "data.loader=torchvision",
     "checkpoint.every_steps=0",
-    "evaluation.batch=40",
+    "evaluation.batch_per_rank=40",
     "tracking.every_steps=1",
-    "tracking.images=0",
+    "tracking.preview_images=0",
     "export.enabled=false",
 )
 
@@ -45,7 +45,7 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faces")
-    write_faces(folder, identities=8, images=6, pairs=20, seed=1, image_size=32, workers=1)
+    write_faces(folder, identities=8, images_per_identity=6, pairs=20, seed=1, image_size=32, workers=1)
     return folder
 
 
@@ -123,7 +123,7 @@ def test_a_step_whose_loss_is_not_finite_changes_nothing_at_all(
     faces: Path, tmp_path: Path, world: int, passes: int, optimizer: str
 ) -> None:
     run = tmp_path / "run"
-    changes = (f"training.accumulation={passes}", f"optimizer.name={optimizer}")
+    changes = (f"training.accumulation_steps={passes}", f"optimizer.name={optimizer}")
     ranks = launch_ranks(faulty, world, settings(faces, run, 4, *changes), 1 * passes, None, 4)
     for changed in ranks:
         assert changed[1] == []
@@ -159,7 +159,7 @@ def test_a_run_that_fails_where_it_failed_before_says_so(
             batch.images[:] = torch.nan
             yield batch
 
-    longer = settings(faces, run, 6, "training.extend=stretch", "training.max_nonfinite_steps=2")
+    longer = settings(faces, run, 6, "training.more_epochs=stretch", "training.max_nonfinite_steps=2")
     with monkeypatch.context() as patched:
         patched.setattr(trainer.Trainer, "_shown", spoilt)
         with pytest.raises(UserError, match=f"backbone.weights={run}") as first:
@@ -285,9 +285,9 @@ def test_a_stretched_run_is_the_run_that_had_its_epochs_from_the_beginning(
 ) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     shutil.copytree(finished, run)
-    with pytest.raises(UserError, match=r"training.extend=stretch or training.extend=restart"):
+    with pytest.raises(UserError, match=r"training.more_epochs=stretch or training.more_epochs=restart"):
         train(settings(faces, run, 5, *stepped(2)))
-    assert train(settings(faces, run, 5, *stepped(2), "training.extend=stretch"))
+    assert train(settings(faces, run, 5, *stepped(2), "training.more_epochs=stretch"))
     # It needs the setting no more.
     assert train(settings(faces, run, 5, *stepped(2)))
     assert train(settings(faces, whole, 5, *stepped(2)))
@@ -312,7 +312,7 @@ def test_a_restarted_run_begins_its_rate_again_and_remembers_where(
 
     with monkeypatch.context() as patched:
         patched.setattr(trainer.Trainer, "_train_step", stopped)
-        assert not train(settings(faces, run, 7, *stepped(2), "training.extend=restart"))
+        assert not train(settings(faces, run, 7, *stepped(2), "training.more_epochs=restart"))
     assert train(settings(faces, run, 7, *stepped(2)))
     assert rates(run) == pytest.approx(2 * [RATE, RATE, RATE / 10] + [RATE / 10])
     assert "starts again at step 3, with 0 steps of warm-up" in log(run)
@@ -320,7 +320,7 @@ def test_a_restarted_run_begins_its_rate_again_and_remembers_where(
 
 def test_fewer_epochs_are_refused(faces: Path, finished: Path) -> None:
     with pytest.raises(UserError, match=r"training.epochs: was 0.5, is 0.3"):
-        train(settings(faces, finished, 2, "training.extend=restart"))
+        train(settings(faces, finished, 2, "training.more_epochs=restart"))
 
 
 def test_settings_that_came_after_a_checkpoint_have_their_defaults_in_it(finished: Path) -> None:

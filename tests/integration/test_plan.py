@@ -24,8 +24,8 @@ PLANS = {
     "100,000": _plan(100_000, precision="float32"),
     "200,000": _plan(200_000, precision="float32"),
     "400,000": _plan(400_000, precision="float32"),
-    "split": _plan(100_000, state="split", precision="bfloat16"),
-    "bfloat16": _plan(200_000, state="bfloat16", precision="bfloat16"),
+    "split": _plan(100_000, row_format="split", precision="bfloat16"),
+    "bfloat16": _plan(200_000, row_format="bfloat16", precision="bfloat16"),
     "AdamW, sampled": _plan(100_000, config.AdamW(), sample_rate=0.1, precision="float32"),
 }
 

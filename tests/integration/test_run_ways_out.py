@@ -36,7 +36,7 @@ SETTINGS = (
     "data.threads=1",
     "data.loader=torchvision",
     "checkpoint.every_steps=1",
-    "tracking.images=0",
+    "tracking.preview_images=0",
     "export.enabled=false",
 )
 
@@ -44,7 +44,7 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faces")
-    write_faces(folder, identities=8, images=4, pairs=20, seed=1, image_size=32, workers=1)
+    write_faces(folder, identities=8, images_per_identity=4, pairs=20, seed=1, image_size=32, workers=1)
     return folder
 
 
@@ -90,7 +90,7 @@ def steps(run: Path) -> list[str]:
 @pytest.mark.parametrize("which", [0, 1])
 def test_more_epochs(faces: Path, run: Path, which: int) -> None:
     message = refusal(lambda: train(faces, run, "training.epochs=1.5"))
-    ways = re.findall(r"training\.extend=\w+", message)
+    ways = re.findall(r"training\.more_epochs=\w+", message)
     assert len(ways) == 2
     assert train(faces, run, "training.epochs=1.5", ways[which])
     assert "step-00000003" in steps(run)
@@ -193,9 +193,9 @@ def test_images_of_another_size(faces: Path, tmp_path: Path, choice: int) -> Non
     assert attempt(ways[choice])
 
 
-@pytest.mark.parametrize("change", [("training.global_batch", "16"), ("training.accumulation", "1")])
+@pytest.mark.parametrize("change", [("training.global_batch", "16"), ("training.accumulation_steps", "1")])
 def test_a_batch_that_is_too_small(faces: Path, tmp_path: Path, change: tuple[str, str]) -> None:
-    small = "training.global_batch=4", "training.accumulation=4", "training.epochs=0.2"
+    small = "training.global_batch=4", "training.accumulation_steps=4", "training.epochs=0.2"
     message = refusal(lambda: train(faces, tmp_path / "run", *small))
     assert change[0] in way_out(message, r"Raise (.*)")[1]
     assert train(faces, tmp_path / "run", *small, "=".join(change))

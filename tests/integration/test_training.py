@@ -44,7 +44,7 @@ SETTINGS = (
     "training.warmup_epochs=0.5",
     "data.augment={shift = 0.05, brightness = 0.2}",
     "data.threads=1",
-    "evaluation.batch=20",
+    "evaluation.batch_per_rank=20",
     "checkpoint.every_steps=4",
     "tracking.every_steps=1",
     "export.enabled=false",
@@ -54,7 +54,7 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faces")
-    write_faces(folder, identities=15, images=6, pairs=20, seed=1, workers=1)
+    write_faces(folder, identities=15, images_per_identity=6, pairs=20, seed=1, workers=1)
     return folder
 
 
@@ -133,9 +133,9 @@ def test_a_run_stopped_at_any_step_and_resumed_is_bitwise_the_run_that_was_not(
         np.testing.assert_allclose(found[name], tensor, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-def test_how_ranks_talk_does_not_matter(faces: Path, whole: Path, tmp_path: Path) -> None:
-    launch_ranks(run, 2, settings(faces, tmp_path / "own", "distributed.head_group=true", "distributed.bucket_mib=1"))
-    assert losses(tmp_path / "own") == losses(whole)
+def test_how_gradients_are_sent_does_not_matter(faces: Path, whole: Path, tmp_path: Path) -> None:
+    launch_ranks(run, 2, settings(faces, tmp_path / "buckets", "distributed.bucket_mib=1"))
+    assert losses(tmp_path / "buckets") == losses(whole)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_a_system_without_dali_trains_alike(faces: Path, tmp_path: Path) -> None
 
 def test_accumulated_passes_equal_the_large_batch(faces: Path, tmp_path: Path) -> None:
     launch_ranks(run, 2, settings(faces, tmp_path / "whole"), None, True)
-    launch_ranks(run, 2, settings(faces, tmp_path / "passes", "training.accumulation=3"), None, True)
+    launch_ranks(run, 2, settings(faces, tmp_path / "passes", "training.accumulation_steps=3"), None, True)
     np.testing.assert_allclose(losses(tmp_path / "passes"), losses(tmp_path / "whole"), rtol=SAME_LOSS)
     whole, passes = tensors(tmp_path / "whole"), tensors(tmp_path / "passes")
     for name in ("head.weight", "backbone.projection.weight"):

@@ -27,7 +27,7 @@ def test_lfw_split_reaches_its_accuracy(shared_data: Path, tmp_path: Path, capsy
         pytest.skip(f"no real faces at {source}")
     pairs, run = source / "dev_fold9.bin", tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    command += ["configs/lfw_split.toml", f"data.path={source}", f"data.cache={tmp_path / 'cache'}"]
+    command += ["configs/lfw_split.toml", f"data.path={source}", f"data.index_folder={tmp_path / 'cache'}"]
     command += [f"evaluation.pairs={pairs}", f"run.folder={run}"]
     start = time.monotonic()
     done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"})

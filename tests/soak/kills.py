@@ -113,7 +113,7 @@ def killed(overrides: list[str], chance: random.Random, seconds: float) -> str:
 @pytest.mark.timeout(0)
 def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     faces = tmp_path / "faces"
-    write_faces(faces, identities=15, images=4, pairs=20, seed=1)
+    write_faces(faces, identities=15, images_per_identity=4, pairs=20, seed=1)
 
     def overrides(name: str) -> list[str]:
         return [*SETTINGS, f"data.path={faces}", f"run.folder={tmp_path / name}"]

@@ -86,7 +86,7 @@ def against_reference(
                     size=size,
                     update_in_backward=False,
                     precision=precision,
-                    kernels=kernels,
+                    backend=kernels,
                     **options,
                 )
                 fill(head, weight, bias)

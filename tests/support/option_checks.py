@@ -86,7 +86,7 @@ def dense_sampled(
 def lazy() -> list[float]:
     """Momentum and decay of rows that took no part: losses while training, and all rows once they are looked at."""
     losses, weight = dense_sampled(0.2, torch.optim.SGD, momentum=0.9, weight_decay=0.3)
-    head = make(config.CosFace(scale=16.0), CLASSES, sample_rate=0.2, untouched="lazy", weight_decay=0.3)
+    head = make(config.CosFace(scale=16.0), CLASSES, sample_rate=0.2, inactive_rows="lazy", weight_decay=0.3)
     fill(head, data(CLASSES, 1)[2])
     found = train(head)
     before = error(whole(head, head.rows.weight), weight)
@@ -111,7 +111,7 @@ def formats() -> dict[str, Any]:
     """Losses and rows of a training with each format; `split` is `float32` in another form."""
     found = {}
     for state in ("float32", "split", "bfloat16"):
-        head = make(config.CosFace(scale=16.0), CLASSES, state=state, sample_rate=0.5)
+        head = make(config.CosFace(scale=16.0), CLASSES, row_format=state, sample_rate=0.5)
         fill(head, data(CLASSES, 1)[2])
         found[state] = train(head), whole(head, head.rows.read(slice(None))).numpy()
     return found

@@ -32,7 +32,7 @@ def tracker(folder: Path, **changes: Any) -> Tracker:
         "images_per_step": 64,
         "steps_per_epoch": 10.0,
         "is_main": True,
-        "config": Tracking(every_steps=10, images=4),
+        "config": Tracking(every_steps=10, preview_images=4),
     } | changes
     return Tracker(folder, settings.pop("config"), **settings)
 

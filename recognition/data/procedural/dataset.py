@@ -96,7 +96,7 @@ def write_faces(
     folder: Path,
     *,
     identities: int,
-    images: int,
+    images_per_identity: int,
     pairs: int = 1200,
     seed: int = 0,
     image_size: int = SIZE,
@@ -106,21 +106,23 @@ def write_faces(
 ) -> None:
     """Render a training set `train.rec` with its index and `pairs.bin`, a verification set of identities not in it.
 
-    `identities` times `images` go into the training set in InsightFace's layout; `pairs` pairs are drawn from
-    `pair_identities` others, the same ones whatever the training set. Images have `image_size` pixels a side.
-    `workers` processes render, by default as many as there are cores. A folder that holds these very faces is left as
-    it is, an unfinished or other rendering is replaced. Raises UserError for numbers that make no set, and for a folder
-    whose files are not ours to overwrite.
+    `identities` times `images_per_identity` images go into the training set in InsightFace's layout; `pairs` pairs are
+    drawn from `pair_identities` others, the same ones whatever the training set. Images have `image_size` pixels a
+    side. `workers` processes render, by default as many as there are cores. A folder that holds these very faces is
+    left as it is, an unfinished or other rendering is replaced. Raises UserError for numbers that make no set, and for
+    a folder whose files are not ours to overwrite.
     """
-    if not (0 < identities <= UNSEEN and images > 0 and seed >= 0 and image_size > 0):
+    if not (0 < identities <= UNSEEN and images_per_identity > 0 and seed >= 0 and image_size > 0):
         size = f"{image_size} x {image_size} pixels"
-        raise UserError(f"cannot render {identities} identities x {images} images of {size} with seed {seed}")
+        raise UserError(
+            f"cannot render {identities} identities x {images_per_identity} images of {size} with seed {seed}"
+        )
     tested, same = verification_pairs(seed, pairs, pair_identities)
     parameters = {
         "version": VERSION,
         "seed": seed,
         "identities": identities,
-        "images": images,
+        "images": images_per_identity,
         "pairs": pairs,
         "pair_identities": pair_identities,
         "image_size": image_size,
@@ -132,11 +134,15 @@ def write_faces(
     # Without sizes the record says that the folder is ours and not finished.
     _write(folder / _RECORD, json.dumps(parameters | {"sizes": {}}, indent=2).encode() + b"\n")
     # An identity's images may be many, so a task is a part of them; all parts of one come before the next identity.
-    parts = [range(start, min(start + _CHUNK, images)) for start in range(0, images, _CHUNK)]
+    starts = range(0, images_per_identity, _CHUNK)
+    parts = [range(start, min(start + _CHUNK, images_per_identity)) for start in starts]
     trained = ([(identity, image) for image in part] for identity in range(identities) for part in parts)
     verified = [tested[start : start + _CHUNK] for start in range(0, len(tested), _CHUNK)]
     encode_all = functools.partial(_encode_all, seed, image_size)
-    with _pool(workers) as pool, _counter("rendering faces", identities * images + len(tested), progress) as advance:
+    with (
+        _pool(workers) as pool,
+        _counter("rendering faces", identities * images_per_identity + len(tested), progress) as advance,
+    ):
         with InsightFaceWriter(folder) as writer:
             for names, encoded in _rendered(pool, encode_all, trained):
                 for (identity, _), image in zip(names, encoded, strict=True):

@@ -28,12 +28,12 @@ class Backend:
 
 
 def select_backend(kernels: Literal["auto", "torch", "triton"], device: torch.device) -> Backend:
-    """Whoever `head.kernels` and the device ask for. Raises UserError where there are to be kernels and cannot be."""
+    """Whoever `head.backend` and the device ask for. Raises UserError where there are to be kernels and cannot be."""
     lacking = _unavailable_reason(device)
     if kernels == "torch" or (kernels == "auto" and (lacking or device.type != "cuda")):
         return Backend(pytorch.negative_sums, pytorch.backward, kernels=False)
     if lacking:
-        raise config.UserError(f"head.kernels is triton, but {lacking}; auto takes them where they run")
+        raise config.UserError(f"head.backend is triton, but {lacking}; auto takes them where they run")
     triton_backend = importlib.import_module("recognition.head.backends.triton_backend")
     return Backend(triton_backend.negative_sums, triton_backend.backward, kernels=True)
 

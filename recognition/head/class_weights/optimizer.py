@@ -290,7 +290,7 @@ def build_row_optimizer(
     if isinstance(settings, config.SGD):
         return RowSGD(settings.momentum, settings.weight_decay, seed, lazy=untouched == "lazy")
     if untouched == "lazy":
-        raise config.UserError("head.untouched is lazy, which SGD alone can catch up with")
+        raise config.UserError("head.inactive_rows is lazy, which SGD alone can catch up with")
     return RowAdamW(settings.betas, settings.eps, settings.weight_decay, seed)
 
 

@@ -83,9 +83,11 @@ def test_a_path(settings: Path, override: str, folder: str) -> None:
 
 
 def test_home_in_every_path(settings: Path) -> None:
-    found = loaded(settings, "data.path=~/a", "data.cache=~/b", "backbone.weights=~/c", 'evaluation.pairs=["~/d"]')
+    found = loaded(
+        settings, "data.path=~/a", "data.index_folder=~/b", "backbone.weights=~/c", 'evaluation.pairs=["~/d"]'
+    )
     home = settings.parent / "home"
-    assert (found.data.path, found.data.cache) == (home / "a", home / "b")
+    assert (found.data.path, found.data.index_folder) == (home / "a", home / "b")
     assert (found.backbone.weights, found.evaluation.pairs) == (home / "c", (home / "d",))
 
 
@@ -107,7 +109,12 @@ def test_values_that_are_refused(settings: Path, override: str, message: str) ->
 
 
 def test_faces_may_be_rendered_into_the_home_folder(settings: Path) -> None:
-    rendered = ["data.path=~/faces", "faces.identities=4", "faces.images=2", "evaluation.pairs=~/faces/pairs.bin"]
+    rendered = [
+        "data.path=~/faces",
+        "faces.identities=4",
+        "faces.images_per_identity=2",
+        "evaluation.pairs=~/faces/pairs.bin",
+    ]
     assert load(settings, rendered).data.path == settings.parent / "home/faces"
 
 

@@ -23,7 +23,7 @@ from tests.support.ways_out import refusal, way_out
 SMALL = ("backbone.name=resnet10t", "backbone.image_size=32", "backbone.embedding_size=32")
 # A mistake, what the message says, what that is as a setting, and whether it stands in the mistake's place.
 SETTINGS = [
-    ("optimizer.name=adamw head.untouched=lazy", r"set (head\.optimizer\.name) to (\w+)", r"\1=\2", False),
+    ("optimizer.name=adamw head.inactive_rows=lazy", r"set (head\.optimizer\.name) to (\w+)", r"\1=\2", False),
     ("training.epochs=3 training.schedule=multistep", r"needs (\S+), for example (\[.*?\])", r"\1=\2", False),
     ("training.schedule=multistep", r"needs (\S+), for example (\[.*?\])", r"\1=\2", False),
     ("training.milestones=[1.0]", r"is for (training\.schedule) = (\w+)", r"\1=\2", False),

@@ -76,7 +76,7 @@ def test_values_of_file_and_overrides(write: Write) -> None:
         ("traning.epochs=3", "traning: unknown key; did you mean training?"),
         ("training.epoch=3", "training.epoch: unknown key; did you mean epochs?"),
         ("data.augment.rotate=3", "data.augment.rotate: unknown key; did you mean rotate_degrees?"),
-        ("tracking.wandb=true", "tracking.wandb: unknown key; known: every_steps, images"),
+        ("tracking.wandb=true", "tracking.wandb: unknown key; known: every_steps, preview_images"),
     ],
 )
 def test_an_unknown_key_comes_with_what_was_meant(write: Write, override: str, mistake: str) -> None:
@@ -92,7 +92,7 @@ def test_an_unknown_key_comes_with_what_was_meant(write: Write, override: str, m
         ("training.global_batch=0", "training.global_batch: input should be greater than 0, not 0"),
         ("run.seed=true", "run.seed: input should be a valid integer, not true"),
         ('run.seed="3"', 'run.seed: input should be a valid integer, not "3"'),
-        ("distributed.head_group=1", "distributed.head_group: input should be a valid boolean, not 1"),
+        ("export.enabled=1", "export.enabled: input should be a valid boolean, not 1"),
         ("backbone.compile=yes", "backbone.compile: input should be 'auto', True or False, not \"yes\""),
         (
             "backbone.precision=half",
@@ -180,7 +180,7 @@ def test_the_class_weights_follow_the_backbone_s_optimizer_or_their_own(write: W
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (["optimizer.name=adamw", "head.untouched=lazy"], "set head.optimizer.name to sgd"),
+        (["optimizer.name=adamw", "head.inactive_rows=lazy"], "set head.optimizer.name to sgd"),
         (["head.loss.name=softmax", "head.filter.threshold=0.4"], "head.filter needs a loss on cosines"),
         (["head.loss.name=sphereface", "head.subcenters=3"], "head.subcenters needs a loss on cosines"),
         (["head.triplet.margin=0.3"], "head.triplet needs several images of an identity"),
@@ -197,7 +197,7 @@ def test_settings_of_the_head_that_do_not_go_together(write: Write, overrides: l
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["training.global_batch=100", "training.accumulation=3"], ["(100)", "training.accumulation (3)"]),
+        (["training.global_batch=100", "training.accumulation_steps=3"], ["(100)", "training.accumulation_steps (3)"]),
         (["training.schedule=multistep"], ["multistep needs training.milestones, for example [10.0, 16.0]"]),
         (["training.milestones=[10.0]"], ["training.milestones is for training.schedule = multistep, not polynomial"]),
         (
@@ -308,12 +308,12 @@ def test_a_section_without_a_name_is_of_the_default_variant(write: Write) -> Non
 def test_contradictions_between_sections_are_reported_together(write: Write) -> None:
     found = mistakes(
         write(DATA),
-        "training.accumulation=7",
+        "training.accumulation_steps=7",
         "training.warmup_epochs=40",
         "optimizer.name=adamw",
-        "head.untouched=lazy",
+        "head.inactive_rows=lazy",
     )
     for mistake, part in zip(
-        found, ("training.accumulation (7)", "warmup_epochs (40.0)", "head.untouched"), strict=True
+        found, ("training.accumulation_steps (7)", "warmup_epochs (40.0)", "head.inactive_rows"), strict=True
     ):
         assert part in mistake

@@ -232,5 +232,7 @@ def test_an_index_that_cannot_be_written_beside_the_data_goes_into_the_cache(
     assert open_index(faces, tmp_path / "own").folder.parent == tmp_path / "own"
     assert open_index(faces, tmp_path / "own").num_images == IMAGES
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write the index: .*: choose another folder for it, data\.cache="):
+    with pytest.raises(
+        UserError, match=r"cannot write the index: .*: choose another folder for it, data\.index_folder="
+    ):
         open_index(faces, tmp_path / "file")

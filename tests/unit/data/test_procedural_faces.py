@@ -26,7 +26,13 @@ def digest(identity: int, image: int) -> str:
 
 
 def write(folder: Path, **changes: int) -> None:
-    numbers = {"identities": IDENTITIES, "images": IMAGES, "pairs": PAIRS, "seed": 7, "pair_identities": 20}
+    numbers = {
+        "identities": IDENTITIES,
+        "images_per_identity": IMAGES,
+        "pairs": PAIRS,
+        "seed": 7,
+        "pair_identities": 20,
+    }
     dataset.write_faces(folder, progress=False, **(numbers | {"workers": 1} | changes))
 
 
@@ -157,17 +163,17 @@ def test_the_verification_set_does_not_depend_on_the_training_set(folder, tmp_pa
 
 
 def test_finished_faces_are_left_alone_and_others_replaced(tmp_path, monkeypatch):
-    write(tmp_path, identities=1, images=1, pairs=20)
+    write(tmp_path, identities=1, images_per_identity=1, pairs=20)
     rendered = []
     encode = dataset.encode
     monkeypatch.setattr(dataset, "encode", lambda *name: rendered.append(name) or encode(*name))
-    write(tmp_path, identities=1, images=1, pairs=20)
+    write(tmp_path, identities=1, images_per_identity=1, pairs=20)
     assert not rendered
-    write(tmp_path, identities=1, images=2, pairs=20)
+    write(tmp_path, identities=1, images_per_identity=2, pairs=20)
     assert len(rendered) == 2 + 40
     rendered.clear()
     (tmp_path / "pairs.bin").write_bytes(b"cut off")
-    write(tmp_path, identities=1, images=2, pairs=20)
+    write(tmp_path, identities=1, images_per_identity=2, pairs=20)
     assert len(rendered) == 2 + 40
 
 
@@ -181,10 +187,10 @@ def test_an_interrupted_rendering_leaves_no_files_that_look_finished(tmp_path, m
 
     monkeypatch.setattr(dataset, "encode", fail)
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, identities=2, images=1, pairs=20)
+        write(tmp_path, identities=2, images_per_identity=1, pairs=20)
     assert [path.name for path in tmp_path.iterdir()] == ["faces.json"]
     monkeypatch.setattr(dataset, "encode", encode)
-    write(tmp_path, identities=2, images=1, pairs=20)
+    write(tmp_path, identities=2, images_per_identity=1, pairs=20)
     assert json.loads((tmp_path / "faces.json").read_text())["sizes"]["train.rec"] > 0
 
 

@@ -165,7 +165,10 @@ def test_encodings_and_line_ends(tmp_path, encoding, end):
         (b"1\nAnn 1 2\nAnn 1 Bo 1 7\n", "line 3 is 'Ann 1 Bo 1 7', not"),
         (b"1\n../Ann 1 3\nAnn 1 Bo 1\n", "line 2: a person's name must be the name of a folder, not '../Ann'"),
         (b"1\n.. 1 3\nAnn 1 Bo 1\n", "must be the name of a folder"),
-        (b"1\nCy 1 2\nCy 1 Di 1\n", "no image Cy/Cy_0001 .* folder in it; put the images' folder .* evaluation.images"),
+        (
+            b"1\nCy 1 2\nCy 1 Di 1\n",
+            "no image Cy/Cy_0001 .* folder in it; put the images' folder .* evaluation.image_folder",
+        ),
     ],
 )
 def test_says_what_is_wrong_with_a_list(tmp_path, content, message):

@@ -37,10 +37,10 @@ def plan(classes: int = 1_000_000, ranks: int = 2, batch: int = 64, device: str 
     [
         # Bytes of a class with 512 numbers and its norm.
         ({}, 4100),
-        ({"state": "split"}, 4100),
-        ({"state": "bfloat16"}, 2052),
+        ({"row_format": "split"}, 4100),
+        ({"row_format": "bfloat16"}, 2052),
         ({"optimizer": config.AdamW()}, 6152),
-        ({"untouched": "lazy"}, 4104),
+        ({"inactive_rows": "lazy"}, 4104),
         ({"subcenters": 3}, 12300),
         ({"loss": config.Softmax()}, 4108),
     ],
@@ -67,9 +67,9 @@ def test_other_parts() -> None:
     [
         # Read for the logits; read and written, with each moment.
         ({"precision": "float32"}, 4 + 2 * 4 + 2 * 4),
-        ({"precision": "float32", "state": "split"}, 4 + 2 * 4 + 2 * 4),
-        ({"state": "split"}, 2 + 2 * 4 + 2 * 4),
-        ({"state": "bfloat16"}, 2 + 2 * 2 + 2 * 2),
+        ({"precision": "float32", "row_format": "split"}, 4 + 2 * 4 + 2 * 4),
+        ({"row_format": "split"}, 2 + 2 * 4 + 2 * 4),
+        ({"row_format": "bfloat16"}, 2 + 2 * 2 + 2 * 2),
         ({"precision": "float32", "optimizer": config.AdamW()}, 4 + 3 * 2 * 4),
     ],
 )

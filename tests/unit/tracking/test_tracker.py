@@ -133,7 +133,7 @@ def _open_image(data: bytes) -> Any:
 
 
 def test_images_can_be_turned_off_and_a_resumed_run_has_no_first_batch(tmp_path: Path) -> None:
-    with tracker(tmp_path / "off", config=Tracking(images=0)) as track:
+    with tracker(tmp_path / "off", config=Tracking(preview_images=0)) as track:
         track.images("first batch", torch.zeros(2, 3, 8, 8), 0)
     with tracker(tmp_path / "resumed", start_step=5) as track:
         track.images("first batch", torch.zeros(2, 3, 8, 8), 0)

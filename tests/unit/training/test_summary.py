@@ -41,7 +41,7 @@ def test_a_run_without_sets_says_where_its_model_is_and_how_to_go_on(tmp_path: P
         "evaluate it:",
         f"  python tools/evaluate.py --model '{folder}' --pairs PAIRS",
         "go on: the same command, and",
-        "  training.epochs=6 training.extend=stretch",
+        "  training.epochs=6 training.more_epochs=stretch",
         "curves:",
         f"  tensorboard --logdir '{folder}'",
     ]

@@ -59,7 +59,7 @@ def test_settings_of_a_run_reach_its_sets(settings):
     with pytest.raises(UserError, match="40 images are not 32 x 32"):
         verifying.open_on_ranks(settings("data.fit=exact"), TURNS)
     with pytest.raises(UserError, match=r"evaluation\.images: no such file or folder"):
-        settings("evaluation.images=/none")
+        settings("evaluation.image_folder=/none")
 
 
 def test_machines_that_see_other_images_are_told(settings, monkeypatch):
