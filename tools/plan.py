@@ -7,11 +7,8 @@ the throughput that is expected is the floor's, times `--efficiency`, an assumpt
 import argparse
 import json
 import sys
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -23,145 +20,13 @@ with program.imports():
     from recognition import config
     from recognition.cli.argument_types import above_zero, positive
     from recognition.errors import UserError
-    from recognition.planning.backbone import BackboneCost, backbone_cost
+    from recognition.planning.backbone import backbone_cost
     from recognition.planning.head import HeadPlan
+    from recognition.planning.run import GPUS_PER_MACHINE, MACHINE_LINK, NETWORK_LINK, GpuRates, RunPlan
 
-FRAMEWORK_BYTES = 2_000_000_000
-"""An estimate: CUDA's context, buffers of NCCL, workspaces of cuBLAS and cuDNN, and what the allocator cannot use."""
-BATCHES_WAITING = 3
-"""Batches of images on a GPU: what is trained on, and what is decoded ahead."""
-IN_A_MACHINE = 8
-MOST_GPUS = 8192
-LINKS = (450.0, 50.0)
-"""GB/s that leave a GPU: within a machine of 8 (NVLink), and between machines (400 Gb/s for each GPU)."""
 OPTIMIZERS: dict[str, config.Optimizer] = {"sgd": config.SGD(), "adamw": config.AdamW()}
-GRADIENT = "all-reduce of the backbone's gradient"
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Of a GPU, per second."""
-
-    flops: float
-    """Of matrix products in bfloat16."""
-    memory: float
-    """Bytes."""
-    link: float | None
-    """Bytes that it sends; None: by the number of GPUs."""
-    efficiency: float
-    """Share of the floor's throughput that is expected."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run, and what it costs each GPU."""
-
-    head: HeadPlan
-    backbone: BackboneCost
-    image_size: int
-    gpu_bytes: float
-    rates: Rates
-
-    @property
-    def memory(self) -> dict[str, int]:
-        """Bytes by part."""
-        parameters, batch = 4 * self.backbone.parameters, self.head.batch
-        moments = 2 if isinstance(self.head.optimizer, config.AdamW) else 1
-        return {f"head: {name}": size for name, size in self.head.memory.items()} | {
-            "backbone: parameters": parameters,
-            "backbone: copies in bfloat16": self.backbone.copied_bytes,
-            "backbone: gradients": parameters,
-            "backbone: moments": moments * parameters,
-            "backbone: activations": self.backbone.activation_bytes * batch,
-            "images": BATCHES_WAITING * batch * 3 * self.image_size**2 * 4,
-            "framework (a constant)": FRAMEWORK_BYTES,
-        }
-
-    @property
-    def fits(self) -> bool:
-        """Whether a GPU has room for all parts."""
-        return sum(self.memory.values()) <= self.gpu_bytes
-
-    @property
-    def wire(self) -> dict[str, int]:
-        """Bytes that the GPU sends in a step, by collective."""
-        ranks = self.head.ranks
-        return self.head.wire | {GRADIENT: 2 * 4 * self.backbone.parameters * (ranks - 1) // ranks}
-
-    @property
-    def backbone_flops(self) -> int:
-        """Floating-point operations of a step, forward and backward."""
-        return 3 * self.backbone.forward_flops * self.head.batch
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """The floor, by what has to follow each other; whatever else can overlap does so perfectly."""
-        link = self.rates.link or 1e9 * LINKS[self.head.ranks > IN_A_MACHINE]
-        backbone = self.backbone_flops / self.rates.flops
-        return {
-            "backbone": backbone,
-            "head": max(self.head.flops / self.rates.flops, self.head.traffic / self.rates.memory),
-            "head's collectives": sum(self.head.wire.values()) / link,
-            # It travels while the backward pass, two thirds of the work, goes on.
-            "gradient, beyond the backward pass": max(0.0, self.wire[GRADIENT] / link - backbone * 2 / 3),
-        }
-
-    @property
-    def floor_seconds(self) -> float:
-        """Of a step."""
-        return sum(self.seconds.values())
-
-    @property
-    def images_per_second(self) -> float:
-        """Expected, over all GPUs."""
-        return self.rates.efficiency * self.head.gathered / self.floor_seconds
-
-    def nearest(self) -> list[tuple[str, "Plan"]]:
-        """What fits with one thing changed, or with rows in bfloat16 and the number of GPUs."""
-        settings = self.head.settings
-        lighter = self._with(settings=settings.model_copy(update={"row_format": "bfloat16"}))
-        changes = []
-        if settings.row_format != "bfloat16":
-            changes.append(("--state bfloat16", lighter))
-        if isinstance(self.head.optimizer, config.AdamW):
-            changes.append(("--optimizer sgd", self._with(optimizer=config.SGD())))
-        # BatchNorm needs two images.
-        batches = range(2, self.head.batch)
-        fitting = bisect_left(batches, True, key=lambda batch: not self._with(batch=batch).fits)
-        if fitting:
-            changes.append((f"--batch {batches[fitting - 1]}", self._with(batch=batches[fitting - 1])))
-        changes += self._on_more_gpus("")
-        if settings.row_format != "bfloat16" and not lighter.fits:
-            changes += lighter._on_more_gpus("--state bfloat16 ")
-        return [(change, plan) for change, plan in changes if plan.fits]
-
-    def _on_more_gpus(self, change: str) -> list[tuple[str, "Plan"]]:
-        """On the fewest that have room, whole machines if one is not enough."""
-        ranks = self.head.ranks
-        while ranks < MOST_GPUS:
-            ranks += 1 if ranks < IN_A_MACHINE else IN_A_MACHINE - ranks % IN_A_MACHINE
-            plan = self._with(ranks=ranks)
-            if plan.fits:
-                return [(f"{change}--gpus {ranks}", plan)]
-        return []
-
-    def _with(self, **changes: Any) -> "Plan":
-        return replace(self, head=replace(self.head, **changes))
-
-    def to_json(self) -> dict[str, Any]:
-        """The numbers by name."""
-        return {
-            "fits": self.fits,
-            "memory_bytes": sum(self.memory.values()),
-            "memory": self.memory,
-            "wire_bytes": sum(self.wire.values()),
-            "wire": self.wire,
-            "head_flops": self.head.flops,
-            "backbone_flops": self.backbone_flops,
-            "floor_seconds": self.floor_seconds,
-            "floor": self.seconds,
-            "images_per_second": self.images_per_second,
-        }
+FLAGS = {"row_format": "state"}
+"""Flags whose name is not that of the change that a plan proposes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -189,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--link",
         type=above_zero,
         metavar="GB/S",
-        help=f"out of a GPU ({LINKS[0]:g} up to {IN_A_MACHINE} GPUs, else {LINKS[1]:g})",
+        help=f"out of a GPU ({MACHINE_LINK / 1e9:g} up to {GPUS_PER_MACHINE} GPUs, else {NETWORK_LINK / 1e9:g})",
     )
     parser.add_argument("--efficiency", type=above_zero, default=0.4, help="share of the floor's speed (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -198,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _main(options: argparse.Namespace) -> int:
     plan = _plan(options)
-    nearest = [] if plan.fits else plan.nearest()
+    nearest = [] if plan.fits else [(_flags(change), other) for change, other in plan.alternatives()]
     _show(plan, nearest)
     if options.json:
         changes = [{"change": change} | other.to_json() for change, other in nearest]
@@ -206,7 +71,11 @@ def _main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(options: argparse.Namespace) -> Plan:
+def _flags(change: dict[str, str | int]) -> str:
+    return " ".join(f"--{FLAGS.get(name, name)} {value}" for name, value in change.items())
+
+
+def _plan(options: argparse.Namespace) -> RunPlan:
     given = {"sample_rate": options.sample_rate, "row_format": options.state}
     try:
         settings = config.Head.model_validate(given)
@@ -230,11 +99,11 @@ def _plan(options: argparse.Namespace) -> Plan:
         optimizer=OPTIMIZERS[options.optimizer],
     )
     link = None if options.link is None else 1e9 * options.link
-    rates = Rates(1e12 * options.tflops, 1e12 * options.bandwidth, link, options.efficiency)
-    return Plan(head, backbone_cost(backbone), options.image_size, 1e9 * options.gpu_memory, rates)
+    rates = GpuRates(1e12 * options.tflops, 1e12 * options.bandwidth, link, options.efficiency)
+    return RunPlan(head, backbone_cost(backbone), options.image_size, 1e9 * options.gpu_memory, rates)
 
 
-def _show(plan: Plan, nearest: list[tuple[str, Plan]]) -> None:
+def _show(plan: RunPlan, nearest: list[tuple[str, RunPlan]]) -> None:
     total = sum(plan.memory.values())
     print("memory of a GPU")
     for name, size in [*plan.memory.items(), ("all", total)]:
