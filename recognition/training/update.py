@@ -164,9 +164,9 @@ class Buffers:
 
     def restore_unless(self, flag: Tensor) -> None:
         """Set them back to what they were at `keep`, unless `flag` (scalar bool, on their device) is true."""
-        for buffers, cached_exp, _, now, now_parts in self._groups:
+        for buffers, kept, _, now, now_parts in self._groups:
             torch._foreach_copy_(now_parts, buffers)
-            torch.where(flag, now, cached_exp, out=now)
+            torch.where(flag, now, kept, out=now)
             torch._foreach_copy_(buffers, now_parts)
 
 

@@ -163,13 +163,15 @@ def test_a_run_that_fails_on_one_rank(where: str, faces: Path, tmp_path: Path) -
 SCRIPT = f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-from recognition import config, distributed, failures, program
+from recognition import config, distributed
+from recognition.cli import program
+from recognition.distributed import failures
 def main():
     ranks = distributed.start(config.Distributed(backend="gloo"), 1)
     with failures.shared(ranks.store, ranks.rank, ranks.world):
         if ranks.rank == 1:
             raise config.UserError({REASON!r})
-        distributed.agree(True)
+        distributed.any_rank(True)
 sys.exit(program.run(main))
 """
 

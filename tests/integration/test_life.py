@@ -339,7 +339,7 @@ def test_settings_that_came_after_a_checkpoint_have_their_defaults_in_it(finishe
 
 def test_a_second_run_in_the_folder_is_refused_and_touches_nothing(faces: Path, finished: Path) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*") if path.is_file())
-    with lock.scale_and_bias(finished), pytest.raises(UserError, match="belongs to a run that is at work"):
+    with lock.held(finished), pytest.raises(UserError, match="belongs to a run that is at work"):
         train(settings(faces, finished, 3, *stepped(2)))
     assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*") if path.is_file()) == before
 

@@ -117,7 +117,7 @@ def test_what_is_said_at_the_end(faces: Path, run: Path, monkeypatch: pytest.Mon
 
 
 def test_a_run_at_work(faces: Path, run: Path, tmp_path: Path) -> None:
-    with lock.scale_and_bias(run):
+    with lock.held(run):
         found = way_out(refusal(lambda: train(faces, run)), r"set another (run\.folder)")
         assert train(faces, run, f"{found[1]}={tmp_path / 'another'}", "training.epochs=0.5")
 

@@ -62,7 +62,7 @@ def settings(faces: Path, run: Path, *overrides: str) -> list[str]:
     return [*SETTINGS, f"data.path={faces}", f"run.folder={run}", *overrides]
 
 
-class AffineNegatives(nn.Module):
+class Linear(nn.Module):
     """A backbone without BatchNorm: what it gives for an image does not depend on the rest of the batch."""
 
     def __init__(self, embedding_size: int) -> None:
@@ -80,7 +80,7 @@ def run(overrides: list[str], signal_at: int | None = None, linear: bool = False
     """Train on this rank; on the last rank, a SIGINT arrives in step `signal_at`."""
     fired = []
     if linear:
-        trainer.build_backbone = lambda settings, seed: AffineNegatives(settings.embedding_size)
+        trainer.build_backbone = lambda settings, seed: Linear(settings.embedding_size)
     train_step = trainer.Trainer._train_step
 
     def interrupted(self: trainer.Trainer, step: int) -> dict:
