@@ -12,8 +12,9 @@ from recognition.files.paths import expanded
 
 _OF_A_RUN = {
     "config.toml": "its settings",
+    "best.safetensors": "its best backbone",
     "best.pt": "its best backbone",
-    "best.json": "its best backbone's facts",
+    "best.json": "its best backbone's accuracy",
     "metrics.jsonl": "its metrics",
     "log.txt": "its log",
     "quarantine.jsonl": "its samples that cannot be decoded",
