@@ -1,7 +1,7 @@
 """The backbone with the best verification of a run: one safetensors file, with its step and accuracy in its metadata.
 
-    best.safetensors    the backbone's state dict; metadata `step` and `accuracy`, the mean over the sets, as JSON
-    best.pt, best.json  what earlier versions wrote instead, which is read too
+best.safetensors    the backbone's state dict; metadata `step` and `accuracy`, the mean over the sets, as JSON
+best.pt, best.json  what earlier versions wrote instead, which is read too
 """
 
 import json

@@ -33,8 +33,8 @@ class Advance(Protocol):
         """`done` in all so far; `total`: of how many, where that is found out on the way."""
 
 
-def listen(callback: Callable[[], None]) -> Callable[[], None]:
-    """Have `callback` called whenever work advances; returns what ends that."""
+def on_advance(callback: Callable[[], None]) -> Callable[[], None]:
+    """Call `callback` whenever work advances; returns a function that ends that."""
     _listeners.append(callback)
     return lambda: _listeners.remove(callback)
 

@@ -65,8 +65,7 @@ class Schedule:
         return left**self.power
 
     def margin_scale(self, step: int, epochs: float) -> float:
-        """Return the fraction of the full margin: from 0 at the first step, linearly to 1 after `epochs`; 0: always 1.
-        """
+        """Return the fraction of the full margin: linear from 0 at the first step to 1 after `epochs`; 0: always 1."""
         steps = epochs * self.steps_per_epoch
         return min(1.0, step / steps) if steps > 0 else 1.0
 

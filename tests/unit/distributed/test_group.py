@@ -11,7 +11,7 @@ import torch
 
 from recognition import distributed, hardware
 from recognition.config import Distributed
-from recognition.distributed import Interrupt, ProcessInfo, shard_rows, split
+from recognition.distributed import Interrupt, ProcessInfo, group, shard_rows, split
 from recognition.errors import UserError
 from tests.support.ranks import launch_ranks, run_ranks
 
@@ -112,21 +112,21 @@ def test_nccl_without_gpus_is_refused(no_launcher, monkeypatch):
 
 def test_processes_that_share_gpus_run_on_the_cpu(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert distributed._device("auto", 1, 2, alone=False) == torch.device("cuda", 1)
-    assert distributed._device("gloo", 1, 2, alone=False) == torch.device("cpu")
+    assert group._device("auto", 1, 2, alone=False) == torch.device("cuda", 1)
+    assert group._device("gloo", 1, 2, alone=False) == torch.device("cpu")
     assert not caplog.records
-    assert distributed._device("auto", 1, 3, alone=False) == torch.device("cpu")
+    assert group._device("auto", 1, 3, alone=False) == torch.device("cpu")
     assert "3 processes share 2 GPUs" in caplog.text
 
 
 def test_one_process_on_a_mac_has_its_backbone_on_the_gpu_and_its_head_on_the_cpu(monkeypatch):
     cpu, mps = torch.device("cpu"), torch.device("mps")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert distributed._device("auto", 0, 1, alone=True) == cpu
+    assert group._device("auto", 0, 1, alone=True) == cpu
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert distributed._device("auto", 0, 1, alone=True) == mps
-    assert distributed._device("gloo", 0, 1, alone=True) == cpu
-    assert distributed._device("auto", 1, 2, alone=False) == cpu
+    assert group._device("auto", 0, 1, alone=True) == mps
+    assert group._device("gloo", 0, 1, alone=True) == cpu
+    assert group._device("auto", 1, 2, alone=False) == cpu
     assert ProcessInfo(0, 1, 0, 1, mps).head_device == cpu
     for device in (cpu, torch.device("cuda", 1)):
         assert ProcessInfo(0, 1, 0, 1, device).head_device == device
@@ -216,7 +216,7 @@ def test_interrupt_notes_signals_and_a_later_sigint_acts(monkeypatch):
     with Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # the launcher's echo of the terminal's
-        monkeypatch.setattr(distributed, "ECHO_SECONDS", 0.0)
+        monkeypatch.setattr(group, "ECHO_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         assert interrupt.requested

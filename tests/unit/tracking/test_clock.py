@@ -118,7 +118,7 @@ def test_the_live_line_and_the_log_fit_a_terminal(
         for step in range(1, 4):
             track.log_step(step, {"loss": 12.3456, "lr": 0.1})
             time.sleep(0.01)
-        track.verification(3, "lfw", RESULT)
+        track.log_verification(3, "lfw", RESULT)
         track.block(["evaluate: " + "x" * 100])
         time.sleep(0.3)
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal_file.getvalue()))

@@ -11,7 +11,7 @@ import pytest
 from rich.cells import cell_len
 
 from recognition.tracking import progress, terminal
-from recognition.tracking.progress import listen, working
+from recognition.tracking.progress import on_advance, working
 from recognition.tracking.terminal import escape, fit
 
 
@@ -75,7 +75,7 @@ def test_a_rank_that_is_not_the_machines_first_says_nothing_but_is_heard(
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     beats: list[int] = []
-    silence = listen(lambda: beats.append(1))
+    silence = on_advance(lambda: beats.append(1))
     with working("indexing", 3, after=0) as advance:
         for done in (1, 2, 3):
             advance(done)
