@@ -1,4 +1,4 @@
-"""The process group: start and stop it, share work and rows out, let ranks agree, turn signals into a flag.
+"""The process group: starting and stopping it, splitting work and rows, collectives, and signals as a flag.
 
 One process is a group of one, so nothing else needs to ask whether it runs alone; the functions that exchange Python
 objects and flags work even before `start`. Where a `group` may be given, None means all ranks. Every collective here
@@ -27,41 +27,42 @@ from torch.distributed.rendezvous import rendezvous
 from recognition import config as configuration
 from recognition import hardware
 from recognition.distributed import failures
-from recognition.distributed.launcher import Launched, launched
+from recognition.distributed.launcher import LaunchInfo, read_launcher
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LARGEST_KEPT = 31 << 20
+"""Bytes of the largest block that glibc can be made to keep; see `_keep_freed_memory`."""
 
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """Who this process is among all."""
+    """The place of this process among all ranks."""
 
     rank: int
     world: int
     local_rank: int
     local_world: int
     device: torch.device
-    """Where the images and the backbone are."""
+    """The device of the images and the backbone."""
     store: Store | None = field(default=None, compare=False, repr=False)
-    """Where the ranks met; None for one that is alone."""
+    """The store at which the ranks met; None for a rank that is alone."""
 
     @property
     def head_device(self) -> torch.device:
-        """Where the head is, and all that ranks exchange: `device`, but on Apple's GPUs, for which there are no
-        collectives, the CPU."""
+        """The device of the head and of everything that ranks exchange: `device`, but the CPU beside an Apple GPU, for
+        which there are no collectives."""
         return torch.device("cpu") if self.device.type == "mps" else self.device
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes and prints."""
+        """Whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
 
 def start(config: configuration.Distributed, threads: int = 0) -> ProcessInfo:
-    """Make the process group that torchrun, srun, mpirun or Kubeflow describes, or a group of one without them.
+    """Start the process group that torchrun, srun, mpirun or Kubeflow describes, or a group of one without them.
 
     `threads`: CPU threads of torch; 0 shares the cores out evenly over the local processes.
     Collectives are bounded by `config.init_timeout_seconds` until `set_timeout` is called. On GPUs, tensors of the
@@ -69,12 +70,12 @@ def start(config: configuration.Distributed, threads: int = 0) -> ProcessInfo:
     Raises UserError when the launcher's variables are incomplete or contradict each other, NCCL is asked for without
     enough GPUs, or the ranks do not find each other.
     """
-    found = launched()
+    found = read_launcher()
     if found is not None:
         os.environ |= found.variables()
         if found.note and found.local_rank == 0:
             logger.warning("rank %d of %d %s", found.rank, found.world, found.note)
-    place = found or Launched(rank=0, world=1, local_rank=0, local_world=1, address="", port=0)
+    place = found or LaunchInfo(rank=0, world=1, local_rank=0, local_world=1, address="", port=0)
     rank, world, local_rank, local_world = place.rank, place.world, place.local_rank, place.local_world
     device = _device(config.backend, local_rank, local_world, alone=world == 1)
     if device.type == "cuda":
@@ -96,8 +97,8 @@ def start(config: configuration.Distributed, threads: int = 0) -> ProcessInfo:
     return ProcessInfo(rank, world, local_rank, local_world, device, store)
 
 
-def _meet(place: Launched, timeout: timedelta) -> Store:
-    """The store at which the ranks meet. Raises UserError where they do not."""
+def _meet(place: LaunchInfo, timeout: timedelta) -> Store:
+    """Return the store at which the ranks meet. Raises UserError where they do not."""
     try:
         store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
@@ -129,8 +130,8 @@ def set_timeout(seconds: float, group: dist.ProcessGroup | None = None) -> None:
     set_group_timeout(timedelta(seconds=seconds), group)
 
 
-def absent(ranks: ProcessInfo, seconds: float = 2.0) -> list[int]:
-    """The ranks that do not call this within `seconds` of this one: after a collective timed out, those that hang."""
+def missing_ranks(ranks: ProcessInfo, seconds: float = 2.0) -> list[int]:
+    """Return the ranks that do not call this within `seconds` of this one: those that hang, after a timeout."""
     if ranks.store is None:
         return []
     with contextlib.suppress(RuntimeError):  # the store may be gone with its rank
@@ -141,20 +142,20 @@ def absent(ranks: ProcessInfo, seconds: float = 2.0) -> list[int]:
 
 
 def new_group(seconds: float) -> dist.ProcessGroup:
-    """Another group of all ranks, whose collectives are bounded by `seconds` and do not queue with the others'."""
+    """Create another group of all ranks, with a timeout of `seconds`; its collectives do not queue with the others'."""
     group = dist.new_group(timeout=timedelta(seconds=seconds))
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
 def split(total: int, parts: int) -> list[int]:
-    """Sizes that add up to `total`, as even as possible, the larger ones first: how a batch is shared out."""
+    """Return sizes that add up to `total`, as even as possible, the larger ones first: how a batch is split."""
     size, larger = divmod(total, parts)
     return [size + 1] * larger + [size] * (parts - larger)
 
 
 def shard_rows(rows: int, world: int, rank: int) -> range:
-    """The rows of a `DTensor` placed `Shard(0)` that live on `rank`.
+    """Return the rows of a `DTensor` placed `Shard(0)` that are on `rank`.
 
     The rule of `torch.chunk`: ceil(rows / world) each; the last ranks may have fewer or none.
     """
@@ -163,7 +164,7 @@ def shard_rows(rows: int, world: int, rank: int) -> range:
 
 
 def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
-    """Whether `flag` is true on any rank; the answer is the same on all. One tiny all-reduce on the CPU."""
+    """Return whether `flag` is true on any rank, the same on all. One tiny all-reduce on the CPU."""
     if not dist.is_initialized():
         return flag
     votes = torch.tensor(int(flag), dtype=torch.int32)
@@ -172,7 +173,7 @@ def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
 
 
 def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
-    """What rank 0 of the group calls `value`; the others' is ignored. It travels pickled between the ranks."""
+    """Return rank 0's `value` on all ranks of the group. It travels pickled."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -181,7 +182,7 @@ def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every rank's `value`, in rank order, on all ranks. They travel pickled between the ranks."""
+    """Return every rank's `value`, in rank order, on all ranks. They travel pickled."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -190,7 +191,7 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def all_gather_rows(x: Tensor, sizes: Sequence[int] | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Rows of all ranks in rank order: `x` [b, ...] to [B, ...]. Not differentiable.
+    """Concatenate the rows of all ranks in rank order: `x` [b, ...] to [B, ...]. Not differentiable.
 
     `sizes`: b of every rank, B in all; None when they are equal.
     """
@@ -208,7 +209,7 @@ def all_gather_rows(x: Tensor, sizes: Sequence[int] | None = None, group: dist.P
 def reduce_scatter_rows(
     x: Tensor, sizes: Sequence[int] | None = None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """This rank's rows of the sum over the ranks: `x` [B, ...] to [b, ...]. Not differentiable.
+    """Sum `x` [B, ...] over the ranks and return this rank's rows [b, ...]. Not differentiable.
 
     `sizes`: b of every rank, which add up to B; None when they are equal.
     """
@@ -218,9 +219,9 @@ def reduce_scatter_rows(
 def start_reduce_scatter_rows(
     x: Tensor, sizes: Sequence[int] | None = None, group: dist.ProcessGroup | None = None
 ) -> Callable[[], Tensor]:
-    """As `reduce_scatter_rows`, but returns at once what will wait for the rows and return them.
+    """Start a `reduce_scatter_rows`; returns a function that waits for it and returns the rows.
 
-    On a GPU the wait is one of the stream, and not of the host.
+    On a GPU the stream waits, and not the host.
     """
     world = dist.get_world_size(group)
     sizes = _checked(sizes or split(len(x), world), world)
@@ -242,13 +243,14 @@ def start_reduce_scatter_rows(
 
 
 ECHO_SECONDS = 3.0
+"""Seconds in which a second SIGINT is taken for an echo of the first."""
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 class Interrupt:
-    """While entered, SIGINT, SIGTERM, SIGHUP (the terminal was closed) and SIGUSR1 (a scheduler's warning that time is
-    up) set `requested` instead of ending the process; a later SIGINT ends it. A SIGHUP that is ignored, as under nohup,
-    stays so.
+    """A context in which signals set `requested` instead of ending the process: SIGINT, SIGTERM, SIGHUP (the terminal
+    was closed) and SIGUSR1 (a scheduler's warning that time is up). A later SIGINT ends it. A SIGHUP that is ignored,
+    as under nohup, stays so.
 
     A SIGINT that follows the first within `ECHO_SECONDS` is its echo: a terminal's Ctrl-C reaches a rank directly and
     once more through the launcher.
@@ -286,7 +288,7 @@ class Interrupt:
 
 
 def _device(backend: str, local_rank: int, local_world: int, *, alone: bool) -> torch.device:
-    """The device of a process; `alone`: it is the only one of the run."""
+    """Return the device of a process; `alone`: it is the only one of the run."""
     if backend == "auto" and alone and torch.backends.mps.is_available():
         return torch.device("mps")
     gpus = torch.cuda.device_count()

@@ -42,7 +42,7 @@ def start_ranks(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     # The ranks meet at a store of this process, so nobody else can take its port in between.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     started: list[BaseProcess] = []
     try:
         for rank, given in enumerate(arguments):
@@ -52,11 +52,11 @@ def start_ranks(
             started.append(process)
         yield started
     finally:
-        for process in started:
+        for each in started:
             if patience:
-                process.join(timeout=patience)
-            process.kill()
-            process.join()
+                each.join(timeout=patience)
+            each.kill()
+            each.join()
 
 
 def _torchrun_variables(rank: int, world: int, port: int) -> dict[str, str]:

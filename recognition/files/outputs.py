@@ -1,4 +1,4 @@
-"""Paths that a program writes to, looked at before its work begins."""
+"""Checks of the paths that a program writes to, before its work begins."""
 
 import errno
 import os
@@ -63,7 +63,7 @@ def _same(path: Path, other: Path) -> bool:
 
 
 def _run_that_owns(path: Path) -> tuple[Path, str] | None:
-    """The run that a path belongs to, and what it is there."""
+    """Return the run that a path belongs to, and what the path is in it; None where there is no such run."""
     path = path.parent.resolve() / path.name
     for folder in path.parents:
         if (folder / "config.toml").is_file() and (folder / "checkpoints").is_dir():

@@ -1,4 +1,4 @@
-"""Say what is at work: a bar on a terminal, elsewhere a log line when it begins and every `EVERY` seconds."""
+"""Progress of work that takes a while: a bar on a terminal, elsewhere a log line now and then."""
 
 import logging
 import threading
@@ -27,10 +27,10 @@ _listeners: list[Callable[[], None]] = []
 
 
 class Advance(Protocol):
-    """Tells how much is done."""
+    """A function that reports progress."""
 
     def __call__(self, done: int, total: int | None = None) -> None:
-        """`done` in all so far; `total`: of how many, where that is found out on the way."""
+        """Report that `done` units are done so far, of `total`, if that is found out on the way."""
 
 
 def on_advance(callback: Callable[[], None]) -> Callable[[], None]:
@@ -40,10 +40,10 @@ def on_advance(callback: Callable[[], None]) -> Callable[[], None]:
 
 
 @contextmanager
-def working(what: str, total: int | None = None, unit: str = "images", *, after: float = AFTER) -> Iterator[Advance]:
-    """Show that `what` is at work, with how many of `total` units are done as `advance(done)` tells.
+def task(what: str, total: int | None = None, unit: str = "images", *, after: float = AFTER) -> Iterator[Advance]:
+    """Show while in here that `what` goes on, and how many of `total` units are done, as `advance(done)` reports.
 
-    Only a machine's first rank shows anything. `after`: seconds before the first log line. To be nested at will.
+    Only a machine's first rank shows anything. `after`: seconds before the first log line. May be nested.
     """
     work = _Work(terminal.escape(what), unit, total)
 
@@ -52,7 +52,7 @@ def working(what: str, total: int | None = None, unit: str = "images", *, after:
         for callback in tuple(_listeners):
             callback()
 
-    if not terminal.speaks():
+    if not terminal.is_local_main():
         yield advance
         return
     with terminal.row(work.row), _lines(work, after):
@@ -77,7 +77,7 @@ class _Work:
         return f"{self.done:,}/{self.total:,} {self.unit}"
 
     def left(self) -> str:
-        """Time to come, or the time so far where that cannot be known."""
+        """Return the remaining time, or the time so far where the remaining one is unknown."""
         if self.total and self.done:
             return f"{_clock(self.seconds * (self.total / self.done - 1))} left"
         return _clock(self.seconds)
@@ -94,7 +94,7 @@ class _Work:
 
 @contextmanager
 def _lines(work: _Work, after: float) -> Iterator[None]:
-    """Log the work from a thread of its own, as what works may not return for minutes."""
+    """Log the work from a thread of its own, as the code at work may not return for minutes."""
     finished = threading.Event()
     said = False
 

@@ -76,14 +76,14 @@ class Tracker:
         self._logs = contextlib.ExitStack()
         self._closed = False
         with contextlib.ExitStack() as stack:
-            log = stack.enter_context(logs.telling(0 if is_main else _rank() or 1))
+            log = stack.enter_context(logs.setup_logging(0 if is_main else _rank() or 1))
             if is_main:
                 try:
                     run_folder.mkdir(parents=True, exist_ok=True)
                     _drop_records_after(start_step, run_folder / "metrics.jsonl")
                     self._metrics = Appender(run_folder / "metrics.jsonl")
                     self._events = Events(run_folder, start_step + 1)
-                    log.keep(run_folder / "log.txt")
+                    log.write_to(run_folder / "log.txt")
                 except OSError as error:
                     raise UserError(f"run.folder: {run_folder} cannot be written: {error}") from error
             self._logs = stack.pop_all()

@@ -44,12 +44,12 @@ def train(config: Config) -> bool:
     Every rank calls it. Returns whether the run is complete; it is not after an interruption, which leaves a
     checkpoint. Raises UserError for what the user can mend.
     """
-    with progress.working("waiting for the other processes"):
+    with progress.task("waiting for the other processes"):
         ranks = distributed.start(config.distributed, config.training.threads)
     with contextlib.ExitStack() as stack:
         stack.callback(distributed.stop)
         stack.enter_context(failures.shared(ranks.store, ranks.rank, ranks.world))
-        stack.enter_context(logs.telling(ranks.rank))
+        stack.enter_context(logs.setup_logging(ranks.rank))
         interrupt = stack.enter_context(Interrupt())
         coordinator = Coordinator(ranks, config.distributed.init_timeout_seconds)
         folder = RunFolder(config.run.folder)
@@ -84,7 +84,7 @@ class Trainer:
         previous = {} if self.checkpoint is None else self.checkpoints.metadata(self.checkpoint)
         self.step = int(previous.get("step", 0))
         """Number of updates done."""
-        machines = distributed.gather_objects(hardware.of(ranks.device))
+        machines = distributed.gather_objects(hardware.detect(ranks.device))
         self.resolved = hardware.resolve(
             config,
             hardware.weakest(machines),
@@ -115,7 +115,7 @@ class Trainer:
         self.schedule, self.schedule_notes = plan_schedule(config, self.index.num_images, previous)
         self.metadata = RunMetadata(
             config=asked,
-            resolved=self.resolved.facts(),
+            resolved=self.resolved.to_json(),
             schedule_offset=self.schedule.offset,
             fingerprint=self.index.fingerprint,
             images=self.index.num_images,
@@ -127,7 +127,7 @@ class Trainer:
     def _build(self) -> None:
         """Build everything that is trained, and the update that trains it."""
         config, ranks = self.config, self.ranks
-        with progress.working("building the backbone"):
+        with progress.task("building the backbone"):
             self.backbone = build_backbone(config.backbone, config.run.seed)
         self.weights_notes = start_from(
             self.backbone, config.backbone, config.run.folder, goes_on=self.checkpoint is not None
@@ -168,7 +168,7 @@ class Trainer:
         """Load the checkpoint, if there is one, and start what records the run and reads its data from there on."""
         config, ranks = self.config, self.ranks
         if self.checkpoint is not None:
-            with progress.working("loading the checkpoint"):
+            with progress.task("loading the checkpoint"):
                 self.checkpoints.load(self.checkpoint, self.state_tensors())
             self.loss_scale.load(previous.get("loss_scale", {}))
         self.coordinator.on_main("beginning", lambda: self._prepare_folder(asked))
@@ -185,7 +185,7 @@ class Trainer:
                 config.checkpoint.every_steps, config.evaluation.every_steps if self.pair_sets else None
             ),
         )
-        with progress.working("building the image pipeline"):
+        with progress.task("building the image pipeline"):
             self.pipeline = Pipeline(
                 self.index,
                 config.data,
@@ -229,7 +229,7 @@ class Trainer:
         except RuntimeError as error:
             if "timed out" not in str(error).lower():
                 raise
-            missing = distributed.absent(self.ranks)
+            missing = distributed.missing_ranks(self.ranks)
             raise UserError(messages.rank_hangs(self.config, self.step, missing)) from error
 
     def close(self) -> None:
@@ -243,7 +243,7 @@ class Trainer:
         beginning = "first step, which compiles the backbone" if config.backbone.compile else "first step"
         while self.step < total:
             faults.reach("step", step=self.step, trainer=self)
-            with progress.working(beginning) if self.step == first else contextlib.nullcontext():
+            with progress.task(beginning) if self.step == first else contextlib.nullcontext():
                 metrics = self.update(self.step, self.batches, self.schedule)
             self.step += 1
             faults.reach("step done", step=self.step, trainer=self)
@@ -341,7 +341,7 @@ class Trainer:
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
     def _save(self) -> None:
-        with self.tracker.saving(self.step), progress.working("saving a checkpoint"):
+        with self.tracker.saving(self.step), progress.task("saving a checkpoint"):
             average_running_statistics(self.backbone)
             metadata = self.metadata.to_json(self.step) | {"loss_scale": self.loss_scale.state()}
             self.checkpoints.save(self.step, self.state_tensors(), metadata)

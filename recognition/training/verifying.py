@@ -11,7 +11,7 @@ from recognition.evaluation.embedder import Embedder
 from recognition.evaluation.pairs import PairSet
 from recognition.evaluation.sets import open_sets
 from recognition.evaluation.verification import Verification, embed_pairs, verify
-from recognition.tracking.progress import working
+from recognition.tracking.progress import task
 
 
 def open_on_ranks(config: Config, coordinator: Coordinator) -> list[PairSet]:
@@ -51,7 +51,7 @@ def verify_on_ranks(embedder: Embedder, pairs: PairSet, coordinator: Coordinator
     part = range(start, start + sizes[ranks.rank])
     own = np.empty((len(part), embedder.embedding_size), np.float32)
     unit = "images" if ranks.world == 1 else "images on each process"
-    with working(f"verifying {pairs.name}", len(part), unit) as advance:
+    with task(f"verifying {pairs.name}", len(part), unit) as advance:
 
         def embed() -> None:
             for first in range(0, len(part), batch):

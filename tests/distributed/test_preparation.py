@@ -30,7 +30,7 @@ def compute(seconds: float) -> str:
 
 def wait_with_advances(seconds: float) -> str:
     """Work that other processes do."""
-    with progress.working("rendering") as advance:
+    with progress.task("rendering") as advance:
         for done in range(int(seconds / 0.2)):
             time.sleep(0.2)
             advance(done)

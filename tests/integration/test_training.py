@@ -202,7 +202,7 @@ def test_the_file_that_is_shipped_verifies_as_the_checkpoint_does(faces: Path, t
     assert found is not None
     resolved = read_manifest(found).metadata["resolved"]
     assert card["resolved"] == resolved
-    assert resolved["device"] == str(hardware.of(torch.device("cpu")))
+    assert resolved["device"] == str(hardware.detect(torch.device("cpu")))
     assert resolved["backbone.precision"] == "float32" and "auto" not in resolved.values()
     told = (tmp_path / "run/log.txt").read_text()
     assert f"2 processes on {resolved['device']}" in told and "backbone in float32, channels-last" in told
