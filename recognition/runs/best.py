@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from recognition.errors import UserError
@@ -60,10 +60,11 @@ class BestBackbone:
         try:
             faults.reach("best backbone", step=int(record["step"]), path=path)
             with replacing(path) as temporary:
-                save_file(state, temporary, metadata)
+                # Not by `save_file`, whose files nobody else may read.
+                temporary.write_bytes(save(state, metadata))
             for old in (_OLD, _OLD_RECORD):
                 (self.run / old).unlink(missing_ok=True)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             log.warning("%s cannot be written (%s): it is tried again at the next checkpoint", path, error)
         else:
             self._waiting = None

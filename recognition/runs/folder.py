@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from recognition import config as configuration
@@ -46,7 +47,7 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The settings, as the user gave them."""
+        """Every setting of the run, also those that were not given; `auto` stays `auto`."""
         return self.path / "config.toml"
 
     @property
@@ -168,7 +169,11 @@ class RunFolder:
         current = to_current(written)
         if current == written:
             return configuration.load(self.config, check_paths=False)
-        return Config.model_validate_json(json.dumps(current, default=str), context={"check_paths": False})
+        try:
+            return Config.model_validate_json(json.dumps(current, default=str), context={"check_paths": False})
+        except ValidationError as error:
+            mistakes = [line for item in error.errors() for line in toml.explain(item, Config).splitlines()]
+            raise configuration.ConfigError("\n  ".join([f"{self.config}, by today's names:", *mistakes])) from None
 
 
 def load_backbone(run: Path, which: Literal["last", "best"] = "last") -> tuple[Backbone, dict[str, Any]]:

@@ -210,6 +210,9 @@ def test_a_verification_on_the_way_comes_after_its_checkpoint(faces: Path, tmp_p
     assert Checkpoints(run / "checkpoints", 2).find() == run / "checkpoints/step-00000002"
     assert train(overrides)
     assert [record["step"] for record in records(run)] == [1, 2, 3]
+    assert all(record["data_seconds"] >= 0 for record in records(run))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("checkpoint_seconds", 0) > 0] == [2, 3]
 
 
 def test_a_disk_that_does_not_take_the_best_backbone_does_not_end_the_run(
