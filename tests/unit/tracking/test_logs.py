@@ -24,7 +24,7 @@ def test_what_is_told_before_there_is_a_file_stands_in_it_too(
 ) -> None:
     with setup_logging() as log:
         package.warning("7 files passed over")
-        log.keep(tmp_path / "log.txt")
+        log.write_to(tmp_path / "log.txt")
         package.info("indexed")
     assert lines(tmp_path / "log.txt") == [
         "WARNING recognition.data: 7 files passed over",
@@ -47,7 +47,7 @@ def test_a_run_inside_another_one_has_its_log(tmp_path: Path) -> None:
 
 def test_a_record_is_one_line_whatever_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with setup_logging() as log:
-        log.keep(tmp_path / "log.txt")
+        log.write_to(tmp_path / "log.txt")
         package.warning("no image %s in [red]%s[/red]", "a\nb\x1b[31m", "caf\udce9 José ±")
     expected = "no image a\\nb\\x1b[31m in [red]caf\\udce9 José ±[/red]"
     assert lines(tmp_path / "log.txt") == [f"WARNING recognition.data: {expected}"]
@@ -67,7 +67,7 @@ def test_a_warning_that_comes_again_and_again_is_told_a_few_times_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with setup_logging() as log:
-        log.keep(tmp_path / "log.txt")
+        log.write_to(tmp_path / "log.txt")
         for step in range(1, 1235):
             package.warning("step %d: not finite", step)
             if step < 3:
@@ -101,7 +101,7 @@ def test_pythons_warnings_are_records(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         with setup_logging() as log:
-            log.keep(tmp_path / "log.txt")
+            log.write_to(tmp_path / "log.txt")
             warnings.warn("an old name", FutureWarning, stacklevel=1)
     (line,) = lines(tmp_path / "log.txt")
     assert line.startswith("WARNING py.warnings: ") and line.endswith("FutureWarning: an old name")
@@ -141,7 +141,7 @@ def test_a_log_file_that_is_full_is_said_on_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with setup_logging() as log:
-        log.keep(tmp_path / "log.txt")
+        log.write_to(tmp_path / "log.txt")
         with monkeypatch.context() as patch:
             patch.setattr(logs.os, "write", full)
             package.info("one")
