@@ -43,7 +43,7 @@ class Hardware:
     device: str
     """torch's type of it: `cpu`, `cuda` or `mps`."""
     name: str
-    """As it calls itself."""
+    """The name that it reports."""
     units: str
     """Instruction set or compute capability."""
     precision: Precision

@@ -39,13 +39,13 @@ def shared(store: Store | None, rank: int, world: int) -> Iterator[None]:
     except Exception as error:
         if store is None:
             raise
-        own = _lost(error) or error
-        first = _first(store, rank, own)
+        own = _connection_lost(error) or error
+        first = _first_failure(store, rank, own)
         if dist.is_initialized():
             # The others notice at once.
             dist.destroy_process_group()
         if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            _stay(store, world)
+            _keep_store(store, world)
         if first["rank"] == rank:
             own.add_note(f"(rank {rank} of {world}, on {socket.gethostname()})")
             if own is error:
@@ -57,7 +57,7 @@ def shared(store: Store | None, rank: int, world: int) -> Iterator[None]:
         raise elsewhere from error
 
 
-def _first(store: Store, rank: int, error: Exception) -> dict[str, Any]:
+def _first_failure(store: Store, rank: int, error: Exception) -> dict[str, Any]:
     """Return the first failure on any rank: this error, unless there was one before, or it follows from one."""
     sentence = user_message(error)
     reason = sentence if sentence is not None else f"{type(error).__name__}: {error}"
@@ -79,7 +79,7 @@ class _ConnectionLost(UserError):
     """Another rank is gone or silent, which is seldom the first thing that went wrong."""
 
 
-def _lost(error: Exception) -> _ConnectionLost | None:
+def _connection_lost(error: Exception) -> _ConnectionLost | None:
     """Return the error for the user where `error` is that of a failed collective; None where it is another one."""
     text = str(error)
     if not isinstance(error, RuntimeError) or not _LOST.search(text) or user_message(error) is not None:
@@ -97,7 +97,7 @@ def _lost(error: Exception) -> _ConnectionLost | None:
     )
 
 
-def _stay(store: Store, world: int) -> None:
+def _keep_store(store: Store, world: int) -> None:
     """Keep the store, which ends with this process, until all ranks have read it."""
     until = time.monotonic() + PATIENCE_SECONDS
     with contextlib.suppress(RuntimeError):

@@ -81,7 +81,7 @@ def start(config: configuration.Distributed, threads: int = 0) -> ProcessInfo:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=config.init_timeout_seconds)
-    store = None if found is None else _meet(found, timeout)
+    store = None if found is None else _rendezvous(found, timeout)
     with failures.shared(store, rank, world):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -97,7 +97,7 @@ def start(config: configuration.Distributed, threads: int = 0) -> ProcessInfo:
     return ProcessInfo(rank, world, local_rank, local_world, device, store)
 
 
-def _meet(place: LaunchInfo, timeout: timedelta) -> Store:
+def _rendezvous(place: LaunchInfo, timeout: timedelta) -> Store:
     """Return the store at which the ranks meet. Raises UserError where they do not."""
     try:
         store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
@@ -163,30 +163,30 @@ def shard_rows(rows: int, world: int, rank: int) -> range:
     return range(min(rank * size, rows), min((rank + 1) * size, rows))
 
 
-def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
+def any_rank(flag: bool) -> bool:
     """Return whether `flag` is true on any rank, the same on all. One tiny all-reduce on the CPU."""
     if not dist.is_initialized():
         return flag
     votes = torch.tensor(int(flag), dtype=torch.int32)
-    dist.all_reduce(votes, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
     return bool(votes.item())
 
 
-def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
-    """Return rank 0's `value` on all ranks of the group. It travels pickled."""
+def broadcast_object(value: T) -> T:
+    """Return rank 0's `value` on all ranks. It travels pickled."""
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, group_src=0, group=group, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
 
 
-def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+def gather_objects(value: T) -> list[T]:
     """Return every rank's `value`, in rank order, on all ranks. They travel pickled."""
     if not dist.is_initialized():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
     return values
 
 
@@ -269,7 +269,7 @@ class Interrupt:
             number = getattr(signal, name, None)  # Windows has the first two
             if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
                 continue
-            self._previous[number] = signal.signal(number, self._note)
+            self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
@@ -278,7 +278,7 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         if number == signal.SIGINT:
             now = time.monotonic()

@@ -66,7 +66,7 @@ def _by_torch(environment: Mapping[str, str]) -> LaunchInfo:
             "or unset the former to run one"
         )
     note = "LOCAL_RANK and LOCAL_WORLD_SIZE are not set: taken for the only process of this machine" if alone else ""
-    numbers = _whole(environment, *(_NUMBERS[:2] if alone else _NUMBERS), "MASTER_PORT")
+    numbers = _integers(environment, *(_NUMBERS[:2] if alone else _NUMBERS), "MASTER_PORT")
     rank, world, local_rank, local_world = (*numbers[:2], 0, 1) if alone else numbers[:4]
     return LaunchInfo(rank, world, local_rank, local_world, environment["MASTER_ADDR"], numbers[-1], note)
 
@@ -76,7 +76,7 @@ def _by_mpi(environment: Mapping[str, str]) -> LaunchInfo | None:
     missing = [name for name in _MPI[launcher] if not environment.get(name)]
     if missing:
         raise UserError(f"{launcher} has not set {', '.join(missing)}: start the processes with torchrun")
-    rank, world, local_rank, local_world = _whole(environment, *_MPI[launcher])
+    rank, world, local_rank, local_world = _integers(environment, *_MPI[launcher])
     if world == 1:
         return None
     address = environment.get("MASTER_ADDR", "127.0.0.1" if local_world == world else "")
@@ -93,7 +93,7 @@ def _by_mpi(environment: Mapping[str, str]) -> LaunchInfo | None:
 def _by_slurm(environment: Mapping[str, str]) -> LaunchInfo | None:
     """Read srun's variables. sbatch and salloc set the number of tasks too, for one process that is to call srun."""
     tasks = "SLURM_STEP_NUM_TASKS" if environment.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
-    if not environment.get(tasks) or _whole(environment, tasks) == [1]:
+    if not environment.get(tasks) or _integers(environment, tasks) == [1]:
         return None
     unset = " and ".join(name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if environment.get(name))
     if "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment:
@@ -107,7 +107,7 @@ def _by_slurm(environment: Mapping[str, str]) -> LaunchInfo | None:
             f"{tasks} is {environment[tasks]}, but {', '.join(missing)} is not set: start several processes with srun "
             f"or torchrun, or unset {unset} to run one"
         )
-    world, rank, local_rank = _whole(environment, tasks, "SLURM_PROCID", "SLURM_LOCALID")
+    world, rank, local_rank = _integers(environment, tasks, "SLURM_PROCID", "SLURM_LOCALID")
     nodes = next((environment[name] for name in _NODES if environment.get(name)), "")
     names = list(expand_nodes(nodes))
     local_world = _slurm_local_world(environment, world, len(names))
@@ -129,7 +129,7 @@ def _slurm_local_world(environment: Mapping[str, str], world: int, nodes: int) -
         if text:
             parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()) for part in text.split(",")]
             counts = [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
-            node = _whole(environment, "SLURM_NODEID")[0] if environment.get("SLURM_NODEID") else 0
+            node = _integers(environment, "SLURM_NODEID")[0] if environment.get("SLURM_NODEID") else 0
             if None in parts or sum(counts) != world or node >= len(counts):
                 raise UserError(
                     f"{name}={text} does not add up to {world} tasks with this node, number {node}: start the "
@@ -137,7 +137,7 @@ def _slurm_local_world(environment: Mapping[str, str], world: int, nodes: int) -
                 )
             return counts[node]
     if environment.get("SLURM_NTASKS_PER_NODE"):
-        return min(world, _whole(environment, "SLURM_NTASKS_PER_NODE")[0])
+        return min(world, _integers(environment, "SLURM_NTASKS_PER_NODE")[0])
     if nodes > 1:
         raise UserError(
             f"SLURM names {nodes} nodes, but not how many tasks each has: give srun --ntasks-per-node, or use torchrun"
@@ -161,10 +161,10 @@ def expand_nodes(text: str) -> Iterator[str]:
 
 def _port(environment: Mapping[str, str], job: int) -> int:
     """Return the port that is given, or one of the job's own, below those that systems hand out themselves."""
-    return _whole(environment, "MASTER_PORT")[0] if environment.get("MASTER_PORT") else 10000 + job % 20000
+    return _integers(environment, "MASTER_PORT")[0] if environment.get("MASTER_PORT") else 10000 + job % 20000
 
 
-def _whole(environment: Mapping[str, str], *names: str) -> list[int]:
+def _integers(environment: Mapping[str, str], *names: str) -> list[int]:
     wrong = [f"{name}={environment[name]}" for name in names if not environment[name].strip().isdecimal()]
     if wrong:
         raise UserError(f"the launcher's variables have to be whole numbers: {', '.join(wrong)}")

@@ -47,7 +47,7 @@ class RunMetadata:
     config: Config
     """The settings as the user gave them, with every `auto`."""
     resolved: dict[str, Any]
-    """What each `auto` became, and the device."""
+    """Values of the settings that are `auto`, and the device."""
     schedule_offset: int
     """Step at which the learning rate's schedule starts."""
     fingerprint: str

@@ -85,7 +85,7 @@ class Clock:
 
         None for the first: it includes starting, compiling and filling queues, so the window begins after it.
         """
-        self._marks.append((step, time.monotonic() - self._lost()))
+        self._marks.append((step, time.monotonic() - self._paused_seconds()))
         self._first = self._first or self._marks[0]
         return _rate(self._marks[0], self._marks[-1])
 
@@ -109,7 +109,7 @@ class Clock:
                 unknown = to_come
         return Eta(seconds, unknown)
 
-    def _lost(self) -> float:
+    def _paused_seconds(self) -> float:
         return sum(sum(times) for times in self._paused.values())
 
 

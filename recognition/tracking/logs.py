@@ -90,7 +90,7 @@ class Log(logging.Handler):
         super().__init__(logging.WARNING if rank else logging.INFO)
         self.rank = rank
         self._terminal = terminal.Handler()
-        self._terminal.setFormatter(_form(rank))
+        self._terminal.setFormatter(_formatter(rank))
         self._early: list[logging.LogRecord] = []
         self._file: Appender | None = None
         self._lines = Line("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -184,14 +184,14 @@ def setup_logging(rank: int = 0) -> Iterator[Log]:
             logger.removeFilter(drop)
 
 
-def _form(rank: int) -> Line:
+def _formatter(rank: int) -> Line:
     if rank:
         return Line(f"[rank {rank}] %(levelname)s %(name)s: %(message)s")
     # A terminal may be narrow, and who looks at it knows what day it is.
-    return _Short() if terminal.is_terminal() else Line("%(asctime)s %(levelname)s %(message)s")
+    return _TerminalLine() if terminal.is_terminal() else Line("%(asctime)s %(levelname)s %(message)s")
 
 
-class _Short(Line):
+class _TerminalLine(Line):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
         self._warning = Line("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")

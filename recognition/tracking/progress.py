@@ -55,7 +55,7 @@ def task(what: str, total: int | None = None, unit: str = "images", *, after: fl
     if not terminal.is_local_main():
         yield advance
         return
-    with terminal.row(work.row), _lines(work, after):
+    with terminal.row(work.row), _log_regularly(work, after):
         yield advance
 
 
@@ -93,7 +93,7 @@ class _Work:
 
 
 @contextmanager
-def _lines(work: _Work, after: float) -> Iterator[None]:
+def _log_regularly(work: _Work, after: float) -> Iterator[None]:
     """Log the work from a thread of its own, as the code at work may not return for minutes."""
     finished = threading.Event()
     said = False
@@ -104,7 +104,9 @@ def _lines(work: _Work, after: float) -> Iterator[None]:
         while pause <= 0 or not finished.wait(pause):
             said, pause = True, EVERY
             counted, seconds = work.counted(), work.seconds
-            _say(work.what + (f": {counted}" if counted else "") + (f" after {seconds:.0f} s" if seconds > 5 else ""))
+            _log_line(
+                work.what + (f": {counted}" if counted else "") + (f" after {seconds:.0f} s" if seconds > 5 else "")
+            )
 
     thread = threading.Thread(target=log, name="progress", daemon=True)
     thread.start()
@@ -114,10 +116,10 @@ def _lines(work: _Work, after: float) -> Iterator[None]:
         finished.set()
         thread.join()
     if said and work.seconds > AFTER:
-        _say(f"{work.what}: done in {work.seconds:.0f} s")
+        _log_line(f"{work.what}: done in {work.seconds:.0f} s")
 
 
-def _say(text: str) -> None:
+def _log_line(text: str) -> None:
     """Log a line; before logging is set up, write it to standard error where no live display shows the same."""
     if _log.isEnabledFor(logging.INFO) and _log.hasHandlers():
         _log.info("%s", text, extra={"is_progress": True})
