@@ -31,7 +31,7 @@ def _train(arguments: list[str]) -> int:
     path, overrides = config.command_line(arguments, DEMO)
     settings = config.load(path, overrides)
     # A mistake in the settings shows before the seconds that torch takes.
-    with program.imports(), progress.working("starting: loading torch", after=0):
+    with program.imports(), progress.task("starting: loading torch", after=0):
         from recognition.training.trainer import train
 
     return 0 if train(settings) else program.INTERRUPTED

@@ -1,4 +1,4 @@
-"""The errors that are meant for the user, and what the user can do about others.
+"""The errors that are meant for the user, and messages for others that the user can do something about.
 
 Needs the standard library alone, so it can say which package is missing.
 """
@@ -21,7 +21,7 @@ class UserError(ValueError):
 
 
 class FailedElsewhere(UserError):
-    """Another rank failed first, and tells the user why; this one stops for want of it."""
+    """Another rank failed first and reports the reason; this one cannot go on without it."""
 
     is_far = False
     """Whether that rank is on another machine, whose messages this machine's user may not see."""
@@ -29,8 +29,8 @@ class FailedElsewhere(UserError):
     """Its exit status."""
 
 
-def explained(error: BaseException) -> str | None:
-    """One message on an error that the user can do something about; None for a defect of the program."""
+def user_message(error: BaseException) -> str | None:
+    """Return the message on an error that the user can do something about; None for a defect of the program."""
     if isinstance(error, ImportError):
         return _missing(error)
     if isinstance(error, UserError):
@@ -46,7 +46,7 @@ def explained(error: BaseException) -> str | None:
 
 
 def _missing(error: ImportError) -> str | None:
-    """On a package that cannot be imported; None where the program's own module is what cannot."""
+    """Return the message on a package that cannot be imported; None for a module of this program."""
     module = (error.name or "").partition(".")[0]
     if module == "recognition":
         return None

@@ -1,4 +1,4 @@
-"""What a process computes on, and what the settings that say `auto` become there.
+"""The hardware of a process, and the values of settings that are `auto` on it.
 
 This is the one place where hardware decides a default. A run resolves its settings once, shows them, and records them
 in its checkpoints and in the card of its ONNX file. The measurements behind the choices are in docs/measurements.
@@ -38,14 +38,14 @@ _HAVE_BFLOAT16 = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
 
 @dataclass(frozen=True)
 class Hardware:
-    """A processor or a card."""
+    """A processor or a GPU."""
 
     device: str
     """torch's type of it: `cpu`, `cuda` or `mps`."""
     name: str
-    """As it calls itself."""
+    """The name that it reports."""
     units: str
-    """What it computes with: instruction set, or compute capability."""
+    """Instruction set or compute capability."""
     precision: Precision
     """The fastest type whose matrix products and convolutions have units of their own, float32 if no other has."""
 
@@ -60,7 +60,7 @@ class Resolved:
     config: Config
     hardware: Hardware
     notes: tuple[str, ...] = ()
-    """What the user should know: sentences."""
+    """Messages for the user, a sentence each."""
 
     def __str__(self) -> str:
         backbone = self.config.backbone
@@ -71,8 +71,8 @@ class Resolved:
             f"images by {self.config.data.loader}"
         )
 
-    def facts(self) -> dict[str, Any]:
-        """What checkpoints and the card record, as JSON values by name."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the values that checkpoints and the card record, by setting, and the device."""
         backbone, head = self.config.backbone, self.config.head
         return {
             "device": str(self.hardware),
@@ -86,10 +86,10 @@ class Resolved:
         }
 
 
-def of(device: torch.device) -> Hardware:
-    """Ask what `device` has."""
+def detect(device: torch.device) -> Hardware:
+    """Detect the hardware of `device`."""
     if device.type == "cuda":
-        return _card(device)
+        return _gpu(device)
     if device.type == "mps":
         return Hardware("mps", _processor_name(), "Metal", "float32")
     units = {"DEFAULT": "no vector units that torch uses", "AVX512": "AVX-512"}
@@ -100,7 +100,7 @@ def of(device: torch.device) -> Hardware:
 
 
 def weakest(found: Sequence[Hardware]) -> Hardware:
-    """What several machines have in common: ranks that differ compute in a precision that all of them have."""
+    """Return what several machines have in common: ranks that differ compute in a precision that all have."""
     precision = min((each.precision for each in found), key=_WEAKEST_FIRST.index)
     names, units = (sorted({getattr(each, field) for each in found}) for field in ("name", "units"))
     return Hardware(found[0].device, " and ".join(names), " and ".join(units), precision)
@@ -111,8 +111,8 @@ def resolve(
 ) -> Resolved:
     """Replace every `auto` of `config` by what suits `hardware`, whose cores `local_world` processes share.
 
-    `before`: the `facts` of the checkpoint that the run goes on from; its precisions stay where nothing else is asked
-    for. Raises UserError where `hardware` cannot compute in the precision that is asked for or stays.
+    `before`: the `to_json` of the run's checkpoint, if it goes on from one, whose precisions stay where nothing else is
+    asked for. Raises UserError where `hardware` cannot compute in the precision that is asked for or stays.
     """
     before, notes = before or {}, []
     backbone, head = config.backbone, config.head
@@ -158,14 +158,14 @@ def resolve_backbone(backbone: Backbone, hardware: Hardware) -> Backbone:
 
 
 def best_precision(name: str, hardware: Hardware) -> str:
-    """What `auto` of the setting `name` is on `hardware`: the head has no products in float16."""
+    """Return the precision that `auto` means for the setting `name`; the head has no products in float16."""
     if name == "head.precision" and hardware.precision == "float16":
         return "float32"
     return hardware.precision
 
 
 def compile_lacks(device: str) -> str | None:
-    """What torch.compile needs on torch's type `device` and this machine does not have; None where all is there."""
+    """Name what torch.compile lacks on this machine for torch's device type `device`; None where it lacks nothing."""
     if device == "cuda":
         return None if importlib.util.find_spec("triton") else "Triton (pip install triton)"
     # Its kernels for a processor are C++ with Python's headers; which compiler it takes is its own rule.
@@ -177,17 +177,17 @@ def compile_lacks(device: str) -> str | None:
 
 
 def product_type(precision: str, device: torch.device) -> torch.dtype:
-    """Type of the operands of the head's matrix products."""
-    return DTYPES[best_precision("head.precision", of(device)) if precision == "auto" else precision]
+    """Return the type of the operands of the head's matrix products."""
+    return DTYPES[best_precision("head.precision", detect(device)) if precision == "auto" else precision]
 
 
 def head_chunk(device_type: str) -> int:
-    """Classes whose logits exist at a time. On a CPU those of a few hundred samples stay near a core."""
+    """Return the number of classes whose logits exist at a time; on a CPU few enough to stay in a core's cache."""
     return _CHUNK.get(device_type, _CHUNK["cpu"])
 
 
 def loader(asked: str) -> str:
-    """Who makes the batches: `dali`, or `torchvision` where DALI is not installed.
+    """Return which library makes the batches: `dali`, or `torchvision` where DALI is not installed.
 
     Raises UserError where DALI is asked for and is not there.
     """
@@ -203,16 +203,16 @@ def loader(asked: str) -> str:
 
 
 def threads(asked: int, local_world: int) -> int:
-    """CPU threads of each of `local_world` processes: as many as are `asked` for; 0 shares out the cores evenly."""
+    """Return the CPU threads of each of `local_world` processes: `asked`, or an even share of the cores if it is 0."""
     return asked or max(1, cores() // local_world)
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _card(device: torch.device) -> Hardware:
+def _gpu(device: torch.device) -> Hardware:
     name = torch.cuda.get_device_name(device)
     if torch.version.hip is not None:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -223,7 +223,7 @@ def _card(device: torch.device) -> Hardware:
 
 
 def _has_bfloat16() -> bool:
-    """Whether the processor has units for bfloat16 that oneDNN uses.
+    """Return whether the processor has units for bfloat16 that oneDNN uses.
 
     oneDNN's own answer counts AVX-512 without such units too; torch's list of capabilities does not obey
     ONEDNN_MAX_CPU_ISA, which caps oneDNN: all three are asked.

@@ -99,7 +99,7 @@ def _show(plan: HeadPlan, result: Result, details: Details) -> None:
     lines: list[tuple[str, Any]] = [
         ("head", f"{plan.settings.loss.name}, {plan.classes:,} classes of {plan.embedding_size} numbers{sampled}"),
         ("ranks", f"{plan.ranks} on {plan.device}, {plan.batch} images each"),
-        ("processor", str(hardware.of(device))),
+        ("processor", str(hardware.detect(device))),
         ("products", f"in {str(product).removeprefix('torch.')}"),
         ("step", f"{_seconds(result.step_seconds)}, {result.images_per_second:,.0f} img/s over all ranks"),
         ("forward", _seconds(result.forward_seconds)),

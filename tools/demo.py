@@ -92,7 +92,7 @@ def _train(overrides: list[str]) -> float:
 def _verify(name: str, embedder: Embedder, settings: config.Config) -> Verification:
     pairs = read_pairs(settings.evaluation.pairs[0])
     images, batch, parts = 2 * len(pairs), settings.evaluation.batch_per_rank, []
-    with progress.working(f"verifying the {name}", images) as advance:
+    with progress.task(f"verifying the {name}", images) as advance:
         for first in range(0, images, batch):
             part = range(first, min(first + batch, images))
             parts.append(embed_pairs(embedder, pairs, batch, part, fit=settings.data.fit))

@@ -70,7 +70,7 @@ def _examine(options: argparse.Namespace) -> dict[str, Any]:
     _print(console, ["machine", ""], rows)
 
     anything = config.Config(data=config.Data(path=options.folder))
-    resolved = hardware.resolve(anything, hardware.of(device), local_world=ranks)
+    resolved = hardware.resolve(anything, hardware.detect(device), local_world=ranks)
     defaults = doctor.defaults(resolved, ranks)
     processes = f"{ranks} processes" if ranks > 1 else "1 process"
     _print(
@@ -91,7 +91,7 @@ def _examine(options: argparse.Namespace) -> dict[str, Any]:
         "system": system,
         "packages": packages,
         "ranks": ranks,
-        "resolved": resolved.facts(),
+        "resolved": resolved.to_json(),
         "measured": asdict(measured),
         "verdicts": verdicts,
     }

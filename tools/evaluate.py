@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _evaluate(options: argparse.Namespace) -> int:
     reading = Reading(options.size, options.output, options.mean, options.std, options.bgr)
-    with progress.working("loading the model"):
+    with progress.task("loading the model"):
         embedder = load_embedder(options.model, reading)
     for note in getattr(embedder, "notes", ()):
         terminal.write(f"{terminal.escape(str(options.model))}: {note}")
@@ -125,7 +125,7 @@ def evaluate(embedder: Embedder, pairs: PairSet, batch: int, fit: str = "resize"
     """The verification numbers of one set, its name, what to know of it, and the seconds that they took."""
     start, images = time.perf_counter(), 2 * len(pairs)
     parts = []
-    with progress.working(f"verifying {pairs.name}", images) as advance:
+    with progress.task(f"verifying {pairs.name}", images) as advance:
         for first in range(0, images, batch):
             part = range(first, min(first + batch, images))
             parts.append(embed_pairs(embedder, pairs, batch, part, fit))

@@ -22,7 +22,7 @@ with program.imports():
     from recognition.errors import UserError
     from recognition.files.outputs import check_output
     from recognition.files.paths import shown
-    from recognition.tracking.progress import working
+    from recognition.tracking.progress import task
 
 _DATA = "a .rec file, a folder with .rec files, one folder per identity, or what filter or merge wrote"
 _SAMPLED = 1000
@@ -152,7 +152,7 @@ def _sizes(index: Index) -> tuple[int, str]:
     samples = np.unique(np.linspace(0, len(index) - 1, min(len(index), _SAMPLED)).astype(np.int64)).tolist()
     sizes: Counter[tuple[int, int]] = Counter()
     unusable = 0
-    with working("reading headers", total=len(samples), unit="images") as advance:
+    with task("reading headers", total=len(samples), unit="images") as advance:
         for done, sample in enumerate(samples, 1):
             try:
                 sizes[check_header(index.read(sample))] += 1

@@ -42,7 +42,7 @@ class Default:
 
 def defaults(resolved: hardware.Resolved, ranks: int) -> list[Default]:
     """What the settings that say `auto` became, and why, where `ranks` processes share the machine."""
-    facts, found = resolved.facts(), resolved.hardware
+    facts, found = resolved.to_json(), resolved.hardware
     units = {
         "float32": f"{found.units}: shorter types are emulated",
         "float16": f"{found.units}: units for it, none for bfloat16",
@@ -90,14 +90,14 @@ def system(device: torch.device) -> dict[str, str]:
     found = {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "Python": platform.python_version(),
-        "processor": str(hardware.of(torch.device("cpu"))),
+        "processor": str(hardware.detect(torch.device("cpu"))),
         "cores": str(hardware.cores()),
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-        found["card"] = f"{hardware.of(device)}, {memory / 1e9:.1f} GB"
+        found["card"] = f"{hardware.detect(device)}, {memory / 1e9:.1f} GB"
         found["cards"] = str(torch.cuda.device_count())
     caps = [f"{name}={os.environ[name]}" for name in CAPS if name in os.environ]
     return found | {"capped by": " ".join(caps) or "nothing"}

@@ -22,7 +22,7 @@ from recognition import distributed, hardware
 from recognition.data.procedural.dataset import encode
 from recognition.distributed.local_ranks import processes
 from recognition.errors import UserError
-from recognition.files.atomic import beside
+from recognition.files.atomic import temporary_path
 
 _SIDE = {"cpu": 512, "cuda": 4096}
 _CHANNELS, _MAP, _BATCH = 64, 28, 32
@@ -182,7 +182,7 @@ def exchange(device: torch.device, ranks: int, effort: Effort) -> Exchange:
 
 def disk(folder: Path, size: int) -> Disk:
     """Write a file of `size` bytes into `folder` and read it. Raises UserError where that cannot be done."""
-    path = beside(folder / "doctor")
+    path = temporary_path(folder / "doctor")
     block = os.urandom(1 << 20)
     blocks = max(1, size >> 20)
     try:

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from recognition.errors import explained
+from recognition.errors import user_message
 
 DEFECT, MISTAKE, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
 OLDEST = (3, 11)
@@ -66,7 +66,7 @@ def _tell(error: Exception) -> int:
         if error.is_far and _local_rank() == "0":
             _write(f"error: {error}\n")
         return error.status
-    sentence = explained(error)
+    sentence = user_message(error)
     notes = getattr(error, "__notes__", [])
     if sentence is None:
         text = "".join(traceback.format_exception(error)) + _how_to_report()

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from recognition.config import renamed
 from recognition.files.kinds import what_is
 
 _HINTS = (
@@ -137,6 +138,8 @@ def explain(error: Any, root: type[BaseModel]) -> str:
     value = error.get("input")
     match error["type"]:
         case "extra_forbidden":
+            if (said := renamed.advice(path)) is not None:
+                return f"{path} {said}"
             known = [name for model in _models_at(location[:-1], root) for name in model.model_fields]
             near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"

@@ -19,7 +19,7 @@ from recognition.data.index_store import INDEX_FOLDER
 from recognition.errors import UserError
 from recognition.files.paths import shown
 from recognition.images import SUFFIXES
-from recognition.tracking.progress import working
+from recognition.tracking.progress import task
 
 _FIRST_BYTES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|BM....\0\0\0\0|RIFF....WEBP|II\*\0|MM\0\*|P[1-6]\s"
@@ -77,7 +77,7 @@ def scan(folder: Path) -> Listing:
     ends, sizes, mtimes, labels = array("q"), array("q"), array("q"), array("q")
     identities: list[str] = []
     deeper = _Deeper(folder)
-    with working("indexing", total=len(people), unit="folders") as advance:
+    with task("indexing", total=len(people), unit="folders") as advance:
         for done, person in enumerate(people):
             before = len(ends)
             for entry in _entries(Path(person.path), passed, below := f"{person.name}/"):

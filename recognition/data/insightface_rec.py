@@ -17,7 +17,7 @@ import numpy as np
 from recognition.errors import UserError
 from recognition.files.kinds import what_is
 from recognition.files.paths import shown
-from recognition.tracking.progress import working
+from recognition.tracking.progress import task
 
 MAGIC = 0xCED7230A
 MAX_LENGTH = (1 << 29) - 1
@@ -104,7 +104,7 @@ def read_records(rec: Path) -> tuple[Records, np.ndarray]:
         raise bad_record(rec, found, row, f"lies outside the file's {size} bytes or off the 4-byte grid", way_out)
     heads = np.empty((len(keys), 3), np.uint32)
     parts = np.empty(len(keys), np.uint8)
-    with working(f"indexing {shown(rec.name)}", total=len(keys), unit="records") as advance:
+    with task(f"indexing {shown(rec.name)}", total=len(keys), unit="records") as advance:
         for begin in range(0, len(keys), _CHUNK):
             rows = slice(begin, min(begin + _CHUNK, len(keys)))
             columns = positions[rows, None] // 4 + np.array([0, 1, 2, 3, 8])
@@ -165,7 +165,7 @@ def _walk(rec: Path, words: np.ndarray, size: int) -> np.ndarray:
     """
     step = 16 * _CHUNK
     hits = []
-    with working(f"reading {shown(rec.name)} from end to end", total=size, unit="bytes") as advance:
+    with task(f"reading {shown(rec.name)} from end to end", total=size, unit="bytes") as advance:
         for begin in range(0, len(words) - 1, step):
             hits.append(np.flatnonzero(words[begin : begin + step] == MAGIC) + begin)
             advance(min((begin + step) * 4, size))

@@ -31,7 +31,7 @@ from recognition.data.insightface_rec import (
     read_records,
 )
 from recognition.errors import UserError
-from recognition.files.atomic import beside, sync, write_text
+from recognition.files.atomic import sync, temporary_path, write_text
 from recognition.files.paths import shown
 
 EXACT_LABELS = 1 << 24
@@ -99,7 +99,7 @@ class Writer:
 
     def __init__(self, rec_path: Path) -> None:
         self._targets = (rec_path, rec_path.with_suffix(".idx"))
-        self._temporaries = tuple(beside(path) for path in self._targets)
+        self._temporaries = tuple(temporary_path(path) for path in self._targets)
         self._rec = self._temporaries[0].open("wb")
         self._idx = self._temporaries[1].open("w", encoding="ascii", newline="\n")
 

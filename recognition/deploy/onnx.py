@@ -78,9 +78,9 @@ def export(backbone: nn.Module, path: Path | str, facts: Mapping[str, Any], sett
             f"{path}: the backbone's {bytes_held:,} bytes do not fit into one ONNX file, whose limit is 2 GiB; "
             "choose a smaller backbone or set export.enabled=false"
         )
-    with progress.working("converting the backbone to ONNX"):
+    with progress.task("converting the backbone to ONNX"):
         model = _to_onnx(frozen, settings.opset)
-    with progress.working("checking the ONNX file"):
+    with progress.task("checking the ONNX file"):
         parity = _parity(frozen, model)
     if not (parity.max_difference <= settings.max_difference and parity.min_cosine >= settings.min_cosine):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Ranks tell each other why they fail: the first reason is the one for the user, and what follows from it is not."""
+"""The first failure among the ranks, shared with all: the user gets its reason, not the errors that follow from it."""
 
 import contextlib
 import json
@@ -13,10 +13,10 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from recognition.errors import FailedElsewhere, UserError, explained
+from recognition.errors import FailedElsewhere, UserError, user_message
 
 PATIENCE_SECONDS = 10.0
-"""How long a rank whose peers are gone waits for the reason of one of them."""
+"""Seconds that a rank whose peers are gone waits for the reason of one of them."""
 _FIRST, _SEEN = "recognition/first_failure", "recognition/failures_seen"
 # What gloo and NCCL say of a peer that is gone or silent; their other errors are those of this rank.
 _LOST = re.compile(
@@ -29,23 +29,23 @@ _LATE = re.compile(r"timed? ?out", re.IGNORECASE)
 
 @contextlib.contextmanager
 def shared(store: Store | None, rank: int, world: int) -> Iterator[None]:
-    """While entered, an error that follows from another rank's becomes a FailedElsewhere with that one's reason.
+    """Turn an error in here that follows from another rank's into a FailedElsewhere with that rank's reason.
 
-    The first error of all stays what it is, with a note of the rank. On an error, the process group is left. `store`:
-    where the ranks meet; None for one that is alone.
+    The first error of all is raised as it is, with a note of the rank. On an error, the process group is left.
+    `store`: the store at which the ranks meet; None for a rank that is alone.
     """
     try:
         yield
     except Exception as error:
         if store is None:
             raise
-        own = _lost(error) or error
-        first = _first(store, rank, own)
+        own = _connection_lost(error) or error
+        first = _first_failure(store, rank, own)
         if dist.is_initialized():
             # The others notice at once.
             dist.destroy_process_group()
         if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            _stay(store, world)
+            _keep_store(store, world)
         if first["rank"] == rank:
             own.add_note(f"(rank {rank} of {world}, on {socket.gethostname()})")
             if own is error:
@@ -57,9 +57,9 @@ def shared(store: Store | None, rank: int, world: int) -> Iterator[None]:
         raise elsewhere from error
 
 
-def _first(store: Store, rank: int, error: Exception) -> dict[str, Any]:
-    """What failed first, on any rank: this error, unless another was before it or is what it follows from."""
-    sentence = explained(error)
+def _first_failure(store: Store, rank: int, error: Exception) -> dict[str, Any]:
+    """Return the first failure on any rank: this error, unless there was one before, or it follows from one."""
+    sentence = user_message(error)
     reason = sentence if sentence is not None else f"{type(error).__name__}: {error}"
     host, status = socket.gethostname(), 1 if sentence is None else 2
     own = {"rank": rank, "host": host, "reason": reason, "status": status}
@@ -79,10 +79,10 @@ class _ConnectionLost(UserError):
     """Another rank is gone or silent, which is seldom the first thing that went wrong."""
 
 
-def _lost(error: Exception) -> _ConnectionLost | None:
-    """What a failed collective means, if it is that."""
+def _connection_lost(error: Exception) -> _ConnectionLost | None:
+    """Return the error for the user where `error` is that of a failed collective; None where it is another one."""
     text = str(error)
-    if not isinstance(error, RuntimeError) or not _LOST.search(text) or explained(error) is not None:
+    if not isinstance(error, RuntimeError) or not _LOST.search(text) or user_message(error) is not None:
         return None
     said = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     if _LATE.search(text):
@@ -97,7 +97,7 @@ def _lost(error: Exception) -> _ConnectionLost | None:
     )
 
 
-def _stay(store: Store, world: int) -> None:
+def _keep_store(store: Store, world: int) -> None:
     """Keep the store, which ends with this process, until all ranks have read it."""
     until = time.monotonic() + PATIENCE_SECONDS
     with contextlib.suppress(RuntimeError):

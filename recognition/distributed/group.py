@@ -1,4 +1,4 @@
-"""The process group: start and stop it, share work and rows out, let ranks agree, turn signals into a flag.
+"""The process group: starting and stopping it, splitting work and rows, collectives, and signals as a flag.
 
 One process is a group of one, so nothing else needs to ask whether it runs alone; the functions that exchange Python
 objects and flags work even before `start`. Where a `group` may be given, None means all ranks. Every collective here
@@ -27,41 +27,42 @@ from torch.distributed.rendezvous import rendezvous
 from recognition import config as configuration
 from recognition import hardware
 from recognition.distributed import failures
-from recognition.distributed.launcher import Launched, launched
+from recognition.distributed.launcher import LaunchInfo, read_launcher
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LARGEST_KEPT = 31 << 20
+"""Bytes of the largest block that glibc can be made to keep; see `_keep_freed_memory`."""
 
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """Who this process is among all."""
+    """The place of this process among all ranks."""
 
     rank: int
     world: int
     local_rank: int
     local_world: int
     device: torch.device
-    """Where the images and the backbone are."""
+    """The device of the images and the backbone."""
     store: Store | None = field(default=None, compare=False, repr=False)
-    """Where the ranks met; None for one that is alone."""
+    """The store at which the ranks met; None for a rank that is alone."""
 
     @property
     def head_device(self) -> torch.device:
-        """Where the head is, and all that ranks exchange: `device`, but on Apple's GPUs, for which there are no
-        collectives, the CPU."""
+        """The device of the head and of everything that ranks exchange: `device`, but the CPU beside an Apple GPU, for
+        which there are no collectives."""
         return torch.device("cpu") if self.device.type == "mps" else self.device
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes and prints."""
+        """Whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
 
 def start(config: configuration.Distributed, threads: int = 0) -> ProcessInfo:
-    """Make the process group that torchrun, srun, mpirun or Kubeflow describes, or a group of one without them.
+    """Start the process group that torchrun, srun, mpirun or Kubeflow describes, or a group of one without them.
 
     `threads`: CPU threads of torch; 0 shares the cores out evenly over the local processes.
     Collectives are bounded by `config.init_timeout_seconds` until `set_timeout` is called. On GPUs, tensors of the
@@ -69,18 +70,18 @@ def start(config: configuration.Distributed, threads: int = 0) -> ProcessInfo:
     Raises UserError when the launcher's variables are incomplete or contradict each other, NCCL is asked for without
     enough GPUs, or the ranks do not find each other.
     """
-    found = launched()
+    found = read_launcher()
     if found is not None:
         os.environ |= found.variables()
         if found.note and found.local_rank == 0:
             logger.warning("rank %d of %d %s", found.rank, found.world, found.note)
-    place = found or Launched(rank=0, world=1, local_rank=0, local_world=1, address="", port=0)
+    place = found or LaunchInfo(rank=0, world=1, local_rank=0, local_world=1, address="", port=0)
     rank, world, local_rank, local_world = place.rank, place.world, place.local_rank, place.local_world
     device = _device(config.backend, local_rank, local_world, alone=world == 1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=config.init_timeout_seconds)
-    store = None if found is None else _meet(found, timeout)
+    store = None if found is None else _rendezvous(found, timeout)
     with failures.shared(store, rank, world):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -96,8 +97,8 @@ def start(config: configuration.Distributed, threads: int = 0) -> ProcessInfo:
     return ProcessInfo(rank, world, local_rank, local_world, device, store)
 
 
-def _meet(place: Launched, timeout: timedelta) -> Store:
-    """The store at which the ranks meet. Raises UserError where they do not."""
+def _rendezvous(place: LaunchInfo, timeout: timedelta) -> Store:
+    """Return the store at which the ranks meet. Raises UserError where they do not."""
     try:
         store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
@@ -129,8 +130,8 @@ def set_timeout(seconds: float, group: dist.ProcessGroup | None = None) -> None:
     set_group_timeout(timedelta(seconds=seconds), group)
 
 
-def absent(ranks: ProcessInfo, seconds: float = 2.0) -> list[int]:
-    """The ranks that do not call this within `seconds` of this one: after a collective timed out, those that hang."""
+def missing_ranks(ranks: ProcessInfo, seconds: float = 2.0) -> list[int]:
+    """Return the ranks that do not call this within `seconds` of this one: those that hang, after a timeout."""
     if ranks.store is None:
         return []
     with contextlib.suppress(RuntimeError):  # the store may be gone with its rank
@@ -141,13 +142,13 @@ def absent(ranks: ProcessInfo, seconds: float = 2.0) -> list[int]:
 
 
 def split(total: int, parts: int) -> list[int]:
-    """Sizes that add up to `total`, as even as possible, the larger ones first: how a batch is shared out."""
+    """Return sizes that add up to `total`, as even as possible, the larger ones first: how a batch is split."""
     size, larger = divmod(total, parts)
     return [size + 1] * larger + [size] * (parts - larger)
 
 
 def shard_rows(rows: int, world: int, rank: int) -> range:
-    """The rows of a `DTensor` placed `Shard(0)` that live on `rank`.
+    """Return the rows of a `DTensor` placed `Shard(0)` that are on `rank`.
 
     The rule of `torch.chunk`: ceil(rows / world) each; the last ranks may have fewer or none.
     """
@@ -155,35 +156,35 @@ def shard_rows(rows: int, world: int, rank: int) -> range:
     return range(min(rank * size, rows), min((rank + 1) * size, rows))
 
 
-def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
-    """Whether `flag` is true on any rank; the answer is the same on all. One tiny all-reduce on the CPU."""
+def any_rank(flag: bool) -> bool:
+    """Return whether `flag` is true on any rank, the same on all. One tiny all-reduce on the CPU."""
     if not dist.is_initialized():
         return flag
     votes = torch.tensor(int(flag), dtype=torch.int32)
-    dist.all_reduce(votes, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
     return bool(votes.item())
 
 
-def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
-    """What rank 0 of the group calls `value`; the others' is ignored. It travels pickled between the ranks."""
+def broadcast_object(value: T) -> T:
+    """Return rank 0's `value` on all ranks. It travels pickled."""
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, group_src=0, group=group, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
 
 
-def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every rank's `value`, in rank order, on all ranks. They travel pickled between the ranks."""
+def gather_objects(value: T) -> list[T]:
+    """Return every rank's `value`, in rank order, on all ranks. They travel pickled."""
     if not dist.is_initialized():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
     return values
 
 
 def all_gather_rows(x: Tensor, sizes: Sequence[int] | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Rows of all ranks in rank order: `x` [b, ...] to [B, ...]. Not differentiable.
+    """Concatenate the rows of all ranks in rank order: `x` [b, ...] to [B, ...]. Not differentiable.
 
     `sizes`: b of every rank, B in all; None when they are equal.
     """
@@ -201,7 +202,7 @@ def all_gather_rows(x: Tensor, sizes: Sequence[int] | None = None, group: dist.P
 def reduce_scatter_rows(
     x: Tensor, sizes: Sequence[int] | None = None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """This rank's rows of the sum over the ranks: `x` [B, ...] to [b, ...]. Not differentiable.
+    """Sum `x` [B, ...] over the ranks and return this rank's rows [b, ...]. Not differentiable.
 
     `sizes`: b of every rank, which add up to B; None when they are equal.
     """
@@ -211,9 +212,9 @@ def reduce_scatter_rows(
 def start_reduce_scatter_rows(
     x: Tensor, sizes: Sequence[int] | None = None, group: dist.ProcessGroup | None = None
 ) -> Callable[[], Tensor]:
-    """As `reduce_scatter_rows`, but returns at once what will wait for the rows and return them.
+    """Start a `reduce_scatter_rows`; returns a function that waits for it and returns the rows.
 
-    On a GPU the wait is one of the stream, and not of the host.
+    On a GPU the stream waits, and not the host.
     """
     world = dist.get_world_size(group)
     sizes = _checked(sizes or split(len(x), world), world)
@@ -235,13 +236,14 @@ def start_reduce_scatter_rows(
 
 
 ECHO_SECONDS = 3.0
+"""Seconds in which a second SIGINT is taken for an echo of the first."""
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 class Interrupt:
-    """While entered, SIGINT, SIGTERM, SIGHUP (the terminal was closed) and SIGUSR1 (a scheduler's warning that time is
-    up) set `requested` instead of ending the process; a later SIGINT ends it. A SIGHUP that is ignored, as under nohup,
-    stays so.
+    """A context in which signals set `requested` instead of ending the process: SIGINT, SIGTERM, SIGHUP (the terminal
+    was closed) and SIGUSR1 (a scheduler's warning that time is up). A later SIGINT ends it. A SIGHUP that is ignored,
+    as under nohup, stays so.
 
     A SIGINT that follows the first within `ECHO_SECONDS` is its echo: a terminal's Ctrl-C reaches a rank directly and
     once more through the launcher.
@@ -260,7 +262,7 @@ class Interrupt:
             number = getattr(signal, name, None)  # Windows has the first two
             if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
                 continue
-            self._previous[number] = signal.signal(number, self._note)
+            self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
@@ -269,7 +271,7 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         if number == signal.SIGINT:
             now = time.monotonic()
@@ -279,7 +281,7 @@ class Interrupt:
 
 
 def _device(backend: str, local_rank: int, local_world: int, *, alone: bool) -> torch.device:
-    """The device of a process; `alone`: it is the only one of the run."""
+    """Return the device of a process; `alone`: it is the only one of the run."""
     if backend == "auto" and alone and torch.backends.mps.is_available():
         return torch.device("mps")
     gpus = torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""Who this process is among those of a run, by the variables of what launched it: torchrun, srun, mpirun, Kubeflow."""
+"""The rank of this process, by the environment variables of its launcher: torchrun, srun, mpirun or Kubeflow."""
 
 import os
 import re
@@ -16,8 +16,8 @@ _MPI = {
 
 
 @dataclass(frozen=True)
-class Launched:
-    """A process's place, and where the processes meet."""
+class LaunchInfo:
+    """A process's rank, and the address at which the ranks meet."""
 
     rank: int
     world: int
@@ -26,22 +26,22 @@ class Launched:
     address: str
     port: int
     note: str = ""
-    """What was derived rather than given, to be said."""
+    """A message on what was derived rather than given."""
 
     def variables(self) -> dict[str, str]:
-        """The same as torchrun would set it."""
+        """Return the variables that torchrun would have set."""
         numbers = (self.rank, self.world, self.local_rank, self.local_world)
         meeting = {"MASTER_ADDR": self.address, "MASTER_PORT": str(self.port)}
         return {name: str(number) for name, number in zip(_NUMBERS, numbers, strict=True)} | meeting
 
 
-def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
+def read_launcher(environment: Mapping[str, str] = os.environ) -> LaunchInfo | None:
     """Read the launcher's variables; None where there is one process only.
 
     Raises UserError where variables are missing or contradict each other.
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
-        found: Launched | None = _by_torch(environment)
+        found: LaunchInfo | None = _by_torch(environment)
     elif any(names[0] in environment and names[2] in environment for names in _MPI.values()):
         found = _by_mpi(environment)
     else:
@@ -56,8 +56,8 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
     return found
 
 
-def _by_torch(environment: Mapping[str, str]) -> Launched:
-    """Of torchrun, or of Kubeflow's PyTorchJob, which gives no local numbers: its pods have one process each."""
+def _by_torch(environment: Mapping[str, str]) -> LaunchInfo:
+    """Read torchrun's variables, or those of Kubeflow's PyTorchJob, whose pods have one process each."""
     needed = [name for name in (*_NUMBERS, "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
     alone = needed == ["LOCAL_RANK", "LOCAL_WORLD_SIZE"]
     if needed and not alone:
@@ -66,17 +66,17 @@ def _by_torch(environment: Mapping[str, str]) -> Launched:
             "or unset the former to run one"
         )
     note = "LOCAL_RANK and LOCAL_WORLD_SIZE are not set: taken for the only process of this machine" if alone else ""
-    numbers = _whole(environment, *(_NUMBERS[:2] if alone else _NUMBERS), "MASTER_PORT")
+    numbers = _integers(environment, *(_NUMBERS[:2] if alone else _NUMBERS), "MASTER_PORT")
     rank, world, local_rank, local_world = (*numbers[:2], 0, 1) if alone else numbers[:4]
-    return Launched(rank, world, local_rank, local_world, environment["MASTER_ADDR"], numbers[-1], note)
+    return LaunchInfo(rank, world, local_rank, local_world, environment["MASTER_ADDR"], numbers[-1], note)
 
 
-def _by_mpi(environment: Mapping[str, str]) -> Launched | None:
+def _by_mpi(environment: Mapping[str, str]) -> LaunchInfo | None:
     launcher = next(name for name, names in _MPI.items() if names[0] in environment and names[2] in environment)
     missing = [name for name in _MPI[launcher] if not environment.get(name)]
     if missing:
         raise UserError(f"{launcher} has not set {', '.join(missing)}: start the processes with torchrun")
-    rank, world, local_rank, local_world = _whole(environment, *_MPI[launcher])
+    rank, world, local_rank, local_world = _integers(environment, *_MPI[launcher])
     if world == 1:
         return None
     address = environment.get("MASTER_ADDR", "127.0.0.1" if local_world == world else "")
@@ -87,13 +87,13 @@ def _by_mpi(environment: Mapping[str, str]) -> Launched | None:
         )
     job = zlib.crc32(environment.get("PMIX_NAMESPACE", "").partition("@")[0].encode())
     port, note = _port(environment, job), f"{launcher}'s variables"
-    return Launched(rank, world, local_rank, local_world, address, port, f"by {note}, ranks meet at {address}:{port}")
+    return LaunchInfo(rank, world, local_rank, local_world, address, port, f"by {note}, ranks meet at {address}:{port}")
 
 
-def _by_slurm(environment: Mapping[str, str]) -> Launched | None:
-    """Of srun. sbatch and salloc set the number of tasks too, for one process that is to call srun."""
+def _by_slurm(environment: Mapping[str, str]) -> LaunchInfo | None:
+    """Read srun's variables. sbatch and salloc set the number of tasks too, for one process that is to call srun."""
     tasks = "SLURM_STEP_NUM_TASKS" if environment.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
-    if not environment.get(tasks) or _whole(environment, tasks) == [1]:
+    if not environment.get(tasks) or _integers(environment, tasks) == [1]:
         return None
     unset = " and ".join(name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if environment.get(name))
     if "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment:
@@ -107,13 +107,13 @@ def _by_slurm(environment: Mapping[str, str]) -> Launched | None:
             f"{tasks} is {environment[tasks]}, but {', '.join(missing)} is not set: start several processes with srun "
             f"or torchrun, or unset {unset} to run one"
         )
-    world, rank, local_rank = _whole(environment, tasks, "SLURM_PROCID", "SLURM_LOCALID")
+    world, rank, local_rank = _integers(environment, tasks, "SLURM_PROCID", "SLURM_LOCALID")
     nodes = next((environment[name] for name in _NODES if environment.get(name)), "")
     names = list(expand_nodes(nodes))
     local_world = _slurm_local_world(environment, world, len(names))
     address = environment.get("MASTER_ADDR") or (names[0] if len(names) > 1 else "127.0.0.1")
     port = _port(environment, zlib.crc32(":".join(environment.get(name, "") for name in _JOB).encode()))
-    return Launched(
+    return LaunchInfo(
         rank, world, local_rank, local_world, address, port, f"by SLURM's variables, ranks meet at {address}:{port}"
     )
 
@@ -123,13 +123,13 @@ _JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID")
 
 
 def _slurm_local_world(environment: Mapping[str, str], world: int, nodes: int) -> int:
-    """Tasks of this node: given node by node, as "2(x3),1", or one number for all."""
+    """Return the number of tasks of this node: given node by node, as "2(x3),1", or as one number for all."""
     for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
         text = environment.get(name)
         if text:
             parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()) for part in text.split(",")]
             counts = [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
-            node = _whole(environment, "SLURM_NODEID")[0] if environment.get("SLURM_NODEID") else 0
+            node = _integers(environment, "SLURM_NODEID")[0] if environment.get("SLURM_NODEID") else 0
             if None in parts or sum(counts) != world or node >= len(counts):
                 raise UserError(
                     f"{name}={text} does not add up to {world} tasks with this node, number {node}: start the "
@@ -137,7 +137,7 @@ def _slurm_local_world(environment: Mapping[str, str], world: int, nodes: int) -
                 )
             return counts[node]
     if environment.get("SLURM_NTASKS_PER_NODE"):
-        return min(world, _whole(environment, "SLURM_NTASKS_PER_NODE")[0])
+        return min(world, _integers(environment, "SLURM_NTASKS_PER_NODE")[0])
     if nodes > 1:
         raise UserError(
             f"SLURM names {nodes} nodes, but not how many tasks each has: give srun --ntasks-per-node, or use torchrun"
@@ -160,11 +160,11 @@ def expand_nodes(text: str) -> Iterator[str]:
 
 
 def _port(environment: Mapping[str, str], job: int) -> int:
-    """The port that is given, or one of the job's own, below those that systems hand out themselves."""
-    return _whole(environment, "MASTER_PORT")[0] if environment.get("MASTER_PORT") else 10000 + job % 20000
+    """Return the port that is given, or one of the job's own, below those that systems hand out themselves."""
+    return _integers(environment, "MASTER_PORT")[0] if environment.get("MASTER_PORT") else 10000 + job % 20000
 
 
-def _whole(environment: Mapping[str, str], *names: str) -> list[int]:
+def _integers(environment: Mapping[str, str], *names: str) -> list[int]:
     wrong = [f"{name}={environment[name]}" for name in names if not environment[name].strip().isdecimal()]
     if wrong:
         raise UserError(f"the launcher's variables have to be whole numbers: {', '.join(wrong)}")

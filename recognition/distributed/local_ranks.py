@@ -1,61 +1,91 @@
-"""Ranks on this machine that a program starts itself: processes, each with an object, which wait to be told what to do.
+"""Ranks on this machine that a program starts itself, as torchrun would.
 
-So several such groups can be measured in turns, under the same load of the machine, each with a memory of its own.
+`start_ranks` starts one process per rank. `processes` starts ranks that each hold an object and call its methods when
+told to, so that several such groups can be measured in turns, each with a memory of its own.
 """
 
 import contextlib
 import multiprocessing
 import os
-import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection as pipes
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from recognition import config, distributed
 
 _TIMEOUT_SECONDS = 3600
 _PATIENCE_SECONDS = 2.0
-"""How long the other ranks' answers are waited for once one has failed."""
+"""Seconds to wait for the other ranks' answers once one has failed."""
 
 
 class OutOfMemory(config.UserError):
-    """A GPU's memory has run out."""
+    """The memory of a GPU does not suffice."""
+
+
+@contextlib.contextmanager
+def start_ranks(
+    target: Callable[..., None], arguments: Sequence[tuple[Any, ...]], *, preload: Sequence[str], patience: float = 0.0
+) -> Iterator[list[BaseProcess]]:
+    """Run `target(*arguments[rank])` in a process per rank, which has torchrun's variables; end them on exit.
+
+    `preload`: modules that all ranks import, which happens once for the first call of this process. `patience`: seconds
+    in which they may end by themselves on exit, before they are killed. Raises UserError on Windows.
+    """
+    # Imports take seconds, so they are made once, and forked: by a process that has used neither threads nor a GPU.
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        raise config.UserError("processes are started here as Windows cannot: use Linux, macOS, or WSL on Windows")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    # The ranks meet at a store of this process, so nobody else can take its port in between.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    started: list[BaseProcess] = []
+    try:
+        for rank, given in enumerate(arguments):
+            environment = _torchrun_variables(rank, len(arguments), store.port)
+            process = context.Process(target=_run, args=(environment, target, given), daemon=True)
+            process.start()
+            started.append(process)
+        yield started
+    finally:
+        for each in started:
+            if patience:
+                each.join(timeout=patience)
+            each.kill()
+            each.join()
+
+
+def _torchrun_variables(rank: int, world: int, port: int) -> dict[str, str]:
+    """Return the environment variables that torchrun gives a rank, whose store this process keeps."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+
+
+def _run(environment: dict[str, str], target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ |= environment
+    target(*arguments)
 
 
 class Processes:
-    """One process per rank, each with what `make` returned there, which do what they are told."""
+    """One process per rank, each with the object that `make` returned there; `call` calls a method of all of them."""
 
-    def __init__(
-        self, ranks: int, make: Callable[[torch.device], Any], *, device: str, threads: int, less: str, preload: str
-    ) -> None:
-        # Imports take seconds, so they are made once, and forked: by a process that has used neither threads nor a GPU.
-        if "forkserver" not in multiprocessing.get_all_start_methods():
-            raise config.UserError("processes are started here as Windows cannot: use Linux, macOS, or WSL on Windows")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([preload])
-        self._less = less
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self._connections: list[Any] = []
-        self._processes = []
-        for rank in range(ranks):
-            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            here, there = context.Pipe()
-            arguments = (there, environment, make, device, threads, less)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
-            there.close()
-            self._connections.append(here)
-            self._processes.append(process)
+    def __init__(self, processes: list[BaseProcess], connections: list[Any], less: str) -> None:
+        self._processes, self._connections, self._less = processes, connections, less
 
     def call(self, name: str, *arguments: Any) -> list[Any]:
-        """Have every rank's object do it; what each returned, in rank order.
+        """Call the method `name` of every rank's object; returns the results in rank order.
 
         Raises UserError where a rank did or its process is gone, OutOfMemory for a GPU's memory, RuntimeError with
         the traceback of any other error.
@@ -82,15 +112,6 @@ class Processes:
             # A rank whose peer is gone fails too; the reason is with the one that was stopped by something else.
             raise min(failures, key=_rank_of_reason)
         return [answers[rank] for rank in range(len(self._connections))]
-
-    def close(self) -> None:
-        """End the processes."""
-        for connection in self._connections:
-            connection.close()
-        for process in self._processes:
-            process.join(timeout=2)
-            process.kill()
-            process.join()
 
     def _answer(self, rank: int) -> Any:
         try:
@@ -122,23 +143,18 @@ def processes(
     `make`: called on each rank with its device; it has to be picklable. `threads`: of torch in each on a CPU, 0 shares
     the cores out. `less`: what to try where the memory has run out. `preload`: the module that has what ranks import.
     """
-    group = Processes(ranks, make, device=device, threads=threads, less=less, preload=preload)
-    try:
-        yield group
-    finally:
-        group.close()
+    with contextlib.ExitStack() as stack:
+        ends = [multiprocessing.Pipe() for _ in range(ranks)]
+        arguments = [(there, make, device, threads, less) for _, there in ends]
+        started = stack.enter_context(start_ranks(_serve, arguments, preload=[preload], patience=2.0))
+        for here, there in ends:
+            there.close()
+            stack.callback(here.close)  # which ends the rank
+        yield Processes(started, [here for here, _ in ends], less)
 
 
-def _serve(
-    connection: Any,
-    environment: dict[str, str],
-    make: Callable[[torch.device], Any],
-    device: str,
-    threads: int,
-    less: str,
-) -> None:
-    """What a rank's process does: make its object, then answer one call after the other."""
-    os.environ |= environment
+def _serve(connection: Any, make: Callable[[torch.device], Any], device: str, threads: int, less: str) -> None:
+    """Make a rank's object, then answer one call after the other."""
     backend = "nccl" if device == "cuda" else "gloo"
     settings = config.Distributed.model_validate({"backend": backend, "init_timeout_seconds": _TIMEOUT_SECONDS})
     try:

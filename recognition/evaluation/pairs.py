@@ -171,7 +171,7 @@ def _with_files(path: Path, listed: PairList, images: Path | None, missing: Miss
     read: dict[Path, bytes] = {}
     files, faults, respelled = [], {}, []
     wanted = [names for entry in entries for names in (entry.first, entry.second)]
-    with progress.working(f"reading the images of {name}", len(wanted)) as advance:
+    with progress.task(f"reading the images of {name}", len(wanted)) as advance:
         for image, names in enumerate(wanted):
             advance(image)
             file = folder.find(names)

@@ -32,7 +32,7 @@ def open_sets(
     """
     names = names_apart(paths)
     sets = []
-    with progress.working("reading verification sets", len(paths), "sets") as advance:
+    with progress.task("reading verification sets", len(paths), "sets") as advance:
         for done, (path, name) in enumerate(zip(paths, names, strict=True)):
             advance(done)
             pairs = replace(read_pairs(path, folder, missing=missing, folds=folds), label=name)
@@ -70,7 +70,7 @@ def check_pairs(pairs: PairSet, image_size: int, *, missing: Missing = "refuse",
     """
     faults: dict[int, str] = {}
     sizes: Counter[tuple[int, int]] = Counter()
-    with progress.working(f"checking {pairs.name}", len(pairs.images)) as advance:
+    with progress.task(f"checking {pairs.name}", len(pairs.images)) as advance:
         for image in range(len(pairs.images)):
             if image % 100 == 0:
                 advance(image)

@@ -1,7 +1,7 @@
 """Files that are written whole or not at all.
 
-A file is written under a name of its own in the same folder and takes its place by one rename, so a reader sees the old
-one or the new one. The name is random, and not the process's number, which two machines may share.
+A file is written under a temporary name in the same folder and gets its own by one rename, so a reader sees the old one
+or the new one. The name is random, and not the process's number, which two machines may share.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ def replacing(path: Path, *, on_disk: bool = False) -> Iterator[Path]:
 
     `on_disk`: return only when the disk has both the content and the name. Raises OSError.
     """
-    temporary = beside(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
         if on_disk:
@@ -29,8 +29,8 @@ def replacing(path: Path, *, on_disk: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def beside(path: Path) -> Path:
-    """A name that nobody else has, in the folder of `path`, for what is on the way to it."""
+def temporary_path(path: Path) -> Path:
+    """Return an unused name in the folder of `path`, to write to before the file is renamed to `path`."""
     return path.with_name(f".{secrets.token_hex(8)}.tmp")
 
 

@@ -1,4 +1,4 @@
-"""What a file really is, by its first bytes: for messages about files that are not what their name says."""
+"""The kind of a file by its first bytes, for messages about files that are not what their name says."""
 
 import codecs
 import re
@@ -44,7 +44,7 @@ _PAGE = re.compile(
 
 
 def what_is(content: Path | bytes) -> str:
-    """Name what a file, or content of which these are the first bytes, is: "an HTML page, ...", "a zip archive".
+    """Name the kind of a file, or of content with these first bytes: "an HTML page, ...", "a zip archive".
 
     Where something can be done about it, the name says what. Never raises: a file that cannot be read is "unreadable".
     """
@@ -88,7 +88,7 @@ def _name(head: bytes) -> str:
 
 
 def _archive(head: bytes) -> str:
-    """torch.save and numpy.savez write zip archives too, whose first entry tells them."""
+    """Name the kind of a zip archive by its first entry, as torch.save and numpy.savez write such archives too."""
     name = head[30 : 30 + int.from_bytes(head[26:28], "little")]
     if name.endswith((b"/data.pkl", b"/.format_version", b"/.data/serialization_id")):
         return "a file of torch.save"

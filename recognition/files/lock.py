@@ -1,4 +1,4 @@
-"""One folder, one run: a file that says who is at work in it.
+"""The lock of a folder, so that only one run writes to it: a file that names the process.
 
 The file holds host, process and start. Where the file system has locks of its own (flock), they decide between the
 processes of one machine, and a file whose process is gone is taken over. Of another machine's processes nothing can be
@@ -31,7 +31,7 @@ _WRITTEN_WITHIN = 0.5
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process. Raises UserError where another one does, or where it cannot be written."""
+    """Lock `folder` for this process. Raises UserError where another one has, or where it cannot be written."""
     path = folder / NAME
     try:
         descriptor = _take(path)
@@ -86,7 +86,7 @@ def _claim(descriptor: int, path: Path, *, made: bool) -> bool:
 
 
 def _flock(descriptor: int) -> bool:
-    """Whether nobody else has the file system's lock; true as well where it has none."""
+    """Take the file system's lock; returns False where another has it, True as well where there are no locks."""
     if fcntl is None:
         return True
     try:
@@ -99,7 +99,7 @@ def _flock(descriptor: int) -> bool:
 
 
 def _holder(descriptor: int, seconds: float) -> dict[str, Any] | None:
-    """What the file says; None if nothing that can be read, once its maker has had `seconds` to write it."""
+    """Read the process that the file names; None if it cannot be read after `seconds`, in which it may be written."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -122,12 +122,12 @@ def _refusal(path: Path, holder: dict[str, Any] | None) -> UserError:
 
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from all others."""
+    """Return what identifies this process: host, number and start."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
 
 
 def is_alive(process: dict[str, Any]) -> bool:
-    """Whether a process is there, and no other that has its number now; one of another machine is taken to be."""
+    """Return whether a process is alive, and its number not another's by now; one elsewhere is taken to be alive."""
     pid = process.get("pid")
     if process.get("host") != socket.gethostname():
         return True
@@ -143,7 +143,7 @@ def is_alive(process: dict[str, Any]) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in ticks since the machine did; None where the system does not say, or it has ended."""
+    """Return the start of a process in ticks since the machine's; None where it is unknown or the process is gone."""
     try:
         state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state == "Z" else numbers[18]

@@ -1,4 +1,4 @@
-"""Paths that a program writes to, looked at before its work begins."""
+"""Checks of the paths that a program writes to, before its work begins."""
 
 import errno
 import os
@@ -12,8 +12,9 @@ from recognition.files.paths import expanded
 
 _OF_A_RUN = {
     "config.toml": "its settings",
+    "best.safetensors": "its best backbone",
     "best.pt": "its best backbone",
-    "best.json": "its best backbone's facts",
+    "best.json": "its best backbone's accuracy",
     "metrics.jsonl": "its metrics",
     "log.txt": "its log",
     "quarantine.jsonl": "its samples that cannot be decoded",
@@ -62,7 +63,7 @@ def _same(path: Path, other: Path) -> bool:
 
 
 def _run_that_owns(path: Path) -> tuple[Path, str] | None:
-    """The run that a path belongs to, and what it is there."""
+    """Return the run that a path belongs to, and what the path is in it; None where there is no such run."""
     path = path.parent.resolve() / path.name
     for folder in path.parents:
         if (folder / "config.toml").is_file() and (folder / "checkpoints").is_dir():

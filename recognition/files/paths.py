@@ -1,4 +1,4 @@
-"""Paths as users write them, and as messages show them: on one line, with nothing in it that a terminal obeys."""
+"""Paths as users write them, and as messages show them: on one line, without control characters."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ _ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 
 def shown(name: str | os.PathLike[str]) -> str:
-    """A name or path for a message: as it is, or, where a part of it could not be seen, as bash's $'...'.
+    """Format a name or path for a message: as it is, or, where a part of it would not be visible, as bash's $'...'.
 
     Bytes that are no text, line ends, other control characters, and blanks at an end are escaped; bash takes what is
     shown for the same name.

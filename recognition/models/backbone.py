@@ -68,7 +68,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.image_size = config.image_size
         self.embedding_size = config.embedding_size
-        config = hardware.resolve_backbone(config, hardware.of(torch.device("cpu")))
+        config = hardware.resolve_backbone(config, hardware.detect(torch.device("cpu")))
         self.precision = hardware.DTYPES[config.precision]
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.trunk, features = _build_trunk(config)

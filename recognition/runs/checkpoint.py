@@ -28,15 +28,18 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from recognition.errors import UserError
+from recognition.config.renamed import to_current
 from recognition.distributed import gather_objects
+from recognition.errors import UserError
 from recognition.files.atomic import sync, write_text
+from recognition.runs import faults
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
+_METADATA_KEY = "facts"  # as format 1 names it in the file
 _PARTIAL = ".partial"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -47,13 +50,13 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself."""
+    """The record of a checkpoint: its step, its files and all that is not a tensor."""
 
     step: int
     world_size: int
     """Number of ranks that wrote it."""
-    facts: dict[str, Any]
-    """What is not a tensor, as JSON: configuration, fingerprint of the data, metrics."""
+    metadata: dict[str, Any]
+    """JSON values by name: the settings (`config`), by today's names, the data's fingerprint, the schedule's offset."""
     files: dict[str, tuple[int, str]]
     """Size in bytes and SHA-256 of every other file of the folder."""
 
@@ -61,7 +64,7 @@ class Manifest:
 class Checkpoints:
     """The checkpoints of one run. All methods are called by all ranks; the folder is one that all of them see.
 
-    `find` and `facts` work without a process group too.
+    `find` and `metadata` work without a process group too.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -70,8 +73,8 @@ class Checkpoints:
         self._verified: set[Path] = set()
         self._damaged: set[Path] = set()
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-        """Write a checkpoint of `tensors` and the JSON-able `facts`, and return its folder.
+    def save(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
+        """Write a checkpoint of `tensors` and `metadata`, JSON values by name, and return its folder.
 
         A DTensor is written by the ranks that hold its shards; a plain tensor is taken to be equal on all ranks and
         written once. A valid checkpoint of the same step is left as it is. Of the older ones the `keep` newest stay,
@@ -81,14 +84,14 @@ class Checkpoints:
         final = self.folder / f"step-{step:08d}"
         failure = f"checkpoint {final} could not be saved"
         if self._damage(final):
-            self._write(final, step, tensors, dict(facts), failure)
+            self._write(final, step, tensors, dict(metadata), failure)
         self._damaged.discard(final)
         self._verified.add(final)
-        _on_main(lambda: self._publish(final), failure)
+        _on_main(lambda: self._publish(final, step), failure)
         return final
 
     def find(self) -> Path | None:
-        """The newest checkpoint whose files all have the hashes of its manifest, the same on all ranks; None if none.
+        """Return the newest checkpoint whose files have the hashes of its manifest, the same one on all ranks, or None.
 
         Damaged ones are passed over with a warning that names the folder and the damage. The ranks share the hashing.
         """
@@ -98,16 +101,16 @@ class Checkpoints:
                 self._verified.add(folder)
                 return folder
             self._damaged.add(folder)
-            if _place()[0] == 0:
+            if _rank_and_world()[0] == 0:
                 logger.warning("checkpoint %s is damaged and passed over: %s", folder, damage)
         return None
 
-    def facts(self, folder: Path) -> dict[str, Any]:
-        """What was saved with the tensors. Raises CheckpointError when the manifest cannot be read."""
-        return read_manifest(folder).facts
+    def metadata(self, folder: Path) -> dict[str, Any]:
+        """Read what was saved with the tensors. Raises CheckpointError when the manifest cannot be read."""
+        return read_manifest(folder).metadata
 
     def load(self, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Fill `tensors` in place, at any number of ranks, and return the facts that were saved with them.
+        """Fill `tensors` in place, at any number of ranks, and return the metadata saved with them.
 
         The hashes are checked first, unless `find` or `save` of this object did so.
         Raises CheckpointError when the folder is damaged, and UserError when names, shapes or types are not those of
@@ -118,42 +121,46 @@ class Checkpoints:
                 raise CheckpointError(f"checkpoint {folder} is damaged: {damage}")
             self._verified.add(folder)
         failure = f"checkpoint {folder} could not be read"
-        misfits = [misfit for misfit in _together(lambda: _misfit(folder, tensors), failure) if misfit]
-        if misfits:
-            raise UserError(f"checkpoint {folder} does not fit this run: {misfits[0]}")
-        _together(lambda: _read_into(folder, dict(tensors)), failure)
-        return self.facts(folder)
+        mismatches = [text for text in _on_all_ranks(lambda: _shape_mismatch(folder, tensors), failure) if text]
+        if mismatches:
+            raise UserError(f"checkpoint {folder} does not fit this run: {mismatches[0]}")
+        _on_all_ranks(lambda: _read_into(folder, dict(tensors)), failure)
+        return self.metadata(folder)
 
     def _damage(self, folder: Path) -> str:
-        """What is wrong with a checkpoint, empty if nothing is; the ranks share the files out between them."""
-        rank, world = _place()
+        """Describe the damage of a checkpoint, empty if there is none; each rank looks at its share of the files."""
+        rank, world = _rank_and_world()
         reasons = gather_objects(_damage(folder, part=rank, parts=world))
         return next((reason for reason in reasons if reason), "")
 
     def _write(
-        self, final: Path, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any], failure: str
+        self, final: Path, step: int, tensors: Mapping[str, Tensor], metadata: dict[str, Any], failure: str
     ) -> None:
-        rank, world = _place()
+        rank, world = _rank_and_world()
         partial = final.with_name(final.name + _PARTIAL)
         _on_main(lambda: self._clear(partial), failure)
         try:
+            faults.reach("checkpoint shards", step=step, folder=partial)
             _save_shards(partial, tensors, failure)
-            hashes = _together(lambda: _hash_files(partial, f"__{rank}_"), failure)
+            faults.reach("checkpoint hashes", step=step, folder=partial)
+            hashes = _on_all_ranks(lambda: _hash_files(partial, f"__{rank}_"), failure)
             shards = {name: entry for own in hashes for name, entry in own.items()}
-            _on_main(lambda: self._complete(partial, final, Manifest(step, world, facts, shards)), failure)
+            _on_main(lambda: self._complete(partial, final, Manifest(step, world, metadata, shards)), failure)
         except CheckpointError:
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
     def _clear(self, partial: Path) -> None:
-        """An empty folder to write to; what earlier runs left behind when they died is removed."""
+        """Make an empty folder to write to, and remove those that earlier runs left behind when they died."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.glob(f"step-*{_PARTIAL}"):
             shutil.rmtree(stale)
         partial.mkdir()
 
     def _complete(self, partial: Path, final: Path, manifest: Manifest) -> None:
+        """Write the manifest, once all files are there, and give the folder its final name."""
+        faults.reach("checkpoint manifest", step=manifest.step, folder=partial)
         manifest = replace(manifest, files=manifest.files | _hash_files(partial, ".metadata"))
         for name, (size, _) in manifest.files.items():
             if not (partial / name).is_file() or (partial / name).stat().st_size != size:
@@ -162,17 +169,20 @@ class Checkpoints:
                     "the run's folder has to be on a file system that all nodes share"
                 )
         write_text(partial / MANIFEST, _encode(manifest), on_disk=True)
+        faults.reach("checkpoint name", step=manifest.step, folder=partial)
         if final.exists():
             _discard(final)  # damaged, or else nothing would be written
         partial.rename(final)
         sync(self.folder)
 
-    def _publish(self, newest: Path) -> None:
+    def _publish(self, newest: Path, step: int) -> None:
         """Point at a complete checkpoint, then remove those that are not among the newest.
 
         Damaged ones do not count, and stay to be looked at.
         """
+        faults.reach("checkpoint latest", step=step, folder=newest)
         write_text(self.folder / "latest", newest.name + "\n", on_disk=True)
+        faults.reach("checkpoint retention", step=step, folder=newest)
         sound = [folder for folder in step_folders(self.folder) if folder not in self._damaged]
         for folder in set(sound[self.keep :]) - {newest}:
             try:
@@ -182,7 +192,7 @@ class Checkpoints:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The checkpoints in `folder` that have their final name, whether valid or not, the newest first."""
+    """List the checkpoints in `folder` that have their final name, whether valid or not, the newest first."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))]
@@ -190,7 +200,10 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint. Raises CheckpointError when it is missing or not what was written."""
+    """Read the manifest of a checkpoint, its settings by today's names.
+
+    Raises CheckpointError when it is missing or has changed since it was written.
+    """
     try:
         tree = json.loads((folder / MANIFEST).read_text())
         digest = tree.pop("sha256")
@@ -201,11 +214,14 @@ def read_manifest(folder: Path) -> Manifest:
     if tree["format"] != _FORMAT:
         raise CheckpointError(f"{MANIFEST} has format {tree['format']}; this program reads {_FORMAT}")
     files = {name: (size, digest) for name, (size, digest) in tree["files"].items()}
-    return Manifest(tree["step"], tree["world_size"], tree["facts"], files)
+    metadata = tree[_METADATA_KEY]
+    if "config" in metadata:
+        metadata["config"] = to_current(metadata["config"])
+    return Manifest(tree["step"], tree["world_size"], metadata, files)
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors whose names start with `prefix`, whole and on the CPU, read by this process alone.
+    """Read the tensors whose names start with `prefix`, whole and onto the CPU, by this process alone.
 
     Needs no process group. Raises CheckpointError when the checkpoint is damaged, UserError when no name fits.
     """
@@ -218,7 +234,7 @@ def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
         if name.startswith(prefix)
     }
     if not tensors:
-        raise UserError(f"checkpoint {folder} has no tensor whose name starts with {prefix!r}: {_listed(saved)}")
+        raise UserError(f"checkpoint {folder} has no tensor whose name starts with {prefix!r}: {_format_names(saved)}")
     _read_into(folder, tensors)
     return tensors
 
@@ -249,14 +265,14 @@ def _saved_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     return {name: about for name, about in entries.items() if isinstance(about, TensorStorageMetadata)}
 
 
-def _misfit(folder: Path, tensors: Mapping[str, Tensor]) -> str:
-    """How the saved tensors differ from those wanted, empty if they do not."""
+def _shape_mismatch(folder: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Describe how the saved tensors differ from those wanted in name, shape or type; empty if they do not."""
     saved = _saved_tensors(folder)
     differences = []
     if missing := tensors.keys() - saved.keys():
-        differences.append(f"it lacks {_listed(missing)}")
+        differences.append(f"it lacks {_format_names(missing)}")
     if unexpected := saved.keys() - tensors.keys():
-        differences.append(f"only it has {_listed(unexpected)}")
+        differences.append(f"only it has {_format_names(unexpected)}")
     for name in sorted(tensors.keys() & saved.keys()):
         there = (tuple(saved[name].size), saved[name].properties.dtype)
         here = (tuple(tensors[name].shape), tensors[name].dtype)
@@ -266,7 +282,7 @@ def _misfit(folder: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _damage(folder: Path, part: int = 0, parts: int = 1) -> str:
-    """What is wrong with a part of a checkpoint's files, empty if nothing is."""
+    """Describe the damage of a part of a checkpoint's files, empty if there is none."""
     try:
         manifest = read_manifest(folder)
         for name, (size, digest) in sorted(manifest.files.items())[part::parts]:
@@ -296,7 +312,8 @@ def _digest_of(tree: dict[str, Any]) -> str:
 
 
 def _encode(manifest: Manifest) -> str:
-    tree = {"format": _FORMAT, **json.loads(json.dumps(asdict(manifest), allow_nan=False))}
+    fields = {_METADATA_KEY if name == "metadata" else name: value for name, value in asdict(manifest).items()}
+    tree = {"format": _FORMAT, **json.loads(json.dumps(fields, allow_nan=False))}
     return json.dumps({**tree, "sha256": _digest_of(tree)}, indent=2, allow_nan=False) + "\n"
 
 
@@ -307,7 +324,7 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _together(work: Callable[[], T], failure: str) -> list[T]:
+def _on_all_ranks(work: Callable[[], T], failure: str) -> list[T]:
     """Do `work` on every rank and return all results in rank order; CheckpointError on all ranks if it fails on any."""
     result, reason = None, ""
     try:
@@ -324,12 +341,12 @@ def _together(work: Callable[[], T], failure: str) -> list[T]:
 
 def _on_main(work: Callable[[], T], failure: str) -> T:
     """Do `work` on rank 0 and return its result on all ranks; CheckpointError on all if it fails."""
-    rank, _ = _place()
-    return _together(lambda: work() if rank == 0 else None, failure)[0]  # type: ignore[return-value]
+    rank, _ = _rank_and_world()
+    return _on_all_ranks(lambda: work() if rank == 0 else None, failure)[0]  # type: ignore[return-value]
 
 
-def _place() -> tuple[int, int]:
-    """This rank and the number of ranks; a process without a group is alone."""
+def _rank_and_world() -> tuple[int, int]:
+    """Return this rank and the number of ranks; a process without a group is alone."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -337,6 +354,6 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _listed(names: Any) -> str:
+def _format_names(names: Any) -> str:
     ordered = sorted(names)
     return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")

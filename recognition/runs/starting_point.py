@@ -1,4 +1,4 @@
-"""Where a backbone's weights come from: another run, one of its checkpoints, or a file."""
+"""The weights that a run starts from: those of another run, of one of its checkpoints, or of a file."""
 
 import logging
 from pathlib import Path
@@ -6,17 +6,18 @@ from pathlib import Path
 from torch import Tensor
 
 from recognition import config
-from recognition.runs.checkpoint import MANIFEST, CheckpointError, read_tensors, step_folders
 from recognition.errors import UserError
 from recognition.models.backbone import Backbone
 from recognition.models.weights import load_weights, read_file
+from recognition.runs.best import find_best
+from recognition.runs.checkpoint import MANIFEST, CheckpointError, read_tensors, step_folders
 
 _log = logging.getLogger(__name__)
 _PREFIX = "backbone."
 
 
 def start_from(backbone: Backbone, settings: config.Backbone, run: Path, *, goes_on: bool) -> list[str]:
-    """Load what `settings.weights` names into `backbone`, and return what is to be said of where it starts.
+    """Load the weights that `settings.weights` names into `backbone`; returns the messages about where it starts.
 
     `run` is the folder of the run that begins, which cannot be its own beginning; where it `goes_on` from a checkpoint
     of its own, nothing is loaded. Every rank calls it by itself. Raises UserError where the weights cannot be read or
@@ -43,8 +44,8 @@ def start_from(backbone: Backbone, settings: config.Backbone, run: Path, *, goes
     return load_weights(backbone, state, found)
 
 
-def newest(checkpoints: Path) -> tuple[Path, dict[str, Tensor]] | None:
-    """The newest checkpoint in a folder of checkpoints that verifies, and its backbone; None where there is none.
+def newest_checkpoint(checkpoints: Path) -> tuple[Path, dict[str, Tensor]] | None:
+    """Read the backbone of the newest checkpoint in a folder of checkpoints; returns both, None where there is none.
 
     Those that are damaged are passed over with a warning.
     """
@@ -57,7 +58,7 @@ def newest(checkpoints: Path) -> tuple[Path, dict[str, Tensor]] | None:
 
 
 def _read_folder(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The backbone in a run's folder, in its folder of checkpoints or in one of them, and the checkpoint it is of."""
+    """Read the backbone in a run's folder, its folder of checkpoints or one of them; returns the checkpoint too."""
     if folder.name.endswith(".partial"):
         raise UserError(
             f"backbone.weights: {folder} is a checkpoint that is being written, or whose run has died; "
@@ -72,10 +73,10 @@ def _read_folder(folder: Path) -> tuple[Path, dict[str, Tensor]]:
                 f"backbone.weights: {error}{others if len(step_folders(folder.parent)) > 1 else ''}"
             ) from None
     run = folder.parent if folder.name == "checkpoints" else folder
-    if found := newest(run / "checkpoints"):
+    if found := newest_checkpoint(run / "checkpoints"):
         return found
-    if (run / "best.pt").is_file():
-        raise UserError(f"backbone.weights: {run} holds no complete checkpoint; give {run / 'best.pt'}")
+    if best := find_best(run):
+        raise UserError(f"backbone.weights: {run} holds no complete checkpoint; give {best}")
     if (run / "checkpoints").is_dir():
         raise UserError(f"backbone.weights: {run} holds no complete checkpoint: its run has saved none yet")
     inside = sorted(path.name for path in folder.iterdir())
@@ -86,5 +87,5 @@ def _read_folder(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def _read(checkpoint: Path) -> dict[str, Tensor]:
-    """The backbone of one checkpoint, under its own names."""
+    """Read the backbone of one checkpoint, under its own names."""
     return {name.removeprefix(_PREFIX): tensor for name, tensor in read_tensors(checkpoint, _PREFIX).items()}

@@ -1,1 +1,1 @@
-"""What a run says as it goes: log, terminal, metrics, progress."""
+"""Log, metrics and progress of a run, in files and on the terminal."""

@@ -1,4 +1,4 @@
-"""How fast a run goes, and how long it will take with the verifications and checkpoints that are to come."""
+"""The speed of a run, and its remaining time with the verifications and checkpoints that are to come."""
 
 import itertools
 import math
@@ -15,18 +15,18 @@ WINDOW = 20
 
 @dataclass(frozen=True)
 class Eta:
-    """The time that a run still takes."""
+    """The remaining time of a run."""
 
     seconds: float
-    """Of the steps, and of the pauses of each kind that has been measured."""
+    """Time of the remaining steps, and of the remaining pauses of each kind that has been measured."""
     verifications: int = 0
-    """Those to come, where none has been measured yet."""
+    """Number of remaining verifications, where none has been measured yet."""
 
     def __str__(self) -> str:
         return f"ETA {timedelta(seconds=round(self.seconds))}{self._more('plus')}"
 
     def about(self) -> str:
-        """A time to come, no more exactly than it can be known."""
+        """Return the remaining time in words, rounded to what can be known."""
         return _about(self.seconds) + self._more("and")
 
     def _more(self, joined: str) -> str:
@@ -35,7 +35,7 @@ class Eta:
 
 
 class Clock:
-    """Steps per second over the last records, and the time spent in pauses, which does not count for them.
+    """Measures steps per second over the last records, without the pauses, and the wait for data.
 
     `every`: for a kind of pause (`verification`, `saving`), the numbers of steps at whose multiples there is one; one
     follows the last step too. 0 has no multiples.
@@ -47,35 +47,58 @@ class Clock:
         self._paused: dict[str, list[float]] = {}
         self._marks: deque[tuple[int, float]] = deque(maxlen=WINDOW + 1)
         self._first: tuple[int, float] | None = None
+        self._data_seconds: float | None = None
+        self._data_step: int | None = None
+
+    @contextmanager
+    def data_wait(self) -> Iterator[None]:
+        """Count the time in here as a wait for data."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._data_seconds = (self._data_seconds or 0.0) + time.monotonic() - start
+
+    def data_seconds(self, step: int, start_step: int) -> float | None:
+        """Return the wait for data per step since the last call, or since `start_step`; None if none was measured."""
+        seconds, since = self._data_seconds, start_step if self._data_step is None else self._data_step
+        if seconds is None or step <= since:
+            return None
+        self._data_seconds, self._data_step = 0.0, step
+        return seconds / (step - since)
 
     @contextmanager
     def pause(self, kind: str) -> Iterator[None]:
-        """Time spent in here is that of a pause. Not to be nested."""
+        """Count the time in here as a pause of `kind`. Not to be nested."""
         start = time.monotonic()
         try:
             yield
         finally:
             self._paused.setdefault(kind, []).append(time.monotonic() - start)
 
-    def rate(self, step: int) -> float | None:
-        """Steps per second up to `step`, which was just done.
+    def last_pause(self, kind: str) -> float:
+        """Return the seconds of the last pause of `kind`."""
+        return self._paused[kind][-1]
 
-        None for the first: it paid for starting, compiling and filling queues, so the window begins after it.
+    def rate(self, step: int) -> float | None:
+        """Return the steps per second up to `step`, which was just done.
+
+        None for the first: it includes starting, compiling and filling queues, so the window begins after it.
         """
-        self._marks.append((step, time.monotonic() - self._lost()))
+        self._marks.append((step, time.monotonic() - self._paused_seconds()))
         self._first = self._first or self._marks[0]
         return _rate(self._marks[0], self._marks[-1])
 
     def seconds(self) -> float:
-        """Time since this clock was made, pauses included."""
+        """Return the time since this clock was created, pauses included."""
         return time.monotonic() - self._started
 
     def mean_rate(self) -> float | None:
-        """Steps per second up to the last record, the first step left out."""
+        """Return the steps per second up to the last record, without the first step."""
         return _rate(self._first, self._marks[-1]) if self._first else None
 
     def eta(self, step: int, rate: float) -> Eta:
-        """Time to come after `step`, whose own pauses are still ahead, at `rate` steps per second."""
+        """Estimate the time after `step`, whose own pauses are still ahead, at `rate` steps per second."""
         seconds, unknown = (self.total_steps - step) / rate, 0
         for kind, every in self.every.items():
             times = self._paused.get(kind)
@@ -86,12 +109,22 @@ class Clock:
                 unknown = to_come
         return Eta(seconds, unknown)
 
-    def _lost(self) -> float:
+    def _paused_seconds(self) -> float:
         return sum(sum(times) for times in self._paused.values())
 
 
+def pause_intervals(saving: int, verification: int | None) -> dict[str, tuple[int, ...]]:
+    """Return a `Clock`'s `every` for a run that saves every `saving` steps and verifies every `verification` steps.
+
+    A verification follows a checkpoint, so there are checkpoints at its steps too. None: there are no verifications.
+    """
+    if verification is None:
+        return {"saving": (saving,)}
+    return {"saving": (saving, verification), "verification": (verification,)}
+
+
 def _multiples(numbers: Sequence[int], end: int) -> int:
-    """How many numbers from 1 to `end` are multiples of any of `numbers`: by inclusion and exclusion."""
+    """Count the numbers from 1 to `end` that are multiples of any of `numbers`, by inclusion and exclusion."""
     numbers = [number for number in numbers if number]
     chosen = [some for size in range(1, len(numbers) + 1) for some in itertools.combinations(numbers, size)]
     return sum((-1) ** (len(some) + 1) * (end // math.lcm(*some)) for some in chosen)

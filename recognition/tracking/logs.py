@@ -1,6 +1,6 @@
-"""Where log records go: to standard error and, once a run's folder is there, to its `log.txt`.
+"""Logging: to standard error and, once a run's folder is there, to its `log.txt`.
 
-A record is one line, whatever its text holds. A warning that comes again and again is told a few times, then counted.
+A record is one line, whatever its text holds. A warning that comes again and again is shown a few times, then counted.
 """
 
 import errno
@@ -14,14 +14,14 @@ from pathlib import Path
 
 from recognition.tracking import terminal
 
-TOLD = 3
-"""How often a warning is told before it is only counted."""
+SHOWN = 3
+"""How often a warning is shown before it is only counted."""
 
 _HARMLESS = {
     # torch.compile asks for CUDA's folder on machines without a GPU too, where nothing is missed.
     "torch.utils.cpp_extension": "No CUDA runtime is found",
 }
-"""What libraries say that no user can do anything about: the beginnings of records, by logger."""
+"""Records of libraries that no user can do anything about: their beginnings, by logger."""
 
 _PACKAGE = "recognition"
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Appender:
         self.path = path
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._size = os.fstat(self._file).st_size
-        self._told = False
+        self._warned = False
 
     def write(self, record: bytes) -> None:
         """Append a record in one write, or leave the file as it was."""
@@ -51,8 +51,8 @@ class Appender:
         except OSError as error:
             with suppress(OSError):
                 os.ftruncate(self._file, self._size)
-            if not self._told:
-                self._told = True
+            if not self._warned:
+                self._warned = True
                 _log.warning("%s cannot be written (%s): training goes on without it", self.path, error.strerror)
         else:
             self._size += len(record)
@@ -66,7 +66,7 @@ class Appender:
 
 
 class Line(logging.Formatter):
-    """Formats a record's text as one line, without control characters; a traceback follows as it is."""
+    """A formatter that makes a record's text one line, without control characters; a traceback follows as it is."""
 
     def __init__(self, form: str, date: str = "%Y-%m-%d %H:%M:%S") -> None:
         super().__init__(form, date)
@@ -81,7 +81,7 @@ class Line(logging.Formatter):
 
 
 class Log(logging.Handler):
-    """The root logger's handler during a run: gives each record to standard error and to `log.txt`.
+    """The root logger's handler during a run, which writes each record to standard error and to `log.txt`.
 
     Ranks but the first write no file, and only warnings, marked with their rank.
     """
@@ -90,23 +90,23 @@ class Log(logging.Handler):
         super().__init__(logging.WARNING if rank else logging.INFO)
         self.rank = rank
         self._terminal = terminal.Handler()
-        self._terminal.setFormatter(_form(rank))
+        self._terminal.setFormatter(_formatter(rank))
         self._early: list[logging.LogRecord] = []
         self._file: Appender | None = None
         self._lines = Line("%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._times: Counter[tuple[str, str]] = Counter()
         self._last: dict[tuple[str, str], str] = {}
 
-    def keep(self, path: Path) -> None:
-        """Write to the file from now on, what was told before first. Raises OSError."""
+    def write_to(self, path: Path) -> None:
+        """Write to a file from now on, and first the records from before. Raises OSError."""
         self._file = Appender(path)
         for record in self._early:
             self._write(record)
         self._early.clear()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hand on a record, if it is not one too many of its kind."""
-        if record.levelno >= logging.WARNING and not self._is_told(record):
+        """Write a record, unless it is a warning that came too often."""
+        if record.levelno >= logging.WARNING and not self._is_shown(record):
             return
         if not self.rank:
             if self._file is None:
@@ -116,17 +116,17 @@ class Log(logging.Handler):
         self._terminal.handle(record)
 
     def close(self) -> None:
-        """Tell how often each warning came that was not always told, and close the file."""
+        """Log how often each warning came that was not always shown, and close the file."""
         for key, times in self._times.items():
-            if times > TOLD:
+            if times > SHOWN:
                 text = "%s times in all, the last: %s"
                 logging.getLogger(key[0]).warning(text, f"{times:,}", self._last[key], extra={"count": ""})
         if self._file is not None:
             self._file.close()
         super().close()
 
-    def _is_told(self, record: logging.LogRecord) -> bool:
-        """Count a warning by its text without its arguments; the first three and each power of ten are told."""
+    def _is_shown(self, record: logging.LogRecord) -> bool:
+        """Count a warning by its text without its arguments; the first three and each power of ten are shown."""
         if hasattr(record, "count"):
             return True
         # A text of its own that is passed as an argument is what tells such warnings apart.
@@ -135,16 +135,18 @@ class Log(logging.Handler):
         self._times[key] += 1
         self._last[key] = message
         times = self._times[key]
-        if times > TOLD:
+        if times > SHOWN:
             record.count = f" ({times:,} times so far)"
-        return times <= TOLD or (set(str(times)[1:]) == {"0"} and str(times)[0] == "1")
+        return times <= SHOWN or (set(str(times)[1:]) == {"0"} and str(times)[0] == "1")
 
     def _write(self, record: logging.LogRecord) -> None:
         assert self._file is not None
         self._file.write((self._lines.format(record) + "\n").encode("utf-8", "backslashreplace"))
 
 
-class _Without(logging.Filter):
+class _DropPrefix(logging.Filter):
+    """A filter that drops records by their beginning."""
+
     def __init__(self, beginning: str) -> None:
         super().__init__()
         self.beginning = beginning
@@ -154,8 +156,8 @@ class _Without(logging.Filter):
 
 
 @contextmanager
-def telling(rank: int = 0) -> Iterator[Log]:
-    """Have what this package and Python's warnings say told while in here; inside another one, it is that one."""
+def setup_logging(rank: int = 0) -> Iterator[Log]:
+    """Log this package's records and Python's warnings in here; a nested call returns the outer one's handler."""
     if _active:
         yield _active[-1]
         return
@@ -165,9 +167,9 @@ def telling(rank: int = 0) -> Iterator[Log]:
     if not rank:
         package.setLevel(logging.INFO)
     logging.captureWarnings(True)
-    quiet = {logging.getLogger(name): _Without(text) for name, text in _HARMLESS.items()}
-    for logger, without in quiet.items():
-        logger.addFilter(without)
+    quiet = {logging.getLogger(name): _DropPrefix(text) for name, text in _HARMLESS.items()}
+    for logger, drop in quiet.items():
+        logger.addFilter(drop)
     _active.append(log)
     try:
         yield log
@@ -178,18 +180,18 @@ def telling(rank: int = 0) -> Iterator[Log]:
         warnings.showwarning = shown
         package.setLevel(level)
         root.removeHandler(log)
-        for logger, without in quiet.items():
-            logger.removeFilter(without)
+        for logger, drop in quiet.items():
+            logger.removeFilter(drop)
 
 
-def _form(rank: int) -> Line:
+def _formatter(rank: int) -> Line:
     if rank:
         return Line(f"[rank {rank}] %(levelname)s %(name)s: %(message)s")
     # A terminal may be narrow, and who looks at it knows what day it is.
-    return _Short() if terminal.is_terminal() else Line("%(asctime)s %(levelname)s %(message)s")
+    return _TerminalLine() if terminal.is_terminal() else Line("%(asctime)s %(levelname)s %(message)s")
 
 
-class _Short(Line):
+class _TerminalLine(Line):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
         self._warning = Line("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")

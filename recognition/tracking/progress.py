@@ -1,4 +1,4 @@
-"""Say what is at work: a bar on a terminal, elsewhere a log line when it begins and every `EVERY` seconds."""
+"""Progress of work that takes a while: a bar on a terminal, elsewhere a log line now and then."""
 
 import logging
 import threading
@@ -27,23 +27,23 @@ _listeners: list[Callable[[], None]] = []
 
 
 class Advance(Protocol):
-    """Tells how much is done."""
+    """A function that reports progress."""
 
     def __call__(self, done: int, total: int | None = None) -> None:
-        """`done` in all so far; `total`: of how many, where that is found out on the way."""
+        """Report that `done` units are done so far, of `total`, if that is found out on the way."""
 
 
-def listen(callback: Callable[[], None]) -> Callable[[], None]:
-    """Have `callback` called whenever work advances; returns what ends that."""
+def on_advance(callback: Callable[[], None]) -> Callable[[], None]:
+    """Call `callback` whenever work advances; returns a function that ends that."""
     _listeners.append(callback)
     return lambda: _listeners.remove(callback)
 
 
 @contextmanager
-def working(what: str, total: int | None = None, unit: str = "images", *, after: float = AFTER) -> Iterator[Advance]:
-    """Show that `what` is at work, with how many of `total` units are done as `advance(done)` tells.
+def task(what: str, total: int | None = None, unit: str = "images", *, after: float = AFTER) -> Iterator[Advance]:
+    """Show while in here that `what` goes on, and how many of `total` units are done, as `advance(done)` reports.
 
-    Only a machine's first rank shows anything. `after`: seconds before the first log line. To be nested at will.
+    Only a machine's first rank shows anything. `after`: seconds before the first log line. May be nested.
     """
     work = _Work(terminal.escape(what), unit, total)
 
@@ -52,10 +52,10 @@ def working(what: str, total: int | None = None, unit: str = "images", *, after:
         for callback in tuple(_listeners):
             callback()
 
-    if not terminal.speaks():
+    if not terminal.is_local_main():
         yield advance
         return
-    with terminal.row(work.row), _lines(work, after):
+    with terminal.row(work.row), _log_regularly(work, after):
         yield advance
 
 
@@ -77,7 +77,7 @@ class _Work:
         return f"{self.done:,}/{self.total:,} {self.unit}"
 
     def left(self) -> str:
-        """Time to come, or the time so far where that cannot be known."""
+        """Return the remaining time, or the time so far where the remaining one is unknown."""
         if self.total and self.done:
             return f"{_clock(self.seconds * (self.total / self.done - 1))} left"
         return _clock(self.seconds)
@@ -93,8 +93,8 @@ class _Work:
 
 
 @contextmanager
-def _lines(work: _Work, after: float) -> Iterator[None]:
-    """Log the work from a thread of its own, as what works may not return for minutes."""
+def _log_regularly(work: _Work, after: float) -> Iterator[None]:
+    """Log the work from a thread of its own, as the code at work may not return for minutes."""
     finished = threading.Event()
     said = False
 
@@ -104,7 +104,9 @@ def _lines(work: _Work, after: float) -> Iterator[None]:
         while pause <= 0 or not finished.wait(pause):
             said, pause = True, EVERY
             counted, seconds = work.counted(), work.seconds
-            _say(work.what + (f": {counted}" if counted else "") + (f" after {seconds:.0f} s" if seconds > 5 else ""))
+            _log_line(
+                work.what + (f": {counted}" if counted else "") + (f" after {seconds:.0f} s" if seconds > 5 else "")
+            )
 
     thread = threading.Thread(target=log, name="progress", daemon=True)
     thread.start()
@@ -114,10 +116,10 @@ def _lines(work: _Work, after: float) -> Iterator[None]:
         finished.set()
         thread.join()
     if said and work.seconds > AFTER:
-        _say(f"{work.what}: done in {work.seconds:.0f} s")
+        _log_line(f"{work.what}: done in {work.seconds:.0f} s")
 
 
-def _say(text: str) -> None:
+def _log_line(text: str) -> None:
     """Log a line; before logging is set up, write it to standard error where no live display shows the same."""
     if _log.isEnabledFor(logging.INFO) and _log.hasHandlers():
         _log.info("%s", text, extra={"is_progress": True})

@@ -16,16 +16,16 @@ from rich.text import Text
 _WRAP: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
 
 Row = Callable[[int], RenderableType]
-"""A line of the live display, for a terminal of that many columns."""
+"""A line of the live display as a function of the terminal's columns."""
 
 
 def is_terminal() -> bool:
-    """Whether standard error is a terminal that can move its cursor."""
+    """Return whether standard error is a terminal that can move its cursor."""
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-def speaks() -> bool:
-    """Whether this process is the one of its machine that tells what goes on: not so for other local ranks."""
+def is_local_main() -> bool:
+    """Return whether this process is the first rank of its machine, which alone shows progress."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -43,7 +43,7 @@ def row(line: Row) -> Iterator[None]:
 
 
 def width() -> int:
-    """Columns of the terminal."""
+    """Return the number of columns of the terminal."""
     return Console(file=sys.stderr).width
 
 
@@ -53,7 +53,7 @@ def write(text: str) -> None:
 
 
 def fit(parts: Sequence[tuple[int, str]], width: int) -> str:
-    """Join the texts of `parts`, (rank, text) each, without those of the highest ranks that `width` has no room for."""
+    """Join the texts of `parts`, (rank, text) each, and drop those of the highest ranks until they fit `width`."""
     parts = [(rank, text) for rank, text in parts if text]
     while len(parts) > 1 and len("  ".join(text for _, text in parts)) > width:
         parts.remove(max(parts, key=lambda part: part[0]))
@@ -67,9 +67,9 @@ def escape(text: str) -> str:
 
 
 class Handler(logging.Handler):
-    """Writes records to standard error, but for the progress that the live display shows itself.
+    """A handler that writes records to standard error, without the progress that the live display shows itself.
 
-    On a terminal a line is broken between words, unless it is of a block: its commands are there to be copied whole.
+    On a terminal a line is broken between words, unless it is part of a block, whose commands are copied whole.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -108,7 +108,7 @@ class _Display:
     def write(self, text: str) -> None:
         with self._lock:
             if self._live is None:
-                if not speaks() and is_terminal():
+                if not is_local_main() and is_terminal():
                     # The live display there is another process's, which will draw it anew, by going up a line at most.
                     text = f"\r\x1b[K{text}\n"
                 sys.stderr.write(text + "\n")

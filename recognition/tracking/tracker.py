@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard, `metrics.jsonl`, `log.txt` and the terminal. Only the main rank writes files."""
+"""The record of a run: TensorBoard, `metrics.jsonl`, `log.txt` and the terminal. Only the main rank writes files."""
 
 import contextlib
 import json
@@ -76,23 +76,25 @@ class Tracker:
         self._logs = contextlib.ExitStack()
         self._closed = False
         with contextlib.ExitStack() as stack:
-            log = stack.enter_context(logs.telling(0 if is_main else _rank() or 1))
+            log = stack.enter_context(logs.setup_logging(0 if is_main else _rank() or 1))
             if is_main:
                 try:
                     run_folder.mkdir(parents=True, exist_ok=True)
                     _drop_records_after(start_step, run_folder / "metrics.jsonl")
                     self._metrics = Appender(run_folder / "metrics.jsonl")
                     self._events = Events(run_folder, start_step + 1)
-                    log.keep(run_folder / "log.txt")
+                    log.write_to(run_folder / "log.txt")
                 except OSError as error:
                     raise UserError(f"run.folder: {run_folder} cannot be written: {error}") from error
             self._logs = stack.pop_all()
 
     def log_step(self, step: int, values: Mapping[str, float | Tensor]) -> None:
-        """Tell that `step` updates are done; best called after each one, for the live line's sake.
+        """Log that `step` updates are done; to be called after each one, for the live line.
 
         `values` (`loss`, `lr`, ...; tensors are scalars) are recorded every `config.every_steps` steps and at the first
-        and the last step. Only then are tensors read, so only then does the host wait for the device.
+        and the last step. Only then are tensors read, so only then does the host wait for the device. To them come
+        `images_per_second`, `data_seconds` (the main rank's wait for data per step since the last record) and
+        `memory_gib`.
         """
         if not self.is_main or self._closed:
             return
@@ -105,6 +107,9 @@ class Tracker:
         rate = self.clock.rate(step)
         if rate is not None:
             numbers["images_per_second"] = rate * self.images_per_step
+        data_seconds = self.clock.data_seconds(step, self.start_step)
+        if data_seconds is not None:
+            numbers["data_seconds"] = data_seconds
         numbers["memory_gib"] = peak_memory() / 2**30
         self._write(step, numbers)
         self._events.scalars({f"train/{name}": number for name, number in numbers.items()}, step)
@@ -121,20 +126,20 @@ class Tracker:
             self._plain_at = time.monotonic()
             logger.info("step %s/%s  %s", f"{step:,}", f"{self.total_steps:,}", self._line, extra={"is_progress": True})
 
-    def configuration(self, config: Config) -> None:
-        """Show the resolved settings in TensorBoard, and keep them for `results`."""
+    def log_config(self, config: Config) -> None:
+        """Show the resolved settings in TensorBoard, and keep them for `log_results`."""
         if self.is_main and not self._closed:
             self._settings = dict(_leaves(config.model_dump(mode="json")))
             self._events.text("configuration", config.to_toml(), self.start_step)
 
-    def results(self, accuracies: Mapping[str, float]) -> None:
+    def log_results(self, accuracies: Mapping[str, float]) -> None:
         """Record the settings with the final accuracy of each set, for TensorBoard's table of runs."""
         if self.is_main and not self._closed:
             metrics = {f"verification/{name}/accuracy": accuracy for name, accuracy in accuracies.items()}
             self._events.hyperparameters(self._settings, metrics, self.total_steps)
 
-    def images(self, tag: str, images: Tensor, step: int) -> None:
-        """Show the first `config.preview_images` of a batch, once per tag: later calls, and a resumed run, do nothing.
+    def log_images(self, tag: str, images: Tensor, step: int) -> None:
+        """Show the first `config.preview_images` of a batch, once per tag: later calls do nothing.
 
         `images`: [n, 3, H, W], float in [-1, 1] or uint8.
         """
@@ -146,14 +151,14 @@ class Tracker:
             images = (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         self._events.images(tag, images, step)
 
-    def verification(
+    def log_verification(
         self,
         step: int,
         name: str,
         result: Mapping[str, Any],
         scores: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
-        """Record a set's numbers after `step` updates: those of a `Verification`, as its `to_json` gives them.
+        """Record the results of a set after `step` updates, as `Verification.to_json` gives them.
 
         `scores`: cosines of the genuine and of the impostor pairs.
         """
@@ -174,27 +179,37 @@ class Tracker:
         )
 
     def note(self, text: str) -> None:
-        """A line for the reader, in the log and on the terminal."""
+        """Log a line."""
         if self.is_main:
             logger.info("%s", text)
 
     def block(self, lines: Sequence[str]) -> None:
-        """Lines for the reader that belong together, below the live line, which ends; on a terminal without times."""
+        """Log lines that belong together, below the live line, which ends; on a terminal without times."""
         if self.is_main:
             self._end_live_line()
             for line in lines:
                 logger.info("%s", line, extra={"is_block": True})
 
     def warn(self, text: str) -> None:
-        """A line that the reader should not miss."""
+        """Log a warning."""
         if self.is_main:
             logger.warning("%s", text)
 
     @contextmanager
     def pause(self, kind: str) -> Iterator[None]:
-        """Time spent in here, in `verification` or `saving`, does not count for img/s, but for the ETA. Not nested."""
+        """Count the time in here, in `verification` or `saving`, for the ETA but not for img/s. Not nested."""
         with self.clock.pause(kind):
             yield
+
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Count the time in here as a pause, and record it as that of the checkpoint after `step` updates."""
+        with self.clock.pause("saving"):
+            yield
+        if self.is_main and not self._closed:
+            seconds = self.clock.last_pause("saving")
+            self._write(step, {"checkpoint_seconds": round(seconds, 3)})
+            self._events.scalars({"checkpoint/seconds": seconds}, step)
 
     def close(self) -> None:
         """Finish the files and the live line, which stays as it was last; a second call does nothing."""
@@ -220,7 +235,7 @@ class Tracker:
         self._metrics.write((json.dumps(_for_json(record | dict(values)), allow_nan=False) + "\n").encode())
 
     def _parts(self) -> list[tuple[int, str]]:
-        """Texts of the progress, each with its rank: those of higher ranks are the first to go on a narrow terminal."""
+        """Return the texts of the progress with their ranks: a narrow terminal drops those of the highest first."""
         numbers = self._numbers
         forms = {"loss": (2, "loss {:.4f}"), "lr": (5, "lr {:.3g}"), "images_per_second": (3, "{:,.1f} img/s")}
         return [
@@ -251,7 +266,7 @@ class Tracker:
 
 
 def peak_memory() -> int:
-    """Peak memory of this process in bytes: what torch has allocated on its GPU, or resident memory without one.
+    """Return this process's peak memory in bytes: torch's allocations on its GPU, or resident memory without one.
 
     0 where the system does not say.
     """
@@ -271,7 +286,7 @@ def _rank() -> int:
 
 
 def _for_json(value: Any) -> Any:
-    """What any reader of JSON takes: NaN and infinity become null, undecodable bytes of a name their escapes."""
+    """Convert to standard JSON values: NaN and infinity become null, undecodable bytes of a name their escapes."""
     if isinstance(value, dict):
         return {_for_json(key): _for_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

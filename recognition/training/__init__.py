@@ -1,1 +1,1 @@
-"""The training loop and what belongs to its steps."""
+"""The training loop and its steps."""

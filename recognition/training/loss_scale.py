@@ -13,9 +13,9 @@ _GROWTH, _BACKOFF = 2.0, 0.5
 class LossScale:
     """The factor of the loss, which halves when a gradient overflows and doubles after many steps without.
 
-    All is decided on the device, so the host does not wait; ranks that see the same flags have the same scale. Without
-    `enabled` it is 1 and stays so. torch's GradScaler does the same with a flag that it finds out by itself; here the
-    flag is the trainer's, which obeys a loss that is not finite too.
+    It is updated on the device, so the host does not wait; ranks that see the same flags have the same scale. Without
+    `enabled` it stays 1. torch's GradScaler looks for overflows itself; here the flag is the trainer's, which is false
+    for a loss that is not finite too.
     """
 
     def __init__(self, settings: config.Training, device: torch.device, *, enabled: bool) -> None:
@@ -32,7 +32,7 @@ class LossScale:
             torch._foreach_mul_(gradients, (1 / self.value).to(gradients[0].device))
 
     def update(self, finite: Tensor) -> None:
-        """Take note of a step: `finite` (scalar bool, on the device) says whether all its gradients were."""
+        """Update the scale after a step; `finite`: whether all its gradients were (scalar bool, on the device)."""
         if not self.enabled:
             return
         good = torch.where(finite, self._good_steps + 1, 0)
@@ -42,13 +42,13 @@ class LossScale:
         self._good_steps.copy_(torch.where(good >= self._growth_steps, 0, good))
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps, exactly; empty where there is no scaling. Waits for the device."""
+        """Return the state for a checkpoint, exactly; empty where there is no scaling. Waits for the device."""
         if not self.enabled:
             return {}
         return {"value": self.value.item(), "good_steps": self._good_steps.item()}
 
     def load(self, state: Mapping[str, float]) -> None:
-        """Go on from `state`; from an empty one, the scale starts anew."""
+        """Restore `state`; an empty one leaves the scale as it is."""
         if self.enabled and state:
             self.value.fill_(state["value"])
             self._good_steps.fill_(int(state["good_steps"]))

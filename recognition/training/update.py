@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from recognition.errors import UserError
 from recognition.head.sharded_softmax import ShardedSoftmax
 from recognition.models.backbone import seed_step
 from recognition.training.loss_scale import LossScale
-from recognition.training.optimizer import Schedule, clip_gradients, set_lr, step_if_finite
+from recognition.training.optimizer import clip_gradients, set_lr, step_if_finite
+from recognition.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +32,47 @@ _RANKS_KEEP_THEIR_BUFFERS: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class StepMetrics:
+    """The metrics of one update. Tensors are scalars on the device: reading one waits for it."""
+
+    loss: Tensor
+    lr: float
+    """Learning rate of the backbone."""
+    target_cosine: Tensor
+    """Mean cosine of an embedding to its class's weight, before the margin."""
+    embedding_norm: Tensor
+    """Mean norm of this rank's embeddings."""
+    gradient_norm: Tensor
+    """Global norm of the backbone's gradient, before clipping."""
+    loss_scale: Tensor | None
+    """Factor of the loss after the update; None where it is not scaled."""
+
+    def to_dict(self) -> dict[str, Tensor | float]:
+        """Return the metrics by name, without those that are None."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in values if value is not None}
+
+
+@dataclass
+class _Passes:
+    """Sums over the forward passes of a step, scalars on the device."""
+
+    loss: Tensor
+    target_cosine: Tensor
+    embedding_norm: Tensor
+    finite: Tensor
+    """Whether all losses and the head's gradients are finite."""
+
+    @classmethod
+    def begin(cls, device: torch.device, head_device: torch.device) -> "_Passes":
+        """Start a step."""
+        loss, cosine = torch.zeros((), device=head_device), torch.zeros((), device=head_device)
+        return cls(loss, cosine, torch.zeros((), device=device), torch.ones((), dtype=torch.bool, device=head_device))
+
+
 class Update:
-    """What a step does to `backbone`, `head`, `optimizer` and `loss_scale`, which it shares with the trainer."""
+    """Updates `backbone`, `head`, `optimizer` and `loss_scale`, which it shares with the trainer."""
 
     def __init__(
         self,
@@ -58,73 +99,79 @@ class Update:
             )
         self.buffers = Buffers(backbone)
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=ranks.head_device)
-        """Steps that were called off, in all."""
+        """Number of skipped steps, in all."""
         self.nonfinite_in_a_row = torch.zeros_like(self.nonfinite)
-        self.rows_moved_alone = torch.zeros_like(self.nonfinite)
-        """In how many of those in a row the loss was finite, so that a fused head had moved before the rest was known.
-        """
+        """Number of the last steps that were skipped."""
+        self.head_updated_alone = torch.zeros_like(self.nonfinite)
+        """Number of those in whose backward pass the head had updated its rows already, as the loss was finite."""
 
-    def __call__(self, step: int, batches: Iterator[Batch], schedule: Schedule) -> dict[str, Tensor | float]:
-        """Do update number `step`; returns what is recorded of it, on the device."""
-        config, passes = self.config.training, self.config.training.accumulation_steps
-        factor = schedule.factor(step)
+    def __call__(self, step: int, batches: Iterator[Batch], schedule: Schedule) -> StepMetrics:
+        """Do update number `step`, or skip it where a loss or a gradient is not finite; returns its metrics."""
+        passes, factor = self.config.training.accumulation_steps, schedule.factor(step)
         lr, head_lr = self.config.optimizer.lr * factor, self.config.head_optimizer.lr * factor
         set_lr(self.optimizer, lr)
-        margin_scale = schedule.margin_strength(step, self.config.head.margin_warmup_epochs)
         self.optimizer.zero_grad(set_to_none=True)
-        self.buffers.keep()
-        device, head_device = self.ranks.device, self.ranks.head_device
-        loss, cosine = torch.zeros((), device=head_device), torch.zeros((), device=head_device)
-        norm = torch.zeros((), device=device)
-        finite = torch.ones((), dtype=torch.bool, device=head_device)
+        self.buffers.save()
+        sums = _Passes.begin(self.ranks.device, self.ranks.head_device)
         for micro_step in range(step * passes, (step + 1) * passes):
             batch = next(batches)
             seed_step(self.config.run.seed, micro_step, self.ranks.rank)
-            with self._synchronised(last=micro_step == (step + 1) * passes - 1):
-                embeddings = self.replica(batch.images)
-                output = self.head(
-                    embeddings.to(head_device),
-                    batch.labels.to(head_device),
-                    lr=head_lr,
-                    step=step,
-                    margin_scale=margin_scale,
-                    sizes=self.sizes,
-                    loss_weight=1 / passes,
-                    loss_scale=self.loss_scale.value,
-                )
-                (output.loss * self.loss_scale.value).backward()
-            loss += output.loss.detach()
-            cosine += output.target_cosine / passes
-            norm += embeddings.detach().norm(dim=1).mean() / passes
-            finite &= output.finite
+            with self._gradient_sync(last=micro_step == (step + 1) * passes - 1):
+                self._forward_backward(batch, step, head_lr, schedule, sums)
+        gradient_norm = self._apply_gradients(step, head_lr, sums.finite)
+        return StepMetrics(
+            loss=sums.loss,
+            lr=lr,
+            target_cosine=sums.target_cosine,
+            embedding_norm=sums.embedding_norm,
+            gradient_norm=gradient_norm,
+            loss_scale=self.loss_scale.value if self.loss_scale.enabled else None,
+        )
+
+    def _forward_backward(self, batch: Batch, step: int, head_lr: float, schedule: Schedule, sums: _Passes) -> None:
+        """Add the gradients of one pass to the parameters', and its metrics to `sums`."""
+        passes, head_device = self.config.training.accumulation_steps, self.ranks.head_device
+        embeddings = self.replica(batch.images)
+        output = self.head(
+            embeddings.to(head_device),
+            batch.labels.to(head_device),
+            lr=head_lr,
+            step=step,
+            margin_scale=schedule.margin_scale(step, self.config.head.margin_warmup_epochs),
+            sizes=self.sizes,
+            loss_weight=1 / passes,
+            loss_scale=self.loss_scale.value,
+        )
+        (output.loss * self.loss_scale.value).backward()
+        sums.loss += output.loss.detach()
+        sums.target_cosine += output.target_cosine / passes
+        sums.embedding_norm += embeddings.detach().norm(dim=1).mean() / passes
+        sums.finite &= output.finite
+
+    def _apply_gradients(self, step: int, head_lr: float, loss_finite: Tensor) -> Tensor:
+        """Update backbone and head, unless `loss_finite` (scalar bool) is false or the gradient's norm is not finite.
+
+        Returns that norm. The host waits for nothing: each part of the update obeys a flag on the device.
+        """
         self.loss_scale.unscale(self.backbone.parameters())
-        gradient_norm = clip_gradients(self.backbone.parameters(), config.clip_norm)
-        loss_finite, finite = finite, finite & gradient_norm.isfinite().to(head_device)
+        gradient_norm = clip_gradients(self.backbone.parameters(), self.config.training.clip_norm)
+        finite = loss_finite & gradient_norm.isfinite().to(self.ranks.head_device)
         if self.head.accumulated is not None:
             self.head.apply_gradient(head_lr, finite, step=step)
-        step_if_finite(self.optimizer, finite.to(device))
-        self.buffers.restore_unless(finite.to(device))
+        step_if_finite(self.optimizer, finite.to(self.ranks.device))
+        self.buffers.restore_unless(finite.to(self.ranks.device))
         self.loss_scale.update(finite)
         self.nonfinite += ~finite
         self.nonfinite_in_a_row = torch.where(finite, 0, self.nonfinite_in_a_row + 1)
         if self.head.accumulated is None:
-            self.rows_moved_alone = torch.where(finite, 0, self.rows_moved_alone + loss_finite)
-        values: dict[str, Tensor | float] = {
-            "loss": loss,
-            "lr": lr,
-            "target_cosine": cosine,
-            "embedding_norm": norm,
-            "gradient_norm": gradient_norm,
-        }
-        if self.loss_scale.enabled:
-            values["loss_scale"] = self.loss_scale.value
-        return values
+            self.head_updated_alone = torch.where(finite, 0, self.head_updated_alone + loss_finite)
+        return gradient_norm
 
     def warn_if_not_finite(self, step: int) -> int:
-        """Say so if the last steps before `step` were not finite; returns how many in a row. Waits for the device."""
+        """Warn if the last steps before `step` were not finite; returns how many in a row. Waits for the device."""
         in_a_row = int(self.nonfinite_in_a_row)
         if in_a_row:
-            alone = int(self.rows_moved_alone)
+            alone = int(self.head_updated_alone)
             but = f" but, in {alone}, whose loss was finite, the class weights" if alone else ""
             scaled = f"; the loss's scale is {float(self.loss_scale.value):g} now" if self.loss_scale.enabled else ""
             log.warning(
@@ -136,17 +183,17 @@ class Update:
             )
         return in_a_row
 
-    def _synchronised(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Gradients are averaged over the ranks in the last pass of a step alone."""
+    def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Average the gradients over the ranks in the last pass of a step only."""
         if last or not isinstance(self.replica, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.replica.no_sync()
 
 
 class Buffers:
-    """A module's buffers (BatchNorm's running statistics), which a step that changes nothing has to leave alone too.
+    """A module's buffers (BatchNorm's running statistics), which a skipped step has to leave as they were.
 
-    A forward pass moves them before anyone knows whether its loss is finite, so they are put back afterwards: on the
+    A forward pass updates them before anyone knows whether its loss is finite, so they are restored afterwards: on the
     device, with a handful of launches however many they are.
     """
 
@@ -157,28 +204,28 @@ class Buffers:
                 by_type.setdefault(buffer.dtype, []).append(buffer)
         self._groups = [(buffers, *_flat(buffers), *_flat(buffers)) for buffers in by_type.values()]
 
-    def keep(self) -> None:
-        """Take note of the buffers as they are."""
-        for buffers, _, kept_parts, _, _ in self._groups:
-            torch._foreach_copy_(kept_parts, buffers)
+    def save(self) -> None:
+        """Copy the buffers."""
+        for buffers, _, saved_parts, _, _ in self._groups:
+            torch._foreach_copy_(saved_parts, buffers)
 
     def restore_unless(self, flag: Tensor) -> None:
-        """Set them back to what they were at `keep`, unless `flag` (scalar bool, on their device) is true."""
-        for buffers, cached_exp, _, now, now_parts in self._groups:
+        """Restore the copies of `save`, unless `flag` (scalar bool, on the buffers' device) is true."""
+        for buffers, saved, _, now, now_parts in self._groups:
             torch._foreach_copy_(now_parts, buffers)
-            torch.where(flag, now, cached_exp, out=now)
+            torch.where(flag, now, saved, out=now)
             torch._foreach_copy_(buffers, now_parts)
 
 
 def _flat(buffers: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Room for the buffers in one piece, and its parts in their shapes."""
+    """Allocate one flat tensor for the buffers, and return it with views of it in their shapes."""
     sizes = [buffer.numel() for buffer in buffers]
     flat = buffers[0].new_empty(sum(sizes))
     return flat, [part.view(buffer.shape) for part, buffer in zip(flat.split(sizes), buffers, strict=True)]
 
 
 def micro_batch_sizes(config: Config, world: int) -> list[int]:
-    """Images of each rank in one forward pass. Raises UserError where a rank gets too few for its BatchNorm."""
+    """Return the images of each rank in one forward pass. Raises UserError where a rank gets too few for BatchNorm."""
     sizes = distributed.split(config.training.global_batch // config.training.accumulation_steps, world)
     if min(sizes) < 2:
         raise UserError(

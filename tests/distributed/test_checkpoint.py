@@ -1,7 +1,5 @@
 import json
 import multiprocessing
-import os
-import pathlib
 import resource
 import shutil
 import signal
@@ -17,9 +15,10 @@ from recognition.config import Distributed
 from recognition.errors import UserError
 from recognition.runs import checkpoint
 from recognition.runs.checkpoint import CheckpointError, Checkpoints, read_manifest, read_tensors, step_folders
+from tests.support.faults import fault, kill, raising
 from tests.support.ranks import run_ranks
 
-FACTS = {"config": {"lr": 0.1, "name": "café", "none": None}, "fingerprint": "ab" * 32, "step": 10, "list": [1, 2.5]}
+METADATA = {"config": {"lr": 0.1, "name": "café", "none": None}, "fingerprint": "ab" * 32, "step": 10, "list": [1, 2.5]}
 
 
 @pytest.fixture
@@ -65,12 +64,12 @@ def _assert_loaded(folder, from_world: int) -> None:
     assert found == folder / "step-00000010"
     tensors = _sharded(fill=False)
     places = {name: _local(tensor).data_ptr() for name, tensor in tensors.items()}
-    assert checkpoints.load(found, tensors) == FACTS
+    assert checkpoints.load(found, tensors) == METADATA
     for name, expected in _sharded(fill=True).items():
         assert torch.equal(_local(tensors[name]), _local(expected)), name
         assert _local(tensors[name]).data_ptr() == places[name], "loaded in place"
     manifest = read_manifest(found)
-    assert (manifest.step, manifest.world_size, manifest.facts) == (10, from_world, FACTS)
+    assert (manifest.step, manifest.world_size, manifest.metadata) == (10, from_world, METADATA)
 
 
 def _local(tensor):
@@ -78,7 +77,7 @@ def _local(tensor):
 
 
 def _save_and_load(folder):
-    Checkpoints(folder, keep=2).save(10, _sharded(fill=True), FACTS)
+    Checkpoints(folder, keep=2).save(10, _sharded(fill=True), METADATA)
     _assert_loaded(folder, from_world=3)
 
 
@@ -106,35 +105,37 @@ def _faults(folder):
     rank = dist.get_rank()
     checkpoints = Checkpoints(folder, keep=2)
     tensors = _sharded(fill=True)
-    first = checkpoints.save(10, tensors, FACTS)
+    first = checkpoints.save(10, tensors, METADATA)
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     with pytest.raises(CheckpointError, match=r"step-00000020 could not be saved .*GB are free.*: rank 1: "):
-        checkpoints.save(20, tensors, FACTS)
+        checkpoints.save(20, tensors, METADATA)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     dist.barrier()
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000010"]
     assert Checkpoints(folder, keep=2).find() == first
 
     # Rank 0 alone writes the manifest; here it cannot.
-    write = checkpoint.write_text
-    if rank == 0:
-        checkpoint.write_text = _no_space
-    with pytest.raises(CheckpointError, match=r"rank 0: OSError: \[Errno 28\] no space"):
-        checkpoints.save(20, tensors, FACTS)
-    checkpoint.write_text = write
+    no_space = raising(OSError(28, "no space", "manifest.json"))
+    with (
+        fault("checkpoint manifest", no_space, step=20, rank=0),
+        pytest.raises(CheckpointError, match=r"rank 0: OSError: \[Errno 28\] no space"),
+    ):
+        checkpoints.save(20, tensors, METADATA)
     assert Checkpoints(folder, keep=2).find() == first
 
     # A folder that is not the same on all machines: rank 0 does not see what rank 1 wrote.
-    hash_files = checkpoint._hash_files
-    checkpoint._hash_files = lambda path, prefix: {f"__{rank}_9.distcp": (5, "")}
-    with pytest.raises(CheckpointError, match=r"rank 0 does not see .*file system that all nodes share"):
-        checkpoints.save(20, tensors, FACTS)
-    checkpoint._hash_files = hash_files
+    with (
+        fault("checkpoint manifest", _lose_rank_1, step=20, rank=0),
+        pytest.raises(
+            CheckpointError, match=r"rank 0 does not see \S*__1_0\.distcp .*file system that all nodes share"
+        ),
+    ):
+        checkpoints.save(20, tensors, METADATA)
 
-    second = checkpoints.save(20, tensors, FACTS)
+    second = checkpoints.save(20, tensors, METADATA)
     dist.barrier()
     if rank == 0:
         _flip_a_bit(second / "__1_0.distcp")
@@ -148,8 +149,8 @@ def _faults(folder):
         checkpoints.load(first, misfit)
 
 
-def _no_space(path, text, **options):
-    raise OSError(28, "no space", str(path))
+def _lose_rank_1(*, folder, **_):
+    (folder / "__1_0.distcp").unlink()
 
 
 def _flip_a_bit(path):
@@ -269,29 +270,19 @@ class Death(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("where", "counts"),
+    ("point", "counts"),
     [
-        ((checkpoint, "_save_shards"), False),
-        ((checkpoint, "_hash_files"), False),
-        ((checkpoint, "write_text"), False),
-        ((pathlib.Path, "rename"), False),
-        ((checkpoint, "sync"), True),
-        ((Checkpoints, "_publish"), True),
+        ("checkpoint shards", False),
+        ("checkpoint hashes", False),
+        ("checkpoint manifest", False),
+        ("checkpoint name", False),
+        ("checkpoint latest", True),
+        ("checkpoint retention", True),
     ],
-    ids=lambda value: value[1] if isinstance(value, tuple) else "",
 )
-def test_death_while_saving_leaves_a_whole_checkpoint(tmp_path, alone, monkeypatch, where, counts):
+def test_death_while_saving_leaves_a_whole_checkpoint(tmp_path, alone, point, counts):
     first = Checkpoints(tmp_path, keep=1).save(1, _tensors(1), {})
-
-    rename = pathlib.Path.rename
-
-    def die(*arguments, **options):
-        if where[1] == "rename" and not arguments[0].is_dir():
-            return rename(*arguments)  # torch.distributed.checkpoint's own
-        raise Death
-
-    with monkeypatch.context() as patch, pytest.raises(Death):
-        patch.setattr(*where, die)
+    with fault(point, raising(Death()), step=2), pytest.raises(Death):
         Checkpoints(tmp_path, keep=1).save(2, _tensors(2), {})
     again = Checkpoints(tmp_path, keep=1)
     second = tmp_path / "step-00000002"
@@ -304,8 +295,8 @@ def test_death_while_saving_leaves_a_whole_checkpoint(tmp_path, alone, monkeypat
 def _kill_while_saving(folder):
     distributed.start(Distributed(backend="gloo"), threads=1)
     Checkpoints(folder, keep=2).save(1, _tensors(1), {})
-    checkpoint.write_text = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-    Checkpoints(folder, keep=2).save(2, _tensors(2), {})
+    with fault("checkpoint manifest", kill):
+        Checkpoints(folder, keep=2).save(2, _tensors(2), {})
 
 
 def test_killed_while_saving(tmp_path):
@@ -333,7 +324,7 @@ def test_misfits_are_named_and_leave_the_tensors_alone(tmp_path, alone):
     assert not half["a"].any()
 
 
-def test_facts_that_are_not_json_are_refused(tmp_path, alone):
+def test_metadata_that_is_not_json_is_refused(tmp_path, alone):
     with pytest.raises(CheckpointError, match="not JSON compliant"):
         Checkpoints(tmp_path, keep=1).save(1, _tensors(1), {"loss": float("nan")})
     assert _steps(tmp_path) == []

@@ -1,5 +1,6 @@
 """Whichever rank fails first: its reason is the one for the user, on every rank, once."""
 
+import contextlib
 import multiprocessing
 import os
 import secrets
@@ -19,6 +20,7 @@ from recognition import config, distributed
 from recognition.distributed import failures
 from recognition.errors import UserError
 from recognition.training import trainer
+from tests.support.faults import fault, raising
 from tests.support.ranks import launch_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -133,19 +135,13 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(where: str, settings: list[str]) -> Any:
-    """A run that fails on rank 1 as it is prepared or in its second step."""
-
-    def lost(*_: Any) -> None:
-        raise UserError(REASON)
-
-    def slow_step(self: trainer.Trainer, step: int) -> Any:
-        return lost() if step == 1 and self.ranks.rank == 1 else step_of(self, step)
-
-    step_of, trainer.Trainer._train_step = trainer.Trainer._train_step, slow_step
+    """Train; fails on rank 1 as the run is prepared or in its second step."""
+    lost = raising(UserError(REASON))
     if where == "preparation" and os.environ["RANK"] == "1":
         trainer.open_index = lambda *_, **__: lost()
     try:
-        return trainer.train(config.load(REPOSITORY / "tests/integration/tiny.toml", settings))
+        with fault("step", lost, step=1, rank=1) if where == "step" else contextlib.nullcontext():
+            return trainer.train(config.load(REPOSITORY / "tests/integration/tiny.toml", settings))
     except Exception as error:
         return outcome(error)
 
@@ -163,13 +159,15 @@ def test_a_run_that_fails_on_one_rank(where: str, faces: Path, tmp_path: Path) -
 SCRIPT = f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-from recognition import config, distributed, failures, program
+from recognition import config, distributed
+from recognition.cli import program
+from recognition.distributed import failures
 def main():
     ranks = distributed.start(config.Distributed(backend="gloo"), 1)
     with failures.shared(ranks.store, ranks.rank, ranks.world):
         if ranks.rank == 1:
             raise config.UserError({REASON!r})
-        distributed.agree(True)
+        distributed.any_rank(True)
 sys.exit(program.run(main))
 """
 

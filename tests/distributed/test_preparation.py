@@ -9,7 +9,7 @@ import pytest
 
 from recognition import distributed
 from recognition.config import Distributed
-from recognition.distributed.turns import Turns
+from recognition.distributed.coordinator import Coordinator
 from recognition.errors import FailedElsewhere, UserError
 from recognition.tracking import progress
 from tests.support.ranks import launch_ranks, launched
@@ -17,8 +17,8 @@ from tests.support.ranks import launch_ranks, launched
 SILENCE = 1.0
 
 
-def turns() -> Turns:
-    return Turns(distributed.start(Distributed(backend="gloo", init_timeout_seconds=60), threads=1), SILENCE)
+def coordinator() -> Coordinator:
+    return Coordinator(distributed.start(Distributed(backend="gloo", init_timeout_seconds=60), threads=1), SILENCE)
 
 
 def compute(seconds: float) -> str:
@@ -30,7 +30,7 @@ def compute(seconds: float) -> str:
 
 def wait_with_advances(seconds: float) -> str:
     """Work that other processes do."""
-    with progress.working("rendering") as advance:
+    with progress.task("rendering") as advance:
         for done in range(int(seconds / 0.2)):
             time.sleep(0.2)
             advance(done)
@@ -38,23 +38,23 @@ def wait_with_advances(seconds: float) -> str:
 
 
 def rank() -> dict[str, Any]:
-    group = turns()
+    group = coordinator()
     me, order, found = group.ranks.rank, [], {}
 
     def note() -> int:
         order.append(time.monotonic())
         return me
 
-    found["machines"] = group.machines("a", note), order[0]
-    found["shared"] = group.machines("b", note, shared=True)
-    found["long"] = group.each("c", None if me else lambda: compute(2.2 * SILENCE))
-    found["waiting"] = group.each("d", None if me else lambda: wait_with_advances(2.2 * SILENCE))
+    found["machines"] = group.local_first("a", note), order[0]
+    found["shared"] = group.local_first("b", note, shared=True)
+    found["long"] = group.on_each("c", None if me else lambda: compute(2.2 * SILENCE))
+    found["waiting"] = group.on_each("d", None if me else lambda: wait_with_advances(2.2 * SILENCE))
 
     def fail() -> None:
         raise ValueError("a reason")
 
     try:
-        group.main("e", fail)
+        group.on_main("e", fail)
     except (ValueError, FailedElsewhere) as error:
         found["failure"] = type(error).__name__
     return found
@@ -71,7 +71,7 @@ def test_ranks_wait_for_one_that_works_however_long_it_takes() -> None:
 
 
 def silent(dies: bool) -> str:
-    group = turns()
+    group = coordinator()
 
     def hang() -> None:
         if dies:
@@ -79,7 +79,7 @@ def silent(dies: bool) -> str:
         time.sleep(60)
 
     try:
-        group.main("indexing", hang)
+        group.on_main("indexing", hang)
     except UserError as error:
         return str(error)
     return "nothing"

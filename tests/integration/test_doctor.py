@@ -52,10 +52,10 @@ def test_doctor(tool: ModuleType, ranks: int, tmp_path: Path, capsys: pytest.Cap
     text = capsys.readouterr().out
     found = json.loads(text.splitlines()[-1])
     assert list(found) == ["system", "packages", "ranks", "resolved", "measured", "verdicts"]
-    here = hardware.of(torch.device("cpu"))
+    here = hardware.detect(torch.device("cpu"))
     resolved = hardware.resolve(Config(data=Data(path=tmp_path)), here, local_world=ranks)
-    assert found["resolved"] == resolved.facts()
-    for name, value in resolved.facts().items():
+    assert found["resolved"] == resolved.to_json()
+    for name, value in resolved.to_json().items():
         assert name == "device" or any(name in line and str(value).lower() in line for line in text.splitlines())
     assert found["system"]["processor"] == str(here) and found["system"]["capped by"] == "nothing"
     assert found["packages"]["torch"] == torch.__version__.partition("+")[0]

@@ -1,5 +1,6 @@
 """Training in float16, whose steps may overflow, on the CPU: what the same code does on a GPU."""
 
+import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -13,6 +14,8 @@ from recognition import config
 from recognition.data.procedural.dataset import write_faces
 from recognition.runs.checkpoint import Checkpoints, read_tensors
 from recognition.training import trainer
+from recognition.training.trainer import Trainer
+from tests.support.faults import fault
 from tests.support.ranks import launch_ranks
 
 TINY = Path(__file__).parent / "tiny.toml"
@@ -51,32 +54,35 @@ def settings(faces: Path, run: Path, *overrides: str) -> list[str]:
 
 def run(overrides: list[str], overflow_at: int | None = None, stop_at: int | None = None) -> dict[str, Any]:
     """Train; in step `overflow_at` a gradient of the last rank alone is infinite. Which tensors that step changed."""
-    train_step, seen = trainer.Trainer._train_step, {}
+    seen: dict[str, Any] = {}
+    before: dict[str, torch.Tensor] = {}
 
-    def step_and_look(self: trainer.Trainer, step: int) -> dict:
-        if step != overflow_at:
-            values = train_step(self, step)
-        else:
-            before = {name: tensor.clone() for name, tensor in self._tensors().items() if ".running_" not in name}
-            weight = next(iter(self.backbone.parameters()))
-            hooks = []
-            if self.ranks.rank == self.ranks.world - 1:
-                hooks.append(weight.register_hook(lambda gradient: gradient * torch.inf))
-            values = train_step(self, step)
-            for hook in hooks:
-                hook.remove()
-            after = self._tensors()
-            seen["changed"] = [
-                name
-                for name, tensor in before.items()
-                if not name.endswith("num_batches_tracked") and not _equal(tensor, after[name])
-            ]
-            seen["compared"] = len(before)
-        self.interrupt.requested = step + 1 == stop_at
-        return values
+    def overflow(*, trainer: Trainer, **_: Any) -> None:
+        before.update({n: tensor.clone() for n, tensor in trainer.state_tensors().items() if ".running_" not in n})
+        if trainer.ranks.rank == trainer.ranks.world - 1:
+            weight = next(iter(trainer.backbone.parameters()))
+            hook = weight.register_hook(lambda gradient: (hook.remove(), gradient * torch.inf)[1])
 
-    trainer.Trainer._train_step = step_and_look
-    return {"complete": trainer.train(config.load(TINY, overrides)), **seen}
+    def look(*, trainer: Trainer, **_: Any) -> None:
+        after = trainer.state_tensors()
+        seen["changed"] = [
+            name
+            for name, tensor in before.items()
+            if not name.endswith("num_batches_tracked") and not _equal(tensor, after[name])
+        ]
+        seen["compared"] = len(before)
+
+    def end(*, trainer: Trainer, step: int) -> None:
+        if overflow_at is not None and step == overflow_at + 1:
+            look(trainer=trainer)
+        trainer.interrupt.requested = step == stop_at
+
+    with contextlib.ExitStack() as stack:
+        if overflow_at is not None:
+            stack.enter_context(fault("step", overflow, step=overflow_at))
+        stack.enter_context(fault("step done", end))
+        complete = trainer.train(config.load(TINY, overrides))
+    return {"complete": complete, **seen}
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -85,7 +91,8 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def records(folder: Path) -> list[dict[str, float]]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [record for record in lines if "loss" in record]
     assert [record["step"] for record in found] == list(range(1, len(found) + 1))
     return found
 
@@ -94,7 +101,7 @@ def state(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     checkpoints = Checkpoints(folder / "checkpoints", 2)
     found = checkpoints.find()
     assert found is not None
-    return {name: tensor.numpy() for name, tensor in read_tensors(found).items()}, checkpoints.facts(found)
+    return {name: tensor.numpy() for name, tensor in read_tensors(found).items()}, checkpoints.metadata(found)
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +152,8 @@ def test_a_scale_that_is_too_large_falls_until_nothing_overflows(faces: Path, tm
     assert scales[0] == start / 2
     assert scales[-1] == scales[-2] < start / 2
     assert all(new in (old, old / 2) for old, new in itertools.pairwise(scales))
-    _, facts = state(tmp_path / "run")
-    assert facts["resolved"]["backbone.precision"] == "float16"
+    _, metadata = state(tmp_path / "run")
+    assert metadata["resolved"]["backbone.precision"] == "float16"
 
 
 def test_the_precision_of_a_run_stays_and_can_be_changed(faces: Path, tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def settings(faces: Path, run: Path, *overrides: str) -> list[str]:
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
 
 
 def train(overrides: list[str]) -> bool:
@@ -71,7 +72,7 @@ def test_a_run_on_avx2_alone_learns_what_any_other_in_float32_learns(faces: Path
 
     found = Checkpoints(tmp_path / "capped" / "checkpoints", 1).find()
     assert found is not None
-    resolved = read_manifest(found).facts["resolved"]
+    resolved = read_manifest(found).metadata["resolved"]
     assert resolved["device"].endswith("(AVX2)")
     assert (resolved["backbone.precision"], resolved["head.precision"]) == ("float32", "float32")
     capped, others = losses(tmp_path / "capped"), losses(tmp_path / "any")

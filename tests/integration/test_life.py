@@ -1,5 +1,6 @@
 """What a run bears, what it leaves behind, and how it goes on."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -12,13 +13,17 @@ import pytest
 import torch
 
 from recognition import config
+from recognition.data.pipeline import Batch
 from recognition.data.procedural.dataset import write_faces
 from recognition.errors import UserError
 from recognition.files import lock
+from recognition.runs.best import BestBackbone, read_best, read_record
 from recognition.runs.checkpoint import Checkpoints, read_tensors
-from recognition.runs.folder import Best, RunFolder
+from recognition.runs.folder import RunFolder
+from recognition.runs.metadata import check_resumable
 from recognition.training import trainer
-from recognition.training.update import Update
+from recognition.training.trainer import Trainer
+from tests.support.faults import fault, forbidden, interrupt, raising, spoil
 from tests.support.ranks import launch_ranks
 
 TINY = Path(__file__).parent / "tiny.toml"
@@ -82,32 +87,34 @@ def log(run: Path) -> str:
 # --- steps that are not finite -------------------------------------------------------------------------------------
 
 
-def faulty(overrides: list[str], nan_at: int | None, infinite_at: int | None, last: int) -> list[list[str]]:
-    """Train; one image of the last rank's in forward pass `nan_at` is NaN, a gradient of it in step `infinite_at` is
-    infinite. Which tensors each step changed."""
+def faulty(overrides: list[str], nan_at: int | None, infinite_at: int | None) -> list[list[str]]:
+    """Train; on the last rank, one image of the first pass of step `nan_at` is NaN, a gradient in step `infinite_at`
+    is infinite. Returns the names of the tensors that each step changed."""
+    before: dict[str, torch.Tensor] = {}
     changed: list[list[str]] = []
-    shown, update = trainer.Trainer._shown, Update.__call__
 
-    def spoilt(self: trainer.Trainer, batches: Any) -> Iterator[Any]:
-        for number, batch in enumerate(shown(self, batches)):
-            if number == nan_at and self.ranks.rank == self.ranks.world - 1:
-                batch.images[0] = torch.nan
-            yield batch
+    def spoil_one(*, batch: Batch, **_: Any) -> None:
+        batch.images[0] = torch.nan
 
-    def watched(self: trainer.Trainer, step: int) -> dict[str, Any]:
-        before = {name: tensor.clone() for name, tensor in self._tensors().items()}
-        weight = next(iter(self.backbone.parameters()))
-        spoils = step == infinite_at and self.ranks.rank == self.ranks.world - 1
-        hook = weight.register_hook(lambda gradient: gradient * torch.inf) if spoils else None
-        values = update(self.update, step, self.batches, self.schedule)
-        if hook is not None:
-            hook.remove()
-        after = self._tensors()
+    def make_infinite(*, trainer: Trainer, **_: Any) -> None:
+        weight = next(iter(trainer.backbone.parameters()))
+        hook = weight.register_hook(lambda gradient: (hook.remove(), gradient * torch.inf)[1])
+
+    def begin(*, trainer: Trainer, step: int) -> None:
+        before.update({name: tensor.clone() for name, tensor in trainer.state_tensors().items()})
+        if step == infinite_at and trainer.ranks.rank == trainer.ranks.world - 1:
+            make_infinite(trainer=trainer)
+
+    def end(*, trainer: Trainer, **_: Any) -> None:
+        after = trainer.state_tensors()
         changed.append([name for name, tensor in before.items() if not same(tensor, after[name])])
-        return values
 
-    trainer.Trainer._shown, trainer.Trainer._train_step = spoilt, watched  # type: ignore[method-assign]
-    assert train(overrides)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(fault("step", begin))
+        stack.enter_context(fault("step done", end))
+        if nan_at is not None:
+            stack.enter_context(fault("batch", spoil_one, step=nan_at, rank=-1, times=1))
+        assert train(overrides)
     return changed
 
 
@@ -124,7 +131,7 @@ def test_a_step_whose_loss_is_not_finite_changes_nothing_at_all(
 ) -> None:
     run = tmp_path / "run"
     changes = (f"training.accumulation_steps={passes}", f"optimizer.name={optimizer}")
-    ranks = launch_ranks(faulty, world, settings(faces, run, 4, *changes), 1 * passes, None, 4)
+    ranks = launch_ranks(faulty, world, settings(faces, run, 4, *changes), 1, None)
     for changed in ranks:
         assert changed[1] == []
         for step in (0, 2, 3):
@@ -142,26 +149,16 @@ def test_a_step_whose_loss_is_not_finite_changes_nothing_at_all(
 def test_a_backbone_s_gradient_that_alone_is_not_finite_leaves_all_but_the_class_weights(
     faces: Path, tmp_path: Path
 ) -> None:
-    (changed,) = launch_ranks(faulty, 1, settings(faces, tmp_path / "run", 2), None, 1, 2)
+    (changed,) = launch_ranks(faulty, 1, settings(faces, tmp_path / "run", 2), None, 1)
     assert changed[1] and all(name.startswith("head.") for name in changed[1])
     assert "which changed nothing but, in 1, whose loss was finite, the class weights\n" in log(tmp_path / "run")
 
 
-def test_a_run_that_fails_where_it_failed_before_says_so(
-    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_fails_where_it_failed_before_says_so(faces: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(settings(faces, run, 2))
-    shown = trainer.Trainer._shown
-
-    def spoilt(self: trainer.Trainer, batches: Any) -> Iterator[Any]:
-        for batch in shown(self, batches):
-            batch.images[:] = torch.nan
-            yield batch
-
     longer = settings(faces, run, 6, "training.more_epochs=stretch", "training.max_nonfinite_steps=2")
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer.Trainer, "_shown", spoilt)
+    with fault("batch", spoil):
         with pytest.raises(UserError, match=f"backbone.weights={run}") as first:
             train(longer)
         with pytest.raises(UserError, match="began at step 2 too and failed at step 4") as second:
@@ -175,87 +172,66 @@ def test_a_run_that_fails_where_it_failed_before_says_so(
 # --- the checkpoint comes first ------------------------------------------------------------------------------------
 
 
-def no_step(self: Update, *_: Any) -> Any:
-    raise AssertionError("it trains again")
-
-
 @pytest.mark.parametrize("what", ["verification", "export"])
 def test_what_fails_after_the_last_step_is_made_up_for_without_training_again(
     faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     run = tmp_path / "run"
 
-    def fail(*_: Any) -> Any:
-        raise UserError("a reason")
-
-    def export(backbone: Any, path: Path, facts: dict[str, Any], _: Any) -> None:
+    def export(backbone: Any, path: Path, card: dict[str, Any], _: Any) -> None:
         path.write_bytes(b"model")
-        path.with_suffix(".json").write_text(json.dumps(facts))
+        path.with_suffix(".json").write_text(json.dumps(card))
 
     monkeypatch.setattr(trainer, "check_export", lambda *_: None)
     monkeypatch.setattr(trainer, "export", export)
     overrides = settings(faces, run, 2, f"evaluation.pairs={faces / 'pairs.bin'}", "export.enabled=true")
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer, "verify_on_ranks" if what == "verification" else "export", fail)
-        with pytest.raises(UserError) as error:
-            train(overrides)
+    with fault(what, raising(UserError("a reason")), step=2), pytest.raises(UserError) as error:
+        train(overrides)
     text = str(error.value)
     assert f"{what} at step 2: a reason" in text and f"{run / 'checkpoints'} holds a checkpoint of step 2" in text
-    monkeypatch.setattr(Update, "__call__", no_step)
-    assert train(overrides)
+    with forbidden("step"):
+        assert train(overrides)
     card = json.loads((run / "model.json").read_text())
     results = json.loads((run / "results.json").read_text())
-    assert card["step"] == results["step"] == json.loads((run / "best.json").read_text())["step"] == 2
+    assert card["step"] == results["step"] == read_record(run)["step"] == 2
     assert card["verification"] == results["verification"] and "accuracy" in results["verification"]["pairs"]
     # Now there is nothing left.
-    monkeypatch.setattr(trainer, "verify_on_ranks", fail)
-    monkeypatch.setattr(trainer, "export", fail)
-    assert train(overrides)
+    with forbidden("step"), forbidden("verification"), forbidden("export"):
+        assert train(overrides)
     assert "complete: all 2 steps are done, nothing to do (pairs: accuracy" in log(run)
 
 
-def test_a_verification_on_the_way_comes_after_its_checkpoint(
-    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_verification_on_the_way_comes_after_its_checkpoint(faces: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     overrides = settings(faces, run, 3, f"evaluation.pairs={faces / 'pairs.bin'}", "evaluation.every_steps=2")
-    with monkeypatch.context() as patched:
-
-        def fail(*_: Any) -> Any:
-            raise ZeroDivisionError
-
-        patched.setattr(trainer, "verify_on_ranks", fail)
-        with pytest.raises(ZeroDivisionError) as error:
-            train(overrides)
+    with fault("verification", raising(ZeroDivisionError()), step=2), pytest.raises(ZeroDivisionError) as error:
+        train(overrides)
     assert any("holds a checkpoint of step 2" in note for note in error.value.__notes__)
     assert Checkpoints(run / "checkpoints", 2).find() == run / "checkpoints/step-00000002"
     assert train(overrides)
     assert [record["step"] for record in records(run)] == [1, 2, 3]
+    assert all(record["data_seconds"] >= 0 for record in records(run))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("checkpoint_seconds", 0) > 0] == [2, 3]
 
 
 def test_a_disk_that_does_not_take_the_best_backbone_does_not_end_the_run(
     faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    save, calls = torch.save, []
-
-    def full(*arguments: Any) -> None:
-        if isinstance(arguments[0], dict):  # a checkpoint's tensors come one by one
-            calls.append(1)
-            if len(calls) == 1:
-                raise OSError(errno.ENOSPC, "No space left on device")
-        save(*arguments)
-
-    monkeypatch.setattr(torch, "save", full)
     # From the second verification on nothing is better.
     accuracies = iter((0.9, 0.5))
-    offer = Best.offer
-    monkeypatch.setattr(Best, "offer", lambda self, backbone, step, _: offer(self, backbone, step, next(accuracies)))
+    offer = BestBackbone.offer
+    monkeypatch.setattr(
+        BestBackbone, "offer", lambda self, backbone, step, _: offer(self, backbone, step, next(accuracies))
+    )
     pairs = f"evaluation.pairs={faces / 'pairs.bin'}"
-    assert train(settings(faces, run, 2, pairs, "evaluation.every_steps=1"))
-    assert "best.pt cannot be written ([Errno 28] No space left on device): it is tried again" in log(run)
-    assert json.loads((run / "best.json").read_text()) == {"step": 1, "accuracy": 0.9}
-    best = torch.load(run / "best.pt")
+    full = raising(OSError(errno.ENOSPC, "No space left on device"))
+    with fault("best backbone", full, step=1, times=1):
+        assert train(settings(faces, run, 2, pairs, "evaluation.every_steps=1"))
+    assert "best.safetensors cannot be written ([Errno 28] No space left on device): it is tried again" in log(run)
+    _, best, record = read_best(run)
+    assert record == {"step": 1, "accuracy": 0.9}
     first = {name: tensor for name, tensor in best.items() if name.endswith("num_batches_tracked")}
     assert first and all(int(count) == 1 for count in first.values())
 
@@ -299,19 +275,10 @@ def test_a_stretched_run_is_the_run_that_had_its_epochs_from_the_beginning(
     assert "as if it had had them from the beginning" in log(run)
 
 
-def test_a_restarted_run_begins_its_rate_again_and_remembers_where(
-    faces: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_restarted_run_begins_its_rate_again_and_remembers_where(faces: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    step = trainer.Trainer._train_step
-
-    def stopped(self: trainer.Trainer, number: int) -> Any:
-        self.interrupt.requested = number == 3
-        return step(self, number)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer.Trainer, "_train_step", stopped)
+    with fault("step", interrupt, step=3):
         assert not train(settings(faces, run, 7, *stepped(2), "training.more_epochs=restart"))
     assert train(settings(faces, run, 7, *stepped(2)))
     assert rates(run) == pytest.approx(2 * [RATE, RATE, RATE / 10] + [RATE / 10])
@@ -325,13 +292,13 @@ def test_fewer_epochs_are_refused(faces: Path, finished: Path) -> None:
 
 def test_settings_that_came_after_a_checkpoint_have_their_defaults_in_it(finished: Path) -> None:
     found = Checkpoints(finished / "checkpoints", 2)
-    facts = found.facts(found.find() or finished)
-    older = json.loads(json.dumps(facts))
+    metadata = found.metadata(found.find() or finished)
+    older = json.loads(json.dumps(metadata))
     del older["config"]["data"]["fit"], older["config"]["backbone"]["freeze"]
-    RunFolder(finished).check_resumable(older, facts)
-    facts["config"]["data"]["fit"] = "exact"
+    check_resumable(finished, older, metadata)
+    metadata["config"]["data"]["fit"] = "exact"
     with pytest.raises(UserError, match=r'data.fit: was "resize", is "exact"'):
-        RunFolder(finished).check_resumable(older, facts)
+        check_resumable(finished, older, metadata)
 
 
 # --- one folder, one run -------------------------------------------------------------------------------------------
@@ -356,7 +323,7 @@ def test_a_run_that_begins_anew_leaves_nothing_of_an_earlier_attempt(faces: Path
     assert all((run / "earlier-1" / name).read_text() == "of the earlier one" for name in left)
     there = [run / name for name in left if (run / name).exists()]
     assert not [path for path in there if "of the earlier one" in path.read_text(errors="ignore")]
-    assert (run / "notes.txt").exists() and not (run / "best.pt").exists()
+    assert (run / "notes.txt").exists() and not any(run.glob("best.*"))
     assert "what an earlier attempt left is in earlier-1 now" in log(run)
     # Going on moves nothing.
     assert train(settings(faces, run, 1))
@@ -366,15 +333,12 @@ def test_a_run_that_begins_anew_leaves_nothing_of_an_earlier_attempt(faces: Path
 def test_what_can_be_known_before_the_first_step_is_said_before_it(
     faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(Update, "__call__", no_step)
-
     def refuse(*_: Any) -> None:
         raise UserError("no such opset")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer, "check_export", refuse)
-        with pytest.raises(UserError, match="no such opset"):
-            train(settings(faces, tmp_path / "run", 1, "export.enabled=true"))
+    monkeypatch.setattr(trainer, "check_export", refuse)
+    with forbidden("step"), pytest.raises(UserError, match="no such opset"):
+        train(settings(faces, tmp_path / "run", 1, "export.enabled=true"))
     folder = RunFolder(tmp_path / "run")
     free = shutil.disk_usage(tmp_path).free
     with caplog.at_level(logging.WARNING):

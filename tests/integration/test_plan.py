@@ -83,7 +83,7 @@ def test_benchmark(tool: ModuleType, capsys) -> None:
     assert found["floor_ratio"] == pytest.approx(step / found["floor_seconds"])
     assert found["reference_ratio"] == pytest.approx(found["reference_step_seconds"] / step)
     assert "in turns" in text
-    assert str(hardware.of(torch.device("cpu"))) in text
+    assert str(hardware.detect(torch.device("cpu"))) in text
     assert "in float32" in text
 
 

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from recognition.evaluation.verification import verify
 from recognition.files import lock
 from recognition.runs.folder import load_backbone
 from recognition.training import trainer
+from tests.support.faults import fault, spoil
 from tests.support.ways_out import refusal, way_out
 
 REPOSITORY = Path(__file__).parents[2]
@@ -131,10 +131,11 @@ def test_a_folder_in_the_place_of_a_file(faces: Path, run: Path, tmp_path: Path)
 
 
 def test_the_other_of_two_backbones(run: Path) -> None:
-    (run / "best.json").write_text("")
+    best = (run / "best.safetensors").read_bytes()
+    (run / "best.safetensors").write_bytes(b"")
     found = way_out(refusal(lambda: load_backbone(run, "best")), r"--which (last)")
     load_backbone(run, found[1])  # type: ignore[arg-type]
-    (run / "best.json").write_text('{"step": 2, "accuracy": 0.5}')
+    (run / "best.safetensors").write_bytes(best)
     shutil.rmtree(run / "checkpoints")
     found = way_out(refusal(lambda: load_backbone(run, "last")), r"--which (best)")
     load_backbone(run, found[1])  # type: ignore[arg-type]
@@ -150,17 +151,9 @@ def test_a_model_that_is_broken(faces: Path, run: Path, tmp_path: Path) -> None:
     assert train(faces, tmp_path / "another", f"{setting}{run / 'checkpoints/step-00000001'}", "training.epochs=0.5")
 
 
-def test_a_loss_that_is_not_finite(faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = trainer.Trainer._shown
-
-    def spoilt(self: trainer.Trainer, batches: Any) -> Iterator[Any]:
-        for batch in shown(self, batches):
-            batch.images[:] = torch.nan
-            yield batch
-
+def test_a_loss_that_is_not_finite(faces: Path, tmp_path: Path) -> None:
     low = "backbone.precision=bfloat16", "training.max_nonfinite_steps=1", "evaluation.pairs=[]", "training.epochs=0.5"
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer.Trainer, "_shown", spoilt)
+    with fault("batch", spoil):
         message = refusal(lambda: train(faces, tmp_path / "run", *low, "tracking.every_steps=1"))
     found = way_out(message, r"or go on with (backbone\.precision=\w+)$")
     assert train(faces, tmp_path / "run", *low, found[1])
@@ -173,9 +166,9 @@ def test_options_that_a_run_has_no_use_for(run: Path) -> None:
 
 
 def test_weights_in_the_run_s_own_folder(faces: Path, tmp_path: Path, finished: Path) -> None:
-    weights = tmp_path / "run/weights.pt"
+    weights = tmp_path / "run/weights.safetensors"
     weights.parent.mkdir()
-    shutil.copy(finished / "best.pt", weights)
+    shutil.copy(finished / "best.safetensors", weights)
     short = f"backbone.weights={weights}", "training.epochs=0.5"
     found = way_out(refusal(lambda: train(faces, weights.parent, *short)), r"set another (run\.folder)")
     assert train(faces, tmp_path / "run", *short, f"{found[1]}={tmp_path / 'another'}")

@@ -1,12 +1,13 @@
 """Whole runs: resumed, on other numbers of ranks, interrupted, accumulated, and what they leave behind."""
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ import torch
 from torch import nn
 
 from recognition import config, hardware
-from recognition.data.pipeline import Batch
 from recognition.data.procedural.dataset import write_faces
 from recognition.deploy.embedder import OnnxEmbedder
 from recognition.evaluation.pairs import read_pairs
@@ -22,7 +22,9 @@ from recognition.evaluation.verification import embed_pairs, verify
 from recognition.models.backbone import BackboneEmbedder
 from recognition.runs.checkpoint import Checkpoints, read_manifest, read_tensors
 from recognition.runs.folder import load_backbone
-from recognition.training import resuming, trainer
+from recognition.runs.metadata import recorded_precisions
+from recognition.training import trainer
+from tests.support.faults import fault
 from tests.support.ranks import launch_ranks, launched
 
 TINY = Path(__file__).parent / "tiny.toml"
@@ -62,7 +64,7 @@ def settings(faces: Path, run: Path, *overrides: str) -> list[str]:
     return [*SETTINGS, f"data.path={faces}", f"run.folder={run}", *overrides]
 
 
-class AffineNegatives(nn.Module):
+class Linear(nn.Module):
     """A backbone without BatchNorm: what it gives for an image does not depend on the rest of the batch."""
 
     def __init__(self, embedding_size: int) -> None:
@@ -80,18 +82,14 @@ def run(overrides: list[str], signal_at: int | None = None, linear: bool = False
     """Train on this rank; on the last rank, a SIGINT arrives in step `signal_at`."""
     fired = []
     if linear:
-        trainer.build_backbone = lambda settings, seed: AffineNegatives(settings.embedding_size)
-    train_step = trainer.Trainer._train_step
+        trainer.build_backbone = lambda settings, seed: Linear(settings.embedding_size)
 
-    def interrupted(self: trainer.Trainer, step: int) -> dict:
-        values = train_step(self, step)
-        if step + 1 == signal_at and self.ranks.rank == self.ranks.world - 1:
-            os.kill(os.getpid(), signal.SIGINT)
-            fired.append(step)
-        return values
+    def send_signal(*, step: int, **_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        fired.append(step)
 
-    trainer.Trainer._train_step = interrupted
-    return {"complete": trainer.train(config.load(TINY, overrides)), "fired": fired}
+    with fault("step done", send_signal, step=signal_at, rank=-1) if signal_at else contextlib.nullcontext():
+        return {"complete": trainer.train(config.load(TINY, overrides)), "fired": fired}
 
 
 def losses(folder: Path) -> list[float]:
@@ -120,7 +118,7 @@ def test_a_run_stopped_at_any_step_and_resumed_is_bitwise_the_run_that_was_not(
 ) -> None:
     stopped = launch_ranks(run, 2, settings(faces, tmp_path / "parts"), stop)
     assert [rank["complete"] for rank in stopped] == [False, False]
-    assert stopped[1]["fired"] == [stop - 1]
+    assert stopped[1]["fired"] == [stop]
     assert (tmp_path / "parts/checkpoints/latest").read_text().strip() == f"step-{stop:08d}"
     resumed = launch_ranks(run, 2, settings(faces, tmp_path / "parts"))
     assert all(rank["complete"] for rank in resumed)
@@ -202,9 +200,9 @@ def test_the_file_that_is_shipped_verifies_as_the_checkpoint_does(faces: Path, t
     card = json.loads((tmp_path / "run/model.json").read_text())
     found = Checkpoints(tmp_path / "run/checkpoints", 2).find()
     assert found is not None
-    resolved = read_manifest(found).facts["resolved"]
+    resolved = read_manifest(found).metadata["resolved"]
     assert card["resolved"] == resolved
-    assert resolved["device"] == str(hardware.of(torch.device("cpu")))
+    assert resolved["device"] == str(hardware.detect(torch.device("cpu")))
     assert resolved["backbone.precision"] == "float32" and "auto" not in resolved.values()
     told = (tmp_path / "run/log.txt").read_text()
     assert f"2 processes on {resolved['device']}" in told and "backbone in float32, channels-last" in told
@@ -235,9 +233,9 @@ def test_a_changed_run_is_not_continued_and_every_change_is_named(faces: Path, t
 
 def test_a_checkpoint_that_does_not_say_its_precision_has_it_in_its_settings() -> None:
     facts = {"config": {"backbone": {"precision": "bfloat16"}, "head": {"precision": "auto"}}}
-    assert resuming.resolved(facts) == {"backbone.precision": "bfloat16"}
-    assert resuming.resolved(facts | {"resolved": {"head.precision": "float32"}}) == {"head.precision": "float32"}
-    assert resuming.resolved({}) == {}
+    assert recorded_precisions(facts) == {"backbone.precision": "bfloat16"}
+    assert recorded_precisions(facts | {"resolved": {"head.precision": "float32"}}) == {"head.precision": "float32"}
+    assert recorded_precisions({}) == {}
 
 
 def test_too_few_images_for_the_ranks_is_said(faces: Path, tmp_path: Path) -> None:
@@ -254,17 +252,9 @@ def test_a_verification_set_that_does_not_fit_is_said_before_the_first_step(face
 
 def hanging(overrides: list[str]) -> str:
     """Train; the second rank's images of the third step never come."""
-    shown = trainer.Trainer._shown
-
-    def stuck(self: trainer.Trainer, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for number, batch in enumerate(shown(self, batches)):
-            if number == 2 and self.ranks.rank == 1:
-                time.sleep(600)
-            yield batch
-
-    trainer.Trainer._shown = stuck
     try:
-        trainer.train(config.load(TINY, overrides))
+        with fault("batch", lambda **_: time.sleep(600), step=2, rank=1):
+            trainer.train(config.load(TINY, overrides))
     except config.UserError as error:
         return str(error)
     return "nothing"

@@ -38,6 +38,6 @@ def test_lfw_split_reaches_its_accuracy(shared_data: Path, tmp_path: Path, capsy
     with capsys.disabled():
         print(
             f"\nfaces: {100 * result['accuracy']:.2f} ± {100 * result['accuracy_std']:.2f} % on {pairs.name} after "
-            f"{minutes:.1f} minutes on {hardware.of(torch.device('cpu'))}"
+            f"{minutes:.1f} minutes on {hardware.detect(torch.device('cpu'))}"
         )
     assert result["accuracy"] >= ACCURACY

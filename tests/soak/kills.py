@@ -8,7 +8,6 @@ a run that nobody disturbed, bit for bit, in float32.
 import json
 import os
 import random
-import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,9 +18,9 @@ import pytest
 
 from recognition import config
 from recognition.data.procedural.dataset import write_faces
-from recognition.runs import checkpoint
 from recognition.runs.checkpoint import Checkpoints, read_tensors, step_folders
 from recognition.training import trainer
+from tests.support.faults import fault, kill
 from tests.support.ranks import launch_ranks, launched
 
 TINY = Path(__file__).resolve().parents[1] / "integration" / "tiny.toml"
@@ -46,30 +45,28 @@ SETTINGS = (
     "export.enabled=false",
 )
 _TOO_LATE = "complete before"
-PARTS_OF_A_SAVE = ("_save_shards", "_hash_files", "write_text", "sync")
+POINTS = ("checkpoint shards", "checkpoint hashes", *(f"checkpoint {word}" for word in ("manifest", "name", "latest")))
 
 
-def run(overrides: list[str], dying: tuple[int, int, str, bool] | None = None) -> bool:
-    """Train. `dying`: the rank that kills itself, in which save of its own, in which part of it, before or after."""
-    if dying is not None and dying[0] == int(os.environ["RANK"]):
-        _, save, part, before = dying
-        original, calls = getattr(checkpoint, part), Counter[str]()
+def run(overrides: list[str], dying: tuple[int, int, str] | None = None) -> bool:
+    """Train. `dying`: the rank that kills itself, in which save of its own, at which point of it."""
+    if dying is None:
+        return trainer.train(config.load(TINY, overrides))
+    rank, save, point = dying
+    saves: list[int] = []
 
-        def kill(*arguments: Any, **options: Any) -> Any:
-            calls[part] += 1
-            if before and calls[part] >= save:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = original(*arguments, **options)
-            if calls[part] >= save:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+    def kill_in_that_save(*, step: int, **_: Any) -> None:
+        saves.append(step)
+        if len(saves) >= save:
+            kill()
 
-        setattr(checkpoint, part, kill)
-    return trainer.train(config.load(TINY, overrides))
+    with fault(point, kill_in_that_save, rank=rank):
+        return trainer.train(config.load(TINY, overrides))
 
 
 def losses(folder: Path) -> list[float]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [record for record in lines if "loss" in record]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     return [record["loss"] for record in records]
 
@@ -85,8 +82,8 @@ def killed(overrides: list[str], chance: random.Random, seconds: float) -> str:
     everyone, in_a_save = chance.random() < 0.5, chance.random() < 0.5
     victim, moment = chance.randrange(WORLD), chance.uniform(0, seconds)
     # Rank 0 alone writes the manifest.
-    part = chance.choice(PARTS_OF_A_SAVE[: 4 if victim == 0 else 2])
-    dying = (victim, chance.randint(1, 3), part, chance.random() < 0.5) if in_a_save else None
+    point = chance.choice(POINTS[: None if victim == 0 else 2])
+    dying = (victim, chance.randint(1, 3), point) if in_a_save else None
     with launched(run, WORLD, overrides, dying) as launch:
 
         def died() -> bool:
@@ -107,7 +104,7 @@ def killed(overrides: list[str], chance: random.Random, seconds: float) -> str:
         for process in launch.processes:
             process.join(60)
             assert process.exitcode is not None, "a rank waits for one that is dead"
-        return f"{'all' if everyone else 'one'} of the ranks, {f'in {part}' if in_a_save else 'at any moment'}"
+        return f"{'all' if everyone else 'one'} of the ranks, {f'at {point}' if in_a_save else 'at any moment'}"
 
 
 @pytest.mark.timeout(0)

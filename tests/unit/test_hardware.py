@@ -45,7 +45,7 @@ def settings(*overrides: str) -> Config:
 
 
 def resolve(settings: Config, device: torch.device, **options: Any) -> Resolved:
-    return hardware.resolve(settings, hardware.of(device), **options)
+    return hardware.resolve(settings, hardware.detect(device), **options)
 
 
 AVX2 = ("AVX2", False, {"avx2": True, "avx512_f": False, "avx512_bf16": False, "amx_bf16": False})
@@ -75,8 +75,8 @@ CARDS = {
 def test_processors(machine: Machine, name: str) -> None:
     (capability, onednn, capabilities), precision, units = PROCESSORS[name]
     machine.processor(capability, onednn, **capabilities)
-    assert hardware.of(CPU) == Hardware("cpu", "Processor", units, precision)  # type: ignore[arg-type]
-    assert str(hardware.of(CPU)) == f"Processor ({units})"
+    assert hardware.detect(CPU) == Hardware("cpu", "Processor", units, precision)  # type: ignore[arg-type]
+    assert str(hardware.detect(CPU)) == f"Processor ({units})"
     resolved = resolve(settings(), CPU)
     assert (resolved.config.backbone.precision, resolved.config.head.precision) == (precision, precision)
     assert resolved.notes == ()
@@ -87,7 +87,7 @@ def test_processors(machine: Machine, name: str) -> None:
 def test_cards(machine: Machine, name: str) -> None:
     card, precision = CARDS[name]
     machine.card(*card)
-    assert hardware.of(GPU) == Hardware("cuda", card[0], "compute capability {}.{}".format(*card[1:]), precision)  # type: ignore[arg-type]
+    assert hardware.detect(GPU) == Hardware("cuda", card[0], "compute capability {}.{}".format(*card[1:]), precision)  # type: ignore[arg-type]
     resolved = resolve(settings(), GPU)
     # The head has no products in float16.
     head = "float32" if precision == "float16" else precision
@@ -101,11 +101,11 @@ def test_cards_of_amd(machine: Machine, monkeypatch: pytest.MonkeyPatch, native:
     machine.card("AMD Instinct", 9, 4)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
-    assert hardware.of(GPU) == Hardware("cuda", "AMD Instinct", "ROCm", "bfloat16" if native else "float16")
+    assert hardware.detect(GPU) == Hardware("cuda", "AMD Instinct", "ROCm", "bfloat16" if native else "float16")
 
 
 def test_apples_gpu(machine: Machine) -> None:
-    assert hardware.of(torch.device("mps")) == Hardware("mps", "Processor", "Metal", "float32")
+    assert hardware.detect(torch.device("mps")) == Hardware("mps", "Processor", "Metal", "float32")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_capped_onednn_computes_in_float32(
 ) -> None:
     machine.processor(*SAPPHIRE_RAPIDS[:2], **SAPPHIRE_RAPIDS[2])
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
-    assert hardware.of(CPU).precision == ("bfloat16" if native else "float32")
+    assert hardware.detect(CPU).precision == ("bfloat16" if native else "float32")
 
 
 def test_nothing_is_left_to_be_decided(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ def test_nothing_is_left_to_be_decided(machine: Machine, monkeypatch: pytest.Mon
     monkeypatch.setattr(hardware, "cores", lambda: 7)
     resolved = resolve(settings(), CPU, local_world=2)
     assert resolved.config.training.threads == 3
-    facts = resolved.facts()
+    facts = resolved.to_json()
     assert facts["head.chunk"] == hardware.head_chunk("cpu") != hardware.head_chunk("cuda")
     assert facts["device"] == "Processor (AVX2)"
     assert not {"auto", 0, None} & {value for value in facts.values() if not isinstance(value, bool)}
@@ -157,7 +157,7 @@ def test_what_is_asked_for_stays(machine: Machine) -> None:
         "training.threads": 5,
     }
     resolved = resolve(settings(*(f"{name}={str(value).lower()}" for name, value in asked.items())), CPU)
-    assert asked.items() <= resolved.facts().items()
+    assert asked.items() <= resolved.to_json().items()
     assert resolved.notes == ()
 
 
@@ -173,7 +173,7 @@ def test_a_precision_that_is_emulated_is_said_to_be(machine: Machine, precision:
 
 def test_a_run_keeps_its_precision_on_other_hardware(machine: Machine) -> None:
     machine.processor(*ZEN4[:2], **ZEN4[2])
-    before = resolve(settings(), CPU).facts()
+    before = resolve(settings(), CPU).to_json()
     assert (before["backbone.precision"], before["head.precision"]) == ("bfloat16", "bfloat16")
     assert resolve(settings(), CPU, before=before).notes == ()
     machine.processor(*AVX2[:2], **AVX2[2])
@@ -184,12 +184,12 @@ def test_a_run_keeps_its_precision_on_other_hardware(machine: Machine) -> None:
         assert f"{name}=float32" in note
     # On what decides alike nothing is said, and on the way back the run is what it was.
     machine.processor(*ZEN4[:2], **ZEN4[2])
-    assert resolve(settings(), CPU, before=resolved.facts()).notes == ()
+    assert resolve(settings(), CPU, before=resolved.to_json()).notes == ()
 
 
 def test_a_run_changes_its_precision_when_it_is_asked_to(machine: Machine) -> None:
     machine.processor(*ZEN4[:2], **ZEN4[2])
-    before = resolve(settings(), CPU).facts()
+    before = resolve(settings(), CPU).to_json()
     resolved = resolve(settings("backbone.precision=float32"), CPU, before=before)
     assert (resolved.config.backbone.precision, resolved.config.head.precision) == ("float32", "bfloat16")
     assert resolved.notes == ("backbone.precision: the run began in bfloat16 and goes on in float32",)
@@ -210,13 +210,13 @@ def test_bfloat16_on_a_card_without_it_is_refused_with_the_way_out(
         resolve(settings(*asked), GPU, before=before)
     assert f"{setting}={way_out}" in str(refusal.value)
     resolved = resolve(settings(f"{setting}={way_out}"), GPU, before=before)
-    assert resolved.facts()[setting] == way_out
+    assert resolved.to_json()[setting] == way_out
     assert resolved.notes == ((f"{setting}: the run began in bfloat16 and goes on in {way_out}",) if kept else ())
 
 
 def test_a_run_in_float16_goes_on_in_float16_on_a_newer_card(machine: Machine) -> None:
     machine.card("Tesla V100", 7, 0)
-    before = resolve(settings(), GPU).facts()
+    before = resolve(settings(), GPU).to_json()
     machine.card("NVIDIA A100", 8, 0)
     resolved = resolve(settings(), GPU, before=before)
     assert (resolved.config.backbone.precision, resolved.config.head.precision) == ("float16", "float32")
@@ -237,7 +237,7 @@ def test_different_cards_compute_in_what_all_of_them_have(machine: Machine, name
     found = []
     for name in names:
         machine.card(*CARDS[name][0])
-        found.append(hardware.of(GPU))
+        found.append(hardware.detect(GPU))
     for order in (found, found[::-1]):
         together = hardware.weakest(order)
         assert (together.device, together.precision) == ("cuda", precision)
@@ -249,7 +249,7 @@ def test_different_processors_compute_in_what_all_of_them_have(machine: Machine)
     found = []
     for capability, onednn, capabilities in (ZEN4, AVX2):
         machine.processor(capability, onednn, **capabilities)
-        found.append(hardware.of(CPU))
+        found.append(hardware.detect(CPU))
     assert hardware.weakest(found) == Hardware("cpu", "Processor", "AVX-512 with bfloat16 and AVX2", "float32")
 
 

@@ -26,7 +26,7 @@ from recognition.data.recordio import InsightFaceWriter
 from recognition.errors import UserError
 from recognition.files.atomic import replacing
 from recognition.hardware import cores
-from recognition.tracking.progress import working
+from recognition.tracking.progress import task
 
 __all__ = ["Identity", "contact_sheet", "encode", "identity_parameters", "render", "verification_pairs", "write_faces"]
 
@@ -241,7 +241,7 @@ def _counter(what: str, total: int, show: bool) -> Iterator[Callable[[int], None
         yield lambda images: None
         return
     done = 0
-    with working(what, total) as advance:
+    with task(what, total) as advance:
 
         def count(images: int) -> None:
             nonlocal done

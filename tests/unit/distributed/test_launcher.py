@@ -2,7 +2,7 @@
 
 import pytest
 
-from recognition.distributed.launcher import Launched, expand_nodes, launched
+from recognition.distributed.launcher import LaunchInfo, expand_nodes, read_launcher
 from recognition.errors import UserError
 
 TORCH = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "first", "MASTER_PORT": "29400"}
@@ -11,7 +11,7 @@ TWO_NODES = {"SLURM_NODELIST": "gpu[07-08]", "SLURM_TASKS_PER_NODE": "2(x2)", "S
 OMPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in (("RANK", "1"), ("SIZE", "2"), ("LOCAL_RANK", "1"))}
 
 
-def place(found: Launched | None) -> tuple[object, ...] | None:
+def place(found: LaunchInfo | None) -> tuple[object, ...] | None:
     return found and (found.rank, found.world, found.local_rank, found.local_world, found.address)
 
 
@@ -41,7 +41,7 @@ def place(found: Launched | None) -> tuple[object, ...] | None:
     ],
 )
 def test_a_place(variables: dict[str, str], expected: tuple[object, ...] | None) -> None:
-    assert place(launched(variables)) == expected
+    assert place(read_launcher(variables)) == expected
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_a_place(variables: dict[str, str], expected: tuple[object, ...] | None)
 )
 def test_variables_that_say_no_place(variables: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        launched(variables)
+        read_launcher(variables)
 
 
 def test_ranks_of_a_job_meet_at_one_port_and_those_of_another_elsewhere() -> None:
     ports = []
     for job in ("77", "78"):
-        places = [launched(SLURM | TWO_NODES | {"SLURM_PROCID": rank, "SLURM_JOB_ID": job}) for rank in "0123"]
+        places = [read_launcher(SLURM | TWO_NODES | {"SLURM_PROCID": rank, "SLURM_JOB_ID": job}) for rank in "0123"]
         (port,) = {found.port for found in places if found is not None}
         ports.append(port)
     assert ports[0] != ports[1]

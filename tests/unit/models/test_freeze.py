@@ -14,6 +14,7 @@ from recognition.config import Backbone as BackboneConfig
 from recognition.models.backbone import Backbone, build_backbone, describe
 from recognition.runs.checkpoint import read_tensors
 from recognition.training import trainer
+from tests.support.faults import fault, interrupt
 from tests.support.ranks import launch_ranks
 
 
@@ -109,20 +110,12 @@ def test_over_ranks_the_rest_trains(faces: Path, tmp_path: Path, freeze: str) ->
     assert "M train; frozen: trunk" in (tmp_path / "run/log.txt").read_text()
 
 
-def test_a_run_that_is_stopped_and_continued_is_bit_for_bit_the_one_that_was_not(
-    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_is_stopped_and_continued_is_bit_for_bit_the_one_that_was_not(faces: Path, tmp_path: Path) -> None:
     freeze = 'backbone.freeze=["trunk.conv1", "trunk.layer1", "neck.norm"]'
     assert run(faces, tmp_path / "whole", freeze)
 
-    def save_and_ask(self: trainer.Trainer) -> None:
-        save(self)
-        self.interrupt.requested = True
-
-    save = trainer.Trainer._save
-    monkeypatch.setattr(trainer.Trainer, "_save", save_and_ask)
-    run(faces, tmp_path / "parts", freeze)
-    monkeypatch.undo()
+    with fault("step done", interrupt, step=2):
+        run(faces, tmp_path / "parts", freeze)
     assert run(faces, tmp_path / "parts", freeze)
     whole, parts = (read_tensors(tmp_path / name / "checkpoints/step-00000004") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()

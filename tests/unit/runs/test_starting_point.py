@@ -16,8 +16,9 @@ from recognition.config import Backbone as BackboneConfig
 from recognition.config import Config, Data, Distributed, Run
 from recognition.errors import UserError
 from recognition.models.backbone import Backbone, build_backbone
+from recognition.runs.best import BestBackbone
 from recognition.runs.checkpoint import Checkpoints
-from recognition.runs.folder import Best, RunFolder, load_backbone
+from recognition.runs.folder import RunFolder, load_backbone
 from recognition.runs.starting_point import start_from
 from tools import export
 
@@ -30,7 +31,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A run's folder with checkpoints of two steps, and no best.pt."""
+    """A run's folder with checkpoints of two steps, and no best backbone."""
     path = tmp_path_factory.mktemp("runs") / "first"
     folder = RunFolder(path)
     folder.create()
@@ -128,9 +129,9 @@ def test_the_backbone_of_a_run(run: Path) -> None:
     backbone, facts = load_backbone(run)
     assert holds(backbone, 2) and not backbone.training
     assert facts == {"step": 2, "backbone": "resnet10t", "loss": "arcface"}
-    with pytest.raises(UserError, match=r"has no best\.pt, .*\(evaluation\.pairs\); --which last takes"):
+    with pytest.raises(UserError, match=r"has no best\.safetensors, .*\(evaluation\.pairs\); --which last takes"):
         load_backbone(run, "best")
-    Best(RunFolder(run)).offer(build_backbone(SMALL, seed=7), step=1, accuracy=0.5)
+    BestBackbone(run).offer(build_backbone(SMALL, seed=7), step=1, accuracy=0.5)
     backbone, facts = load_backbone(run, "best")
     assert holds(backbone, 7) and facts["accuracy"] == 0.5
     with pytest.raises(UserError, match=rf"it has no config\.toml; give {run}$"):
@@ -140,17 +141,16 @@ def test_the_backbone_of_a_run(run: Path) -> None:
 def test_a_run_whose_files_are_not_its_own_or_broken(run: Path) -> None:
     folder = RunFolder(run)
     other = build_backbone(SMALL.model_copy(update={"embedding_size": 8}))
-    Best(folder).offer(other, step=1, accuracy=0.5)
-    with pytest.raises(UserError, match=r"best\.pt is not of the backbone that .*config\.toml describes \(resnet10t\)"):
+    BestBackbone(run).offer(other, step=1, accuracy=0.5)
+    with pytest.raises(
+        UserError, match=r"best\.safetensors is not of the backbone that .*config\.toml describes \(resnet10t\)"
+    ):
         load_backbone(run, "best")
     folder.best.write_bytes(b"")
-    with pytest.raises(UserError, match=r"best\.pt or best\.json is damaged .*--which last takes"):
-        load_backbone(run, "best")
-    folder.best.with_suffix(".json").unlink()
-    with pytest.raises(UserError, match=r"has no best\.json"):
+    with pytest.raises(UserError, match=r"best\.safetensors is damaged .*--which last takes"):
         load_backbone(run, "best")
     shutil.rmtree(folder.checkpoints)
-    with pytest.raises(UserError, match=r"holds no complete checkpoint; --which best takes its best\.pt"):
+    with pytest.raises(UserError, match=r"holds no complete checkpoint; --which best takes its best\.safetensors"):
         load_backbone(run)
     folder.best.unlink()
     with pytest.raises(UserError, match="holds no complete checkpoint: the run has saved none yet"):
@@ -179,7 +179,7 @@ def test_an_export_never_replaces_what_is_not_its_own(
         assert "labels.json is in the place of the export's card, and is none" in said
         assert (tmp_path / "labels.json").read_text() == content
     assert not (tmp_path / "labels.onnx").exists()
-    Best(RunFolder(run)).offer(build_backbone(SMALL), step=1, accuracy=0.5)
+    BestBackbone(run).offer(build_backbone(SMALL), step=1, accuracy=0.5)
     assert "best.json: belongs to the run" in refusal(run / "best.onnx")
     assert "is a folder" in refusal(tmp_path)
 

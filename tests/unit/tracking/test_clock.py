@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from recognition.config import Tracking
-from recognition.tracking.clock import Clock, _about
-from tests.support.tracked import RESULT, Terminal, fake_time, records, tracker
+from recognition.tracking.clock import Clock, _about, pause_intervals
+from tests.support.tracked import RESULT, Terminal, fake_time, records, scalars, tracker
 
 
 def test_plain_lines_are_far_between(
@@ -23,6 +23,42 @@ def test_plain_lines_are_far_between(
             track.log_step(step, {"loss": 1.0})
     assert capsys.readouterr().err.count("loss") == 7  # at 1, 16, 31, ... 91 seconds
     assert len(records(tmp_path)) == 100
+
+
+def test_the_wait_for_data_and_the_time_to_save_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = fake_time(monkeypatch)
+    with tracker(tmp_path, start_step=4, total_steps=7, config=Tracking(every_steps=3)) as track:
+        for step, waits in ((5, (0.5,)), (6, (1.0, 0.25)), (7, (0.75,))):
+            for seconds in waits:
+                with track.clock.data_wait():
+                    now[0] += seconds
+            now[0] += 10.0
+            track.log_step(step, {"loss": 1.0})
+            with track.saving(step):
+                now[0] += 0.125 * step
+    # Steps 5 and 6 have a record each, every third and the first; 7 is the last. The pauses are no part of the speed.
+    steps = [record for record in records(tmp_path) if "loss" in record]
+    assert [record["data_seconds"] for record in steps] == [0.5, 1.25, 0.75]
+    assert steps[2]["images_per_second"] == pytest.approx(64 * 2 / (11.25 + 10.75))
+    saved = [(record["step"], record["checkpoint_seconds"]) for record in records(tmp_path) if "loss" not in record]
+    assert saved == [(5, 0.625), (6, 0.75), (7, 0.875)]
+    assert scalars(tmp_path, "checkpoint/seconds") == saved
+    assert scalars(tmp_path, "train/data_seconds") == [(5, 0.5), (6, 1.25), (7, 0.75)]
+
+
+def test_the_wait_for_data_is_that_of_a_step() -> None:
+    clock = Clock()
+    assert clock.data_seconds(3, 0) is None
+    with clock.data_wait():
+        pass
+    clock._data_seconds = 6.0
+    assert clock.data_seconds(7, 4) == 2.0
+    assert clock.data_seconds(9, 4) == 0.0
+
+
+def test_pauses_come_at_the_checkpoints_and_those_are_at_verifications_too() -> None:
+    assert pause_intervals(100, None) == {"saving": (100,)}
+    assert pause_intervals(100, 30) == {"saving": (100, 30), "verification": (30,)}
 
 
 def test_a_terminal_gets_a_live_line_and_its_cursor_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +154,7 @@ def test_the_live_line_and_the_log_fit_a_terminal(
         for step in range(1, 4):
             track.log_step(step, {"loss": 12.3456, "lr": 0.1})
             time.sleep(0.01)
-        track.verification(3, "lfw", RESULT)
+        track.log_verification(3, "lfw", RESULT)
         track.block(["evaluate: " + "x" * 100])
         time.sleep(0.3)
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal_file.getvalue()))

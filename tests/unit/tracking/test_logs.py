@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from recognition.tracking import logs
-from recognition.tracking.logs import Appender, telling
+from recognition.tracking.logs import Appender, setup_logging
 
 package = logging.getLogger("recognition.data")
 
@@ -22,9 +22,9 @@ def lines(path: Path) -> list[str]:
 def test_what_is_told_before_there_is_a_file_stands_in_it_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with telling() as log:
+    with setup_logging() as log:
         package.warning("7 files passed over")
-        log.keep(tmp_path / "log.txt")
+        log.write_to(tmp_path / "log.txt")
         package.info("indexed")
     assert lines(tmp_path / "log.txt") == [
         "WARNING recognition.data: 7 files passed over",
@@ -38,16 +38,16 @@ def test_what_is_told_before_there_is_a_file_stands_in_it_too(
 
 def test_a_run_inside_another_one_has_its_log(tmp_path: Path) -> None:
     before = list(logging.getLogger().handlers)
-    with telling() as outer:
-        with telling(rank=3) as inner:
+    with setup_logging() as outer:
+        with setup_logging(rank=3) as inner:
             assert inner is outer
         assert len(logging.getLogger().handlers) == len(before) + 1
     assert logging.getLogger().handlers == before
 
 
 def test_a_record_is_one_line_whatever_it_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with telling() as log:
-        log.keep(tmp_path / "log.txt")
+    with setup_logging() as log:
+        log.write_to(tmp_path / "log.txt")
         package.warning("no image %s in [red]%s[/red]", "a\nb\x1b[31m", "caf\udce9 José ±")
     expected = "no image a\\nb\\x1b[31m in [red]caf\\udce9 José ±[/red]"
     assert lines(tmp_path / "log.txt") == [f"WARNING recognition.data: {expected}"]
@@ -57,7 +57,7 @@ def test_a_record_is_one_line_whatever_it_holds(tmp_path: Path, capsys: pytest.C
 def test_a_terminal_of_another_encoding_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=sys.__stderr__.errors)
     monkeypatch.setattr(sys, "stderr", ascii_only)
-    with telling():
+    with setup_logging():
         package.warning("±5 ×2 José")
     ascii_only.flush()
     assert ascii_only.buffer.getvalue()[28:] == rb"\xb15 \xd72 Jos\xe9" + b"\n"
@@ -66,8 +66,8 @@ def test_a_terminal_of_another_encoding_does_not_matter(monkeypatch: pytest.Monk
 def test_a_warning_that_comes_again_and_again_is_told_a_few_times_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with telling() as log:
-        log.keep(tmp_path / "log.txt")
+    with setup_logging() as log:
+        log.write_to(tmp_path / "log.txt")
         for step in range(1, 1235):
             package.warning("step %d: not finite", step)
             if step < 3:
@@ -90,7 +90,7 @@ def test_a_warning_that_comes_again_and_again_is_told_a_few_times_and_counted(
 
 
 def test_other_ranks_write_no_file_and_mark_their_warnings(capsys: pytest.CaptureFixture[str]) -> None:
-    with telling(rank=5):
+    with setup_logging(rank=5):
         package.info("quiet")
         package.warning("a bad image")
     assert capsys.readouterr().err == "[rank 5] WARNING recognition.data: a bad image\n"
@@ -100,8 +100,8 @@ def test_pythons_warnings_are_records(tmp_path: Path) -> None:
     shown = warnings.showwarning
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        with telling() as log:
-            log.keep(tmp_path / "log.txt")
+        with setup_logging() as log:
+            log.write_to(tmp_path / "log.txt")
             warnings.warn("an old name", FutureWarning, stacklevel=1)
     (line,) = lines(tmp_path / "log.txt")
     assert line.startswith("WARNING py.warnings: ") and line.endswith("FutureWarning: an old name")
@@ -140,8 +140,8 @@ def test_a_record_that_cannot_be_written_is_left_out_whole_and_said_once(
 def test_a_log_file_that_is_full_is_said_on_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with telling() as log:
-        log.keep(tmp_path / "log.txt")
+    with setup_logging() as log:
+        log.write_to(tmp_path / "log.txt")
         with monkeypatch.context() as patch:
             patch.setattr(logs.os, "write", full)
             package.info("one")
@@ -154,7 +154,7 @@ def test_a_log_file_that_is_full_is_said_on_the_terminal(
 
 def test_only_what_is_named_is_kept_from_the_user(capsys: pytest.CaptureFixture[str]) -> None:
     library = logging.getLogger("torch.utils.cpp_extension")
-    with telling():
+    with setup_logging():
         library.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local")
         library.warning("No C++ compiler is found")
     told = capsys.readouterr().err

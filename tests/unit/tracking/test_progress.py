@@ -11,7 +11,7 @@ import pytest
 from rich.cells import cell_len
 
 from recognition.tracking import progress, terminal
-from recognition.tracking.progress import listen, working
+from recognition.tracking.progress import on_advance, task
 from recognition.tracking.terminal import escape, fit
 
 
@@ -41,7 +41,7 @@ def shown(file: Terminal) -> list[str]:
 
 
 def test_short_work_says_nothing_on_what_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with working("indexing", 10) as advance:
+    with task("indexing", 10) as advance:
         advance(10)
     assert capsys.readouterr().err == ""
 
@@ -51,7 +51,7 @@ def test_long_work_says_so_at_the_start_and_from_time_to_time_and_at_the_end(
 ) -> None:
     monkeypatch.setattr(progress, "AFTER", 0.05)
     monkeypatch.setattr(progress, "EVERY", 0.1)
-    with working("verifying lfw", 1200, after=0.05) as advance:
+    with task("verifying lfw", 1200, after=0.05) as advance:
         time.sleep(0.1)
         advance(400)
         time.sleep(0.2)
@@ -64,7 +64,7 @@ def test_long_work_says_so_at_the_start_and_from_time_to_time_and_at_the_end(
 def test_the_first_line_can_come_at_once_and_work_that_fails_is_not_done(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(OSError, match="full"), working("starting", after=0):
+    with pytest.raises(OSError, match="full"), task("starting", after=0):
         time.sleep(0.05)
         raise OSError("full")
     assert [line[20:] for line in capsys.readouterr().err.splitlines()] == ["INFO starting"]
@@ -75,18 +75,18 @@ def test_a_rank_that_is_not_the_machines_first_says_nothing_but_is_heard(
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     beats: list[int] = []
-    silence = listen(lambda: beats.append(1))
-    with working("indexing", 3, after=0) as advance:
+    silence = on_advance(lambda: beats.append(1))
+    with task("indexing", 3, after=0) as advance:
         for done in (1, 2, 3):
             advance(done)
     silence()
-    with working("indexing") as advance:
+    with task("indexing") as advance:
         advance(1)
     assert capsys.readouterr().err == "" and len(beats) == 3
 
 
 def test_a_name_is_shown_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
-    with working("verifying [bold]a\nb[/bold] :smile: \udcff", after=0):
+    with task("verifying [bold]a\nb[/bold] :smile: \udcff", after=0):
         time.sleep(0.05)
     assert capsys.readouterr().err[25:] == "verifying [bold]a\\nb[/bold] :smile: \\udcff\n"
 
@@ -94,7 +94,7 @@ def test_a_name_is_shown_as_it_stands(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("columns", [80, 40, 20])
 def test_a_bar_fits_its_terminal_and_goes_away(screen: Callable[[int], Terminal], columns: int) -> None:
     file = screen(columns)
-    with working("verifying a set with a rather long name", 12_000) as advance:
+    with task("verifying a set with a rather long name", 12_000) as advance:
         advance(3_000)
         time.sleep(0.3)
         terminal.write("above [it]")
@@ -110,7 +110,7 @@ def test_a_bar_fits_its_terminal_and_goes_away(screen: Callable[[int], Terminal]
 def test_bars_share_one_display_and_log_lines_go_above(screen: Callable[[int], Terminal]) -> None:
     file = screen(80)
     log = logging.getLogger("recognition.tracking.progress")
-    with working("verifying", 4) as outer, working("decoding", 2) as inner:
+    with task("verifying", 4) as outer, task("decoding", 2) as inner:
         outer(1)
         inner(1)
         handler = terminal.Handler()
@@ -149,7 +149,7 @@ def test_a_terminal_of_ascii_shows_bars_and_lines(screen: Callable[[int], Termin
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=sys.__stderr__.errors)
     file.isatty = lambda: True  # type: ignore[method-assign]
     sys.stderr = file
-    with working("verifying a set that is called José ± \udcff", 10) as advance:
+    with task("verifying a set that is called José ± \udcff", 10) as advance:
         advance(5)
         time.sleep(0.3)
         terminal.write("an image of José is bad")

@@ -59,7 +59,7 @@ def test_a_resumed_run_leaves_no_step_twice(tmp_path: Path) -> None:
         for step in range(1, 24):
             track.log_step(step, {"loss": torch.tensor(-1.0)})
             if step in (10, 20):
-                track.verification(step, "lfw", RESULT)
+                track.log_verification(step, "lfw", RESULT)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "los')  # what a crash leaves
     run(tmp_path, 11, 25)
@@ -99,7 +99,7 @@ def test_a_record_can_be_read_at_once(tmp_path: Path) -> None:
 
 def test_verification_is_recorded_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with tracker(tmp_path) as track:
-        track.verification(20, "lfw", RESULT)
+        track.log_verification(20, "lfw", RESULT)
     (record,) = records(tmp_path)
     assert {key: record[key] for key in RESULT} == RESULT
     assert (record["step"], record["verification"]) == (20, "lfw")
@@ -119,8 +119,8 @@ def test_sample_images_are_shown_once_with_their_colours(tmp_path: Path, kind: s
     if kind == "float":
         images = (images - 127.5) / 127.5
     with tracker(tmp_path) as track:
-        track.images("first batch", images, 0)
-        track.images("first batch", images.flip(1), 1)
+        track.log_images("first batch", images, 0)
+        track.log_images("first batch", images.flip(1), 1)
     (event,) = events(tmp_path).Images("first batch")
     pixels = np.asarray(_open_image(event.encoded_image_string)).reshape(-1, 3)
     assert [int((pixels == colour).all(axis=1).sum()) for colour in colours] == [64, 64, 64, 64, 0]
@@ -134,9 +134,9 @@ def _open_image(data: bytes) -> Any:
 
 def test_images_can_be_turned_off_and_a_resumed_run_has_no_first_batch(tmp_path: Path) -> None:
     with tracker(tmp_path / "off", config=Tracking(preview_images=0)) as track:
-        track.images("first batch", torch.zeros(2, 3, 8, 8), 0)
+        track.log_images("first batch", torch.zeros(2, 3, 8, 8), 0)
     with tracker(tmp_path / "resumed", start_step=5) as track:
-        track.images("first batch", torch.zeros(2, 3, 8, 8), 0)
+        track.log_images("first batch", torch.zeros(2, 3, 8, 8), 0)
     assert events(tmp_path / "off").Tags()["images"] == events(tmp_path / "resumed").Tags()["images"] == []
 
 
@@ -160,8 +160,8 @@ def test_other_ranks_write_nothing_and_warn_with_their_number(
     folder = tmp_path / "run"
     with tracker(folder, is_main=False) as track, track.pause("verification"):
         track.log_step(1, {"loss": torch.tensor(1.0)})
-        track.verification(1, "lfw", RESULT)
-        track.images("first batch", torch.zeros(2, 3, 8, 8), 0)
+        track.log_verification(1, "lfw", RESULT)
+        track.log_images("first batch", torch.zeros(2, 3, 8, 8), 0)
         track.note("for the reader")
         logging.getLogger("recognition.data").info("quiet")
         logging.getLogger("recognition.data").warning("a bad image")
@@ -223,8 +223,8 @@ def test_sets_of_any_name_are_recorded(tmp_path: Path, capsys: pytest.CaptureFix
     scores = np.array([0.5]), np.array([-0.5])
     with tracker(tmp_path) as track:
         for name in AWKWARD:
-            track.verification(20, name, RESULT | {"where": name}, scores)
-        track.results(dict.fromkeys(AWKWARD, 0.5))
+            track.log_verification(20, name, RESULT | {"where": name}, scores)
+        track.log_results(dict.fromkeys(AWKWARD, 0.5))
     lines = (tmp_path / "metrics.jsonl").read_bytes().decode("utf-8").split("\n")
     shown = [name.encode("utf-8", "backslashreplace").decode() for name in AWKWARD]
     assert [json.loads(line)["verification"] for line in lines[:-1]] == shown
@@ -241,8 +241,8 @@ def test_histograms_of_scores_have_the_same_bins(tmp_path: Path) -> None:
     genuine, impostor = generator.uniform(0.2, 0.9, 300), generator.normal(0, 0.1, 500)
     genuine[0] = 1.0000001  # as rounding may have it
     with tracker(tmp_path) as track:
-        track.verification(20, "lfw", RESULT, (genuine, impostor))
-        track.verification(20, "without", RESULT)
+        track.log_verification(20, "lfw", RESULT, (genuine, impostor))
+        track.log_verification(20, "without", RESULT)
     found = events(tmp_path)
     assert set(found.Tags()["histograms"]) == {"scores/lfw/genuine", "scores/lfw/impostor"}
     limits = []
@@ -265,9 +265,9 @@ def test_histograms_of_scores_have_the_same_bins(tmp_path: Path) -> None:
 def test_settings_and_final_numbers_are_in_the_same_event_file(tmp_path: Path) -> None:
     settings = config.Config.model_validate({"data": {"path": "x"}}, context={"check_paths": False, "rendered": None})
     with tracker(tmp_path) as track:
-        track.configuration(settings)
-        track.verification(25, "lfw", RESULT)
-        track.results({"lfw": 0.9912})
+        track.log_config(settings)
+        track.log_verification(25, "lfw", RESULT)
+        track.log_results({"lfw": 0.9912})
     assert len(list(tmp_path.glob("events*"))) == 1 and not [path for path in tmp_path.iterdir() if path.is_dir()]
     found = events(tmp_path)
     (text,) = found.Tensors("configuration/text_summary")
@@ -294,7 +294,7 @@ def test_a_full_disk_does_not_stop_training(
             patch.setattr("recognition.tracking.logs.os.write", full)
             for step in range(2, 11):
                 track.log_step(step, {"loss": 1.0})
-            track.verification(10, "lfw", RESULT, (np.zeros(3), np.zeros(3)))
+            track.log_verification(10, "lfw", RESULT, (np.zeros(3), np.zeros(3)))
         track.log_step(11, {"loss": 3.0})
     told = capsys.readouterr().err
     for name in ("metrics.jsonl", "events.out", "log.txt"):

@@ -7,13 +7,13 @@ from torch import nn
 
 from recognition import config
 from recognition.training.optimizer import (
-    Schedule,
     build_optimizer,
     clip_gradients,
     optimizer_tensors,
     set_lr,
     step_if_finite,
 )
+from recognition.training.schedule import Schedule
 
 SGD = config.SGD(lr=0.1, momentum=0.9, weight_decay=0.01)
 ADAMW = config.AdamW(lr=0.01, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.05)
@@ -256,8 +256,8 @@ def test_epochs_that_are_no_whole_number_of_steps_are_rounded() -> None:
 
 def test_the_margin_grows_from_zero() -> None:
     schedule = Schedule.of(config.Training(epochs=10), steps_per_epoch=8.0)
-    assert [schedule.margin_strength(step, 0.5) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
-    assert schedule.margin_strength(0, 0.0) == 1.0
+    assert [schedule.margin_scale(step, 0.5) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert schedule.margin_scale(0, 0.0) == 1.0
 
 
 @pytest.mark.parametrize("warmup", [0, 1])
@@ -298,4 +298,4 @@ def test_a_schedule_that_starts_again_is_that_of_a_run_which_begins_there(settin
     assert (again.total_steps, fresh.total_steps) == (50, 30)
     assert [again.factor(20 + step) for step in range(31)] == [fresh.factor(step) for step in range(31)]
     # The margin's warm-up is one of the run's beginning.
-    assert again.margin_strength(25, 4.0) == Schedule.of(whole, 10).margin_strength(25, 4.0)
+    assert again.margin_scale(25, 4.0) == Schedule.of(whole, 10).margin_scale(25, 4.0)

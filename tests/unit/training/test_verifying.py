@@ -12,8 +12,8 @@ from recognition.errors import UserError
 from recognition.evaluation.verification import verify
 from recognition.training import verifying
 
-TURNS = SimpleNamespace(
-    ranks=SimpleNamespace(rank=0, world=1, head_device=torch.device("cpu")), each=lambda what, work: work()
+COORDINATOR = SimpleNamespace(
+    ranks=SimpleNamespace(rank=0, world=1, head_device=torch.device("cpu")), on_each=lambda what, work: work()
 )
 
 
@@ -49,15 +49,15 @@ def settings(tmp_path):
 
 def test_settings_of_a_run_reach_its_sets(settings):
     with pytest.raises(UserError, match=r"list\.csv: 1 of 24 images cannot be used"):
-        verifying.open_on_ranks(settings(), TURNS)
-    sets = verifying.open_on_ranks(settings("evaluation.missing_images=skip"), TURNS)
+        verifying.open_on_ranks(settings(), COORDINATOR)
+    sets = verifying.open_on_ranks(settings("evaluation.missing_images=skip"), COORDINATOR)
     assert [pairs.name for pairs in sets] == ["a/set", "b/set", "list"]
     assert [len(pairs) for pairs in sets] == [20, 20, 11]
     assert any("folds" in doubt for doubt in sets[0].doubts)
-    sets = verifying.open_on_ranks(settings("evaluation.missing_images=skip", "evaluation.folds=even"), TURNS)
+    sets = verifying.open_on_ranks(settings("evaluation.missing_images=skip", "evaluation.folds=even"), COORDINATOR)
     assert not any("folds" in doubt for doubt in sets[0].doubts)
     with pytest.raises(UserError, match="40 images are not 32 x 32"):
-        verifying.open_on_ranks(settings("data.fit=exact"), TURNS)
+        verifying.open_on_ranks(settings("data.fit=exact"), COORDINATOR)
     with pytest.raises(UserError, match=r"evaluation\.images: no such file or folder"):
         settings("evaluation.image_folder=/none")
 
@@ -65,7 +65,7 @@ def test_settings_of_a_run_reach_its_sets(settings):
 def test_machines_that_see_other_images_are_told(settings, monkeypatch):
     monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, [*value[:2], 10]])
     with pytest.raises(UserError, match="list has 11 pairs on rank 0 and 10 on rank 1"):
-        verifying.open_on_ranks(settings("evaluation.missing_images=skip"), TURNS)
+        verifying.open_on_ranks(settings("evaluation.missing_images=skip"), COORDINATOR)
 
 
 class Channels:
@@ -79,8 +79,10 @@ class Channels:
 
 def test_a_verification_gives_the_numbers_and_the_scores(settings, monkeypatch):
     monkeypatch.setattr(distributed, "all_gather_rows", lambda rows, sizes: rows)
-    pairs = verifying.open_on_ranks(settings("evaluation.missing_images=skip", "backbone.image_size=32"), TURNS)[0]
-    result = verifying.verify_on_ranks(Channels(), pairs, TURNS, 7, "resize")
+    pairs = verifying.open_on_ranks(settings("evaluation.missing_images=skip", "backbone.image_size=32"), COORDINATOR)[
+        0
+    ]
+    result = verifying.verify_on_ranks(Channels(), pairs, COORDINATOR, 7, "resize")
     means = np.array([2 * pairs.decode(image).mean(axis=(0, 1)) for image in range(40)])
     assert result == verify(means.astype(np.float32), pairs.same)
     unit = means / np.linalg.norm(means, axis=1, keepdims=True)

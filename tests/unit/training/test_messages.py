@@ -3,11 +3,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from recognition.config import Config, Tracking
+from recognition.runs.best import BestBackbone
 from recognition.runs.folder import RunFolder
 from recognition.tracking.tracker import Tracker
-from recognition.training import summary
+from recognition.training import messages
 
 
 def settings(folder: Path, **changes: Any) -> Config:
@@ -26,7 +28,7 @@ def closing(config: Config, accuracies: dict[str, float], nonfinite: int = 0, st
         steps_per_epoch=1000.0,
         is_main=True,
     ) as tracker:
-        return summary.closing(config, folder, tracker, accuracies, nonfinite=nonfinite)
+        return messages.closing(config, folder, tracker, accuracies, nonfinite=nonfinite)
 
 
 def test_a_run_without_sets_says_where_its_model_is_and_how_to_go_on(tmp_path: Path) -> None:
@@ -49,7 +51,7 @@ def test_a_run_without_sets_says_where_its_model_is_and_how_to_go_on(tmp_path: P
 
 def test_results_and_what_was_passed_over_are_told(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.best.with_suffix(".json").write_text('{"step": 2000, "accuracy": 0.99}')
+    BestBackbone(tmp_path).offer(nn.Linear(1, 1), step=2000, accuracy=0.99)
     lines = [json.dumps({"sample": sample, "rank": rank}) for rank, sample in enumerate((7, 9, 7))]
     folder.quarantine.write_text("\n".join([*lines, '{"sample": 1', "null", ""]))
     sets = {"evaluation": {"pairs": ["lfw.bin", "my set.bin"]}}

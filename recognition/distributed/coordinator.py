@@ -1,8 +1,8 @@
-"""Work that some ranks do while the others wait, for as long as it is seen to go on.
+"""Work that some ranks do while the others wait: on the main rank, on one rank of a machine first, on each.
 
-A rank at work beats: a thread raises a counter in the process group's store, but only while the process uses its
-processor or tells of an advance (`progress`), so that one that hangs on a disk falls silent. The bound on a wait is one
-on silence, not on the work: indexing a large folder may take hours.
+There is no time limit for the work, which may take hours, as indexing a large folder does, but one for its silence. A
+rank at work sends heartbeats: a thread raises a counter in the process group's store, but only while the process uses
+its processor or reports progress (`tracking.progress`), so that one that hangs on a disk falls silent.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from recognition.tracking import progress
 T = TypeVar("T")
 
 _BUSY = 0.01
-"""Share of one processor above which a process is at work: threads that only watch use a tenth of it."""
+"""Share of one processor above which a process is taken to be at work; threads that only wait use a tenth of it."""
 
 
-class Turns:
-    """Who of the ranks works, and who waits. Every method is called by all ranks, in the same order.
+class Coordinator:
+    """Has some ranks work while the others wait. Every method is called by all ranks, in the same order.
 
-    A failure on one rank stops all: there it is raised again, elsewhere it is a FailedElsewhere.
+    A failure on one rank stops all: there it is raised again, on the others it is a FailedElsewhere.
     """
 
     def __init__(self, ranks: ProcessInfo, silence: float) -> None:
@@ -39,40 +39,40 @@ class Turns:
             *distributed.gather_objects((secrets.token_hex(8), lock.this_process())), strict=True
         )
         self._name = names[0]
-        self._turn = 0
+        self._calls = 0
 
-    def main(self, what: str, work: Callable[[], object]) -> None:
+    def on_main(self, what: str, work: Callable[[], object]) -> None:
         """Do `work` on the main rank."""
-        self.each(what, work if self.ranks.is_main else None)
+        self.on_each(what, work if self.ranks.is_main else None)
 
-    def machines(self, what: str, work: Callable[[], T], *, shared: bool = False) -> T:
-        """Do `work` on the first rank of each machine, then on the others, which find its outcome there.
+    def local_first(self, what: str, work: Callable[[], T], *, shared: bool = False) -> T:
+        """Do `work` on the first rank of each machine, then on the others, which find its files there.
 
-        `shared`: on the main rank before the other machines too, as they may see the same files.
+        `shared`: on the main rank before the other machines, too, as they may see the same files.
         """
         first = self.ranks.local_rank == 0
         result: T | None = None
         main = self.ranks.is_main
-        turns = [main, first and not main, not first] if shared else [first, not first]
-        for mine in turns:
-            done = self.each(what, work if mine else None)
+        rounds = [main, first and not main, not first] if shared else [first, not first]
+        for mine in rounds:
+            done = self.on_each(what, work if mine else None)
             result = done if mine else result
         return result  # type: ignore[return-value]
 
-    def each(self, what: str, work: Callable[[], T] | None) -> T | None:
+    def on_each(self, what: str, work: Callable[[], T] | None) -> T | None:
         """Do each rank's own `work`, if it has any, and return its result once all ranks are done.
 
-        `what`: the work in a word or two, for messages.
+        `what`: name of the work in messages.
         """
-        self._turn += 1
+        self._calls += 1
         result: T | None = None
         error: BaseException | None = None
         if self.ranks.store is None:
             return None if work is None else work()
-        store = PrefixStore(f"{self._name}/{self._turn}", self.ranks.store)
+        store = PrefixStore(f"{self._name}/{self._calls}", self.ranks.store)
         if work is not None:
             try:
-                with _beating(store, self.silence):
+                with _heartbeats(store, self.silence):
                     result = work()
             except Exception as caught:
                 error = caught
@@ -107,8 +107,8 @@ class Turns:
 
 
 @contextlib.contextmanager
-def _beating(store: Store, silence: float) -> Iterator[None]:
-    """Beat while the block is seen to work."""
+def _heartbeats(store: Store, silence: float) -> Iterator[None]:
+    """Send heartbeats while the block is seen to work."""
     finished = threading.Event()
     advanced = threading.Event()
     pause = min(1.0, silence / 5)
@@ -122,7 +122,7 @@ def _beating(store: Store, silence: float) -> Iterator[None]:
                 store.add("beats", 1)
 
     thread = threading.Thread(target=beat, name="beat", daemon=True)
-    stop_listening = progress.listen(advanced.set)
+    stop_listening = progress.on_advance(advanced.set)
     thread.start()
     try:
         yield
