@@ -36,6 +36,7 @@ GOING_ON = {
     "split": (),
     "lazy": (),
 }
+RECORDED = ("loss", "lr", "target_cosine", "gradient_norm", "embedding_norm")
 TOLERANCE = 1e-3
 """Relative, of the losses of two steps: float32's 6e-8, magnified by weights that no training has found."""
 
@@ -70,10 +71,10 @@ def go_on(name: str, folder: str) -> dict[str, Any]:
     return {"complete": complete, "tensors": loaded}
 
 
-def losses(run: Path) -> dict[str, float]:
-    """The loss of every step, by its number."""
+def curve(run: Path) -> dict[str, dict[str, float]]:
+    """What the run has recorded of every step, by its number."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {str(record["step"]): record["loss"] for record in records if "loss" in record}
+    return {str(record["step"]): {key: record[key] for key in RECORDED} for record in records if "loss" in record}
 
 
 def leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -111,14 +112,15 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", RANKS)
 def test_a_run_goes_on_from_all_that_it_has_saved(name: str, expected: dict[str, Any], folder: Path) -> None:
-    of_run, before = expected[name], losses(folder / name)
+    of_run, before = expected[name], curve(folder / name)
     for rank in launch_ranks(go_on, RANKS[name], name, str(folder)):
         assert rank["complete"]
         assert rank["tensors"] == {TODAY.get(key, key): value for key, value in of_run["tensors"].items()}
-    found = losses(folder / name)
-    assert found.keys() == of_run["losses"].keys() and len(found) == len(before) + 2
-    assert before.items() <= found.items()
-    np.testing.assert_allclose(list(found.values()), list(of_run["losses"].values()), rtol=TOLERANCE)
+    found = curve(folder / name)
+    assert found.keys() == of_run["curve"].keys() and len(found) == len(before) + 2
+    assert {number: found[number] for number in before} == before
+    for number, values in of_run["curve"].items():
+        assert found[number] == pytest.approx(values, rel=TOLERANCE), number
 
 
 @pytest.mark.parametrize("name", RANKS)

@@ -1,7 +1,7 @@
 """Trainings of another commit and of this working tree, bit for bit: `make soak SOAK=golden` (GOLDEN_BASE=HEAD~1).
 
-Each trains the runs of its own `tests/integration/test_golden_curve.py`, so settings may have other names in the two.
-The losses of every step are equal, and every tensor of the last checkpoint. Some minutes.
+Each trains the runs of its own `tests/integration/test_golden_curve.py`, so settings may have other names in the two;
+they have to mean the same. The losses of every step are equal, and every tensor of the last checkpoint. Two minutes.
 """
 
 import json
