@@ -13,7 +13,7 @@ from recognition.config import Config
 from recognition.data.index import check_trainable, open_index
 from recognition.data.pipeline import Batch, Pipeline
 from recognition.data.procedural.dataset import write_faces
-from recognition.deploy.onnx import check_export, export
+from recognition.deploy.export import check_export, export_onnx
 from recognition.distributed import Interrupt, ProcessInfo, failures
 from recognition.distributed.turns import Turns
 from recognition.errors import FailedElsewhere, UserError
@@ -77,7 +77,9 @@ class Trainer:
             faces = config.faces.model_dump()
             turns.machines("rendering faces", lambda: write_faces(config.data.path, **faces), shared=True)
         begun = str(before.get("fingerprint", ""))
-        self.index = turns.machines("indexing", lambda: open_index(config.data.path, config.data.cache, going_on=begun))
+        self.index = turns.machines(
+            "indexing", lambda: open_index(config.data.path, config.data.cache, resumed_fingerprint=begun)
+        )
         check_trainable(self.index)
         self.pair_sets = open_on_ranks(config, turns)
         self.sizes = micro_batch_sizes(config, ranks.world)
@@ -351,7 +353,7 @@ class Trainer:
         facts = {name: value for name, value in self._facts().items() if name not in ("config", "schedule_offset")}
         facts |= {"backbone": self.config.backbone.name, "loss": self.config.head.loss.name}
         facts["verification"] = verification
-        self.turns.main("export", lambda: export(self.backbone, self.folder.model, facts, self.config.export))
+        self.turns.main("export", lambda: export_onnx(self.backbone, self.folder.model, facts, self.config.export))
 
     def _announce(self) -> None:
         self.tracker.configuration(self.config)
@@ -364,9 +366,9 @@ class Trainer:
         for text in self.resolved.notes:
             self.tracker.warn(text)
         for pairs in self.pair_sets:
-            self.tracker.note(pairs.taken)
-            for doubt in pairs.doubts:
-                self.tracker.warn(f"{pairs.name}: {doubt}")
+            self.tracker.note(pairs.summary)
+            for warning in pairs.warnings:
+                self.tracker.warn(f"{pairs.name}: {warning}")
 
     def _summarise(self, accuracies: dict[str, float]) -> None:
         nonfinite = int(self.update.nonfinite)

@@ -193,10 +193,10 @@ def test_what_fails_after_the_last_step_is_made_up_for_without_training_again(
         path.with_suffix(".json").write_text(json.dumps(facts))
 
     monkeypatch.setattr(trainer, "check_export", lambda *_: None)
-    monkeypatch.setattr(trainer, "export", export)
+    monkeypatch.setattr(trainer, "export_onnx", export)
     overrides = settings(faces, run, 2, f"evaluation.pairs={faces / 'pairs.bin'}", "export.enabled=true")
     with monkeypatch.context() as patched:
-        patched.setattr(trainer, "verify_on_ranks" if what == "verification" else "export", fail)
+        patched.setattr(trainer, "verify_on_ranks" if what == "verification" else "export_onnx", fail)
         with pytest.raises(UserError) as error:
             train(overrides)
     text = str(error.value)
@@ -209,7 +209,7 @@ def test_what_fails_after_the_last_step_is_made_up_for_without_training_again(
     assert card["verification"] == results["verification"] and "accuracy" in results["verification"]["pairs"]
     # Now there is nothing left.
     monkeypatch.setattr(trainer, "verify_on_ranks", fail)
-    monkeypatch.setattr(trainer, "export", fail)
+    monkeypatch.setattr(trainer, "export_onnx", fail)
     assert train(overrides)
     assert "complete: all 2 steps are done, nothing to do (pairs: accuracy" in log(run)
 
