@@ -62,7 +62,7 @@ def size(encoded: bytes) -> tuple[int, int]:
     Raises Undecodable for what is no image, is larger than MAX_PIXELS, or has no end, as a truncated file.
     """
     if encoded.startswith(_JPEG):
-        frame = jpeg_frame(encoded)
+        frame = read_jpeg_header(encoded)
         if frame.bits != 8:
             raise Undecodable(f"it is a JPEG of {frame.bits} bits a level, which is not decoded; save it with 8")
         height, width = frame.height, frame.width
@@ -90,7 +90,7 @@ def size(encoded: bytes) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Frame:
+class JpegHeader:
     """What a JPEG's frame header says, and the Adobe marker before it."""
 
     marker: int
@@ -105,7 +105,7 @@ class Frame:
     """Whether the segments stand one behind the other, and are those that an encoder of today writes."""
 
 
-def jpeg_frame(encoded: bytes) -> Frame:
+def read_jpeg_header(encoded: bytes) -> JpegHeader:
     """What a JPEG says before its first scan. Raises Undecodable where no frame header is among that."""
     header: tuple[int, ...] | None = None
     adobe, regular, behind = None, True, 2
@@ -123,7 +123,7 @@ def jpeg_frame(encoded: bytes) -> Frame:
         raise Undecodable("a JPEG without a frame header")
     marker, bits, height, width, components = header
     regular &= encoded.startswith(b"\xff\xda", behind)
-    return Frame(marker, bits, height, width, components, adobe, regular)
+    return JpegHeader(marker, bits, height, width, components, adobe, regular)
 
 
 def _segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
@@ -290,7 +290,7 @@ _OTHERS = [
 """How other files begin: bytes, from which on, and what to say of them."""
 
 
-def png_is_whole(encoded: bytes) -> bool:
+def png_is_intact(encoded: bytes) -> bool:
     """Whether a PNG's chunks stand one behind the other up to the last, each with the checksum that it should have."""
     try:
         return len(_bare_png(encoded)[0]) > 0

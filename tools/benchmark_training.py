@@ -20,7 +20,7 @@ with program.imports():
     from pydantic import ValidationError
 
     from recognition import config, distributed, hardware
-    from recognition.benchmarks.training import Result, Variant, measure, measure_grid
+    from recognition.benchmarks.training import Comparison, Variant, compare, measure_grid
     from recognition.cli.argument_types import above_one, above_zero, path, whole
     from recognition.config import toml
     from recognition.errors import UserError
@@ -68,16 +68,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _main(options: argparse.Namespace) -> int:
     result = _measure(options)
-    if isinstance(result, Result):
+    if isinstance(result, Comparison):
         _show(options, result)
     else:
         _show_grid(options, result)
     if options.json:
-        print(json.dumps(result.to_json() if isinstance(result, Result) else [each.to_json() for each in result]))
+        print(json.dumps(result.to_json() if isinstance(result, Comparison) else [each.to_json() for each in result]))
     return 0
 
 
-def _measure(options: argparse.Namespace) -> Result | list[Variant]:
+def _measure(options: argparse.Namespace) -> Comparison | list[Variant]:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: there is no CUDA device")
     settings = config.Distributed(backend="nccl" if options.device == "cuda" else "gloo")
@@ -96,7 +96,7 @@ def _measure(options: argparse.Namespace) -> Result | list[Variant]:
                 compiler=compiler,
             )
         peak = None if options.peak is None else 1e12 * options.peak
-        return measure(backbone, ranks.device, **sizes, compiler=compiler, peak=peak)
+        return compare(backbone, ranks.device, **sizes, compiler=compiler, peak=peak)
     finally:
         distributed.stop()
 
@@ -133,7 +133,7 @@ def _device(options: argparse.Namespace) -> str:
     return torch.cuda.get_device_name() if options.device == "cuda" else f"the CPU, {torch.get_num_threads()} threads"
 
 
-def _show(options: argparse.Namespace, result: Result) -> None:
+def _show(options: argparse.Namespace, result: Comparison) -> None:
     on = _device(options)
     number = "float16 with a GradScaler" if options.device == "cuda" else "float32"
     mfu = "not known for want of a peak: give --peak"

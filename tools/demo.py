@@ -20,7 +20,7 @@ with program.imports():
 
     from recognition import config
     from recognition.data.procedural.dataset import write_faces
-    from recognition.deploy.embedder import OnnxEmbedder
+    from recognition.deploy.onnx_embedder import OnnxEmbedder
     from recognition.errors import UserError
     from recognition.evaluation.embedder import Embedder
     from recognition.evaluation.pairs import read_pairs

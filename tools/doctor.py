@@ -101,7 +101,7 @@ def _effort(options: argparse.Namespace) -> machine.Effort:
     return machine.QUICK if options.quick else machine.Effort()
 
 
-def _print_measured(console: Console, measured: machine.Measured, threads: int) -> None:
+def _print_measured(console: Console, measured: machine.Measurements, threads: int) -> None:
     on = f"{threads} threads" if threads > 1 else "1 thread"
     table: list[list[str]] = []
     convolutions = {(each.precision, each.channels_last): each for each in measured.convolutions}

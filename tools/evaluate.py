@@ -20,12 +20,12 @@ with program.imports():
     from rich.text import Text
 
     from recognition.cli.argument_types import path, positive
-    from recognition.deploy.embedder import OnnxEmbedder, Reading
+    from recognition.deploy.onnx_embedder import OnnxEmbedder, OnnxOptions
     from recognition.errors import UserError
     from recognition.evaluation.embedder import Embedder
     from recognition.evaluation.pairs import PairSet
-    from recognition.evaluation.sets import open_sets
     from recognition.evaluation.verification import FARS, embed_pairs, verify
+    from recognition.evaluation.verification_sets import open_sets
     from recognition.tracking import progress, terminal
 
 
@@ -77,9 +77,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    reading = Reading(options.size, options.output, options.mean, options.std, options.bgr)
+    onnx_options = OnnxOptions(options.size, options.output, options.mean, options.std, options.bgr)
     with progress.task("loading the model"):
-        embedder = load_embedder(options.model, reading)
+        embedder = load_embedder(options.model, onnx_options)
     for note in getattr(embedder, "notes", ()):
         terminal.write(f"{terminal.escape(str(options.model))}: {note}")
     sets = open_sets(
@@ -91,9 +91,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         fit=options.fit,
     )
     for pairs in sets:
-        terminal.write(pairs.taken)
-        for doubt in pairs.doubts:
-            terminal.write(f"WARNING {pairs.name}: {doubt}")
+        terminal.write(pairs.summary)
+        for warning in pairs.warnings:
+            terminal.write(f"WARNING {pairs.name}: {warning}")
     results = {str(pairs.path): evaluate(embedder, pairs, options.batch, options.fit) for pairs in sets}
     Console().print(_table(options.model, list(results.values())))
     if options.json:
@@ -102,14 +102,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def load_embedder(model: Path, reading: Reading | None = None) -> Embedder:
+def load_embedder(model: Path, reading: OnnxOptions | None = None) -> Embedder:
     """The embedder of an ONNX file, or of a run folder: its `model.onnx`, else its newest checkpoint."""
-    reading = reading or Reading()
+    reading = reading or OnnxOptions()
     if not model.is_dir():
-        return OnnxEmbedder(model, reading=reading)
+        return OnnxEmbedder(model, reading)
     if (model / "model.onnx").is_file():
-        return OnnxEmbedder(model / "model.onnx", reading=reading)
-    if reading != Reading():
+        return OnnxEmbedder(model / "model.onnx", reading)
+    if reading != OnnxOptions():
         raise UserError(f"{model}: --size, --output, --mean, --std and --bgr are for ONNX files; leave them out")
     import torch
 
@@ -135,7 +135,7 @@ def evaluate(embedder: Embedder, pairs: PairSet, batch: int, fit: str = "resize"
     except UserError as error:
         raise UserError(f"{pairs.name}: {error}") from None
     seconds = round(time.perf_counter() - start, 3)
-    return {"name": pairs.name, **result, "doubts": list(pairs.doubts), "seconds": seconds}
+    return {"name": pairs.name, **result, "doubts": list(pairs.warnings), "seconds": seconds}
 
 
 def _table(model: Path, results: list[dict[str, Any]]) -> Table:

@@ -12,7 +12,7 @@ from recognition.cli import program
 with program.imports():
     from recognition import config
     from recognition.cli.argument_types import path
-    from recognition.deploy.onnx import card_path, export
+    from recognition.deploy.export import card_path, export_onnx
     from recognition.files.outputs import check_output
     from recognition.runs.folder import load_backbone
 
@@ -37,7 +37,7 @@ def _main(options: argparse.Namespace) -> int:
     backbone, facts = load_backbone(options.run, options.which)
     changes = [] if options.opset is None else [f"export.opset={options.opset}"]
     settings = config.load(options.run / "config.toml", changes, check_paths=False).export
-    parity = export(backbone, output, facts, settings)
+    parity = export_onnx(backbone, output, facts, settings)
     megabytes = output.stat().st_size / 1e6
     print(f"{output}: {megabytes:.1f} MB, {backbone.image_size} px, {backbone.embedding_size} values")
     print(

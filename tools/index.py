@@ -16,9 +16,10 @@ with program.imports():
     import numpy as np
 
     from recognition.cli.argument_types import path
-    from recognition.data.index import Index, Lost, build, filter, merge, open_index
+    from recognition.data.derived_index import filter_index, merge_indexes
+    from recognition.data.image_sizes import describe_sizes
+    from recognition.data.index import Index, LostFile, build_index, open_index
     from recognition.data.quarantine import BadImage, check_header
-    from recognition.data.sizes import listed
     from recognition.errors import UserError
     from recognition.files.outputs import check_output
     from recognition.files.paths import shown
@@ -38,20 +39,20 @@ def _main(options: argparse.Namespace) -> int:
     if options.cache is not None:
         check_output(options.cache, kind="folder")
     if options.command == "build":
-        index = build(options.path, options.cache)
+        index = build_index(options.path, options.cache)
     elif options.command == "show":
         index = open_index(options.path, options.cache)
     elif options.command == "filter":
         check_output(options.output, kind="folder")
         source = open_index(options.path, options.cache)
-        index = filter(source, _kept(source, options), options.output)
+        index = filter_index(source, _kept(source, options), options.output)
     else:
         check_output(options.output, kind="folder")
         sources = [open_index(each, options.cache) for each in options.paths]
         for each, source in zip(options.paths, sources, strict=True):
             for note in source.notes:
                 print(f"warning: {shown(each)}: {note}", file=sys.stderr)
-        index = merge(sources, options.output, same_identities=options.same_identities)
+        index = merge_indexes(sources, options.output, same_identities=options.same_identities)
     _show(index)
     return 0
 
@@ -156,10 +157,10 @@ def _sizes(index: Index) -> tuple[int, str]:
         for done, sample in enumerate(samples, 1):
             try:
                 sizes[check_header(index.read(sample))] += 1
-            except (BadImage, Lost):
+            except (BadImage, LostFile):
                 unusable += 1
             advance(done)
-    texts = ([listed(sizes)] if sizes else []) + ([f"unusable: {unusable:,}"] if unusable else [])
+    texts = ([describe_sizes(sizes)] if sizes else []) + ([f"unusable: {unusable:,}"] if unusable else [])
     return len(samples), ", ".join(texts)
 
 

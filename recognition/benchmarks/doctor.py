@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from recognition import hardware
-from recognition.benchmarks.machine import Measured
+from recognition.benchmarks.machine import Measurements
 
 PACKAGES = {
     "torch": "nothing works without it",
@@ -63,7 +63,7 @@ def defaults(resolved: hardware.Resolved, ranks: int) -> list[Default]:
     return [Default(name, facts[name], reason) for name, reason in reasons.items()]
 
 
-def verdicts(resolved: hardware.Resolved, measured: Measured, ranks: int) -> list[str]:
+def verdicts(resolved: hardware.Resolved, measured: Measurements, ranks: int) -> list[str]:
     """What is unusual about this machine, and what to do about it."""
     return [
         *_on_precision(resolved, measured),
@@ -103,7 +103,7 @@ def system(device: torch.device) -> dict[str, str]:
     return found | {"capped by": " ".join(caps) or "nothing"}
 
 
-def _on_precision(resolved: hardware.Resolved, measured: Measured) -> list[str]:
+def _on_precision(resolved: hardware.Resolved, measured: Measurements) -> list[str]:
     """By the faster layout of each precision."""
     fastest: dict[str, float] = {}
     for each in measured.convolutions:
@@ -124,7 +124,7 @@ def _on_precision(resolved: hardware.Resolved, measured: Measured) -> list[str]:
     return found
 
 
-def _on_layout(resolved: hardware.Resolved, measured: Measured) -> list[str]:
+def _on_layout(resolved: hardware.Resolved, measured: Measurements) -> list[str]:
     chosen = resolved.config.backbone
     seconds = {each.channels_last: each.seconds for each in measured.convolutions if each.precision == chosen.precision}
     if not seconds:
@@ -138,7 +138,7 @@ def _on_layout(resolved: hardware.Resolved, measured: Measured) -> list[str]:
     ]
 
 
-def _on_software(resolved: hardware.Resolved, measured: Measured) -> list[str]:
+def _on_software(resolved: hardware.Resolved, measured: Measurements) -> list[str]:
     found = [
         f"{name}={os.environ[name]} may hold the processor back: unset it where that is not meant"
         for name in CAPS[:3]
@@ -154,7 +154,7 @@ def _on_software(resolved: hardware.Resolved, measured: Measured) -> list[str]:
     return found
 
 
-def _on_machine(measured: Measured, ranks: int) -> list[str]:
+def _on_machine(measured: Measurements, ranks: int) -> list[str]:
     found = []
     if measured.load > hardware.cores() / 2:
         found.append(

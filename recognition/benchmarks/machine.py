@@ -82,7 +82,7 @@ class Disk:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """What was measured."""
 
     products: dict[str, float]
@@ -96,7 +96,7 @@ class Measured:
     """How many processes wanted a core in the minute before."""
 
 
-def measure(device: torch.device, folder: Path, *, ranks: int, effort: Effort) -> Measured:
+def measure(device: torch.device, folder: Path, *, ranks: int, effort: Effort) -> Measurements:
     """Measure all there is to measure, in `folder` as to the disk.
 
     Raises UserError where nothing can be written into `folder`.
@@ -105,7 +105,7 @@ def measure(device: torch.device, folder: Path, *, ranks: int, effort: Effort) -
     # First, because a mistake in the command line shows there.
     on_disk = disk(folder, effort.file)
     faces = [encode(0, identity, 0) for identity in range(_FACES)]
-    return Measured(
+    return Measurements(
         products(device, effort.seconds),
         convolutions(device, effort.seconds),
         decoding(faces, device, effort.seconds),
@@ -170,7 +170,7 @@ def exchange(device: torch.device, ranks: int, effort: Effort) -> Exchange:
     ranks = max(2, ranks)
     with processes(
         ranks,
-        _Exchanger,
+        _AllReduceRank,
         device="cuda" if on_gpus else "cpu",
         threads=1,
         less="fewer ranks",
@@ -208,7 +208,7 @@ def disk(folder: Path, size: int) -> Disk:
     return Disk(str(folder), (blocks << 20) / written, (blocks << 20) / read)
 
 
-class _Exchanger:
+class _AllReduceRank:
     """A rank that sums tensors with the others."""
 
     def __init__(self, device: torch.device) -> None:

@@ -70,7 +70,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Result:
+class Comparison:
     """Medians over the rounds, in images per second."""
 
     images_per_second: float
@@ -105,7 +105,7 @@ def peak_flops(device_name: str) -> float | None:
     return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
 
 
-def measure(
+def compare(
     backbone: config.Backbone,
     device: torch.device,
     *,
@@ -114,7 +114,7 @@ def measure(
     steps: int,
     compiler: str | None = "inductor",
     peak: float | None = None,
-) -> Result:
+) -> Comparison:
     """Measure `steps` training steps of each training, after a warm-up, with `batch` images in a step.
 
     `backbone`: its precision, layout and compilation are set here. `compiler`: torch.compile's backend; None: do
@@ -125,30 +125,30 @@ def measure(
     memory = None
     try:
         # One that is compiled takes its turns first, so its memory can be told.
-        compiled = Training(own, device, batch, classes)
+        compiled = TrainingLoop(own, device, batch, classes)
         if compiler is not None:
             compiled.backbone.trunk.compile(backend=compiler)
-        compiled.take(_WARM_UP)
+        compiled.run_steps(_WARM_UP)
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(device)
-        trainings: list[Training] = [
+        trainings: list[TrainingLoop] = [
             compiled,
-            Training(own, device, batch, classes),
-            Baseline(own, device, batch, classes),
+            TrainingLoop(own, device, batch, classes),
+            BaselineLoop(own, device, batch, classes),
         ]
         for training in trainings[1:]:
-            training.take(_WARM_UP)
+            training.run_steps(_WARM_UP)
         seconds: list[list[float]] = [[] for _ in trainings]
         for block in split(steps, min(steps, _ROUNDS)):
             for training, found in zip(trainings, seconds, strict=True):
-                found.append(training.take(block) / block)
+                found.append(training.run_steps(block) / block)
     except torch.OutOfMemoryError as error:
         raise config.UserError(f"the GPU's memory has run out: take a smaller batch\n{error}") from None
     ours, eager, baseline = (batch / statistics.median(found) for found in seconds)
     flops = 3 * backbone_cost(own).forward_flops
     if peak is None and device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(device))
-    return Result(
+    return Comparison(
         images_per_second=ours,
         eager_images_per_second=eager,
         baseline_images_per_second=baseline,
@@ -187,15 +187,15 @@ def measure_grid(
             trainings = []
             for precision, channels_last, compiled in ways:
                 chosen = {"precision": precision, "channels_last": channels_last, "compile": False}
-                training = Training(backbone.model_copy(update=chosen), device, batch, classes)
+                training = TrainingLoop(backbone.model_copy(update=chosen), device, batch, classes)
                 if compiled:
                     training.backbone.trunk.compile(backend=compiler)
-                first.append(training.take(1))
-                training.take(1)
+                first.append(training.run_steps(1))
+                training.run_steps(1)
                 trainings.append(training)
             for block in split(steps, min(steps, _ROUNDS)):
                 for training, found in zip(trainings, seconds, strict=True):
-                    found.append(training.take(block) / block)
+                    found.append(training.run_steps(block) / block)
     except torch.OutOfMemoryError as error:
         raise config.UserError(f"the GPU's memory has run out: take a smaller batch\n{error}") from None
     steady = [statistics.median(found) for found in seconds]
@@ -208,7 +208,7 @@ def measure_grid(
     return variants
 
 
-class Training:
+class TrainingLoop:
     """A backbone, the head and their optimizers, which take steps as the trainer does, on one batch again and again."""
 
     def __init__(self, settings: config.Backbone, device: torch.device, batch: int, classes: int) -> None:
@@ -222,7 +222,7 @@ class Training:
         self.labels = torch.randint(classes, (batch,), generator=generator).to(device)
         self.steps = 0
 
-    def take(self, count: int) -> float:
+    def run_steps(self, count: int) -> float:
         """Take so many steps; how many seconds they took. Raises UserError where the last one's loss is not finite."""
         start = self._now()
         for _ in range(count):
@@ -250,7 +250,7 @@ class Training:
         return time.perf_counter()
 
 
-class Baseline(Training):
+class BaselineLoop(TrainingLoop):
     """As arcface_torch's train_v2.py does it (https://github.com/deepinsight/insightface)."""
 
     def __init__(self, settings: config.Backbone, device: torch.device, batch: int, classes: int) -> None:

@@ -47,7 +47,7 @@ class _Use(IntEnum):
 
 
 @dataclass(frozen=True)
-class AugmentNumbers:
+class AugmentParameters:
     """What is done to each of n images, in this order; None where nothing of the kind is switched on."""
 
     matrix: Floats | None
@@ -68,7 +68,9 @@ class AugmentNumbers:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def draw(augment: config.Augment, seed: int, epochs: Integers, samples: Integers, image_size: int) -> AugmentNumbers:
+def draw_parameters(
+    augment: config.Augment, seed: int, epochs: Integers, samples: Integers, image_size: int
+) -> AugmentParameters:
     """The numbers for `samples` [n] in `epochs` [n] (or one epoch) at `image_size` pixels a side."""
     state = keyed_hash(seed, _AUGMENT, epochs, samples)
     matrix = color = anchor = shape = flip = None
@@ -80,7 +82,7 @@ def draw(augment: config.Augment, seed: int, epochs: Integers, samples: Integers
         anchor, shape = _rectangle(augment, state, image_size)
     if augment.flip:
         flip = (_uniform(state, _Use.FLIP) < augment.flip).astype(np.int32)
-    return AugmentNumbers(matrix, color, anchor, shape, flip)
+    return AugmentParameters(matrix, color, anchor, shape, flip)
 
 
 def _uniform(state: Words, use: _Use) -> NDArray[np.float64]:

@@ -26,14 +26,14 @@ _GROUPS, _MEMBERS = 3, 4  # keep these keys apart from those of other uses of th
 _BLOCK = 1 << 20
 
 
-def order(labels: Integers, images_per_identity: int, seed: int) -> Order:
+def sample_order(labels: Integers, images_per_identity: int, seed: int) -> Order:
     """The order of samples with `labels` [N]. One image per identity is the plain order, whose occasions are epochs."""
     if images_per_identity == 1:
         return partial(samples_at, seed, len(labels))
-    return Groups(labels, images_per_identity, seed).samples_at
+    return GroupedOrder(labels, images_per_identity, seed).samples_at
 
 
-class Groups:
+class GroupedOrder:
     """Samples of identities `labels` [N] >= 0, N >= 1, in groups of `size`: a pure function of (seed, position).
 
     Kept are two offsets per identity, of 4 bytes each below 2^32 samples, and, unless the labels ascend, as they do in

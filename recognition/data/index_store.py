@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from recognition.data.files import Names
+from recognition.data.data_files import PackedNames
 
 FORMAT = 1
 _REPLACED_WITHIN_SECONDS = 1.0
-FACTS = "recognition-index.json"
+METADATA_FILE = "recognition-index.json"
 INDEX_FOLDER = ".recognition-index"
 """Where indexes lie beside the data."""
 RANGE = np.dtype([("file", "<u4"), ("offset", "<u8"), ("length", "<u4")])
-DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError)
+LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, EOFError)
 """What `load` raises."""
 
 _ARRAYS = {"starts": np.dtype("<i8"), "ranges": RANGE, "labels": np.dtype("<i8"), "sizes": np.dtype("<i8")}
@@ -34,7 +34,7 @@ _NAMES = ("files", "identities")
 
 
 @dataclass(frozen=True)
-class Content:
+class IndexContent:
     """What an index holds: N samples of C identities in R >= N byte ranges of F files.
 
     starts: int64 [N+1], first range of each sample. ranges: RANGE [R]. labels: int64 [N] in 0..C-1. sizes: int64 [F],
@@ -47,8 +47,8 @@ class Content:
     ranges: np.ndarray
     labels: np.ndarray
     sizes: np.ndarray
-    files: Names
-    identities: Names
+    files: PackedNames
+    identities: PackedNames
     stamp: str
     roots: tuple[tuple[Path, int], ...] = ()
     fingerprint: str = ""
@@ -69,7 +69,7 @@ def digest(*parts: bytes | np.ndarray) -> str:
     return sha.hexdigest()
 
 
-def save(folder: Path, content: Content) -> None:
+def save(folder: Path, content: IndexContent) -> None:
     """Put `content` in the place of what is at `folder`. Raises OSError."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(8)
@@ -80,7 +80,7 @@ def save(folder: Path, content: Content) -> None:
         for name in _ARRAYS:
             _write(new / f"{name}.npy", getattr(content, name))
         for name in _NAMES:
-            names: Names = getattr(content, name)
+            names: PackedNames = getattr(content, name)
             _write(new / f"{name}.npy", names.ends)
             _write(new / f"{name}.txt", bytes(names.text))
         facts = {
@@ -92,7 +92,7 @@ def save(folder: Path, content: Content) -> None:
             "roots": [[str(root), first] for root, first in content.roots],
             "notes": content.notes,
         }
-        _write(new / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
+        _write(new / METADATA_FILE, (json.dumps(facts, indent=1) + "\n").encode())
         _swap(new, folder, old)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -121,7 +121,7 @@ def _swap(new: Path, folder: Path, old: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load(folder: Path) -> Content:
+def load(folder: Path) -> IndexContent:
     """Open what `save` wrote, memory-mapped. Raises one of DAMAGE where it is not whole."""
     deadline = time.monotonic() + _REPLACED_WITHIN_SECONDS
     while True:
@@ -139,16 +139,16 @@ def load(folder: Path) -> Content:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    facts: dict[str, Any] = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
     if facts["format"] != FORMAT:
         raise ValueError(f"format {facts['format']}, not {FORMAT}")
     return facts
 
 
-def _read(folder: Path, facts: dict[str, Any]) -> Content:
+def _read(folder: Path, facts: dict[str, Any]) -> IndexContent:
     arrays = {name: _map(folder / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()}
     files, identities = (
-        Names(
+        PackedNames(
             np.asarray(np.memmap(folder / f"{name}.txt", np.uint8, "r")), _map(folder / f"{name}.npy", np.dtype("<i8"))
         )
         for name in _NAMES
@@ -168,7 +168,9 @@ def _read(folder: Path, facts: dict[str, Any]) -> Content:
             raise ValueError(f"{name} has length {found}, not {expected}")
     roots = tuple((Path(root), int(first)) for root, first in facts["roots"])
     notes = tuple(map(str, facts.get("notes", ())))  # which earlier versions did not write
-    return Content(starts, ranges, labels, sizes, files, identities, facts["stamp"], roots, facts["fingerprint"], notes)
+    return IndexContent(
+        starts, ranges, labels, sizes, files, identities, facts["stamp"], roots, facts["fingerprint"], notes
+    )
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:

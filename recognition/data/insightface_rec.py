@@ -1,248 +1,162 @@
-"""MXNet's RecordIO container: the byte ranges of the payloads in a .rec file, without MXNet.
+"""Images in MXNet RecordIO without MXNet: find their byte ranges and labels, and write such files.
 
-A record is `uint32 magic, uint32 (part << 29 | length)`, the payload, and padding to 4 bytes. Where the magic number
-occurs in a payload at a multiple of 4, the writer drops it and splits the payload there: part 1 is the first piece,
-2 a middle one, 3 the last one, 0 an undivided payload. The dropped magic equals the magic that opens the next piece's
-record, so a piece that is followed by another is simply 4 bytes longer than its header says, and nothing is copied.
-The .idx file holds lines of `key<TAB>offset`.
+The payload of an image is `uint32 flag, float32 label, uint64 id, uint64 id2`, then `flag` float32 labels where flag is
+positive, then the encoded image. InsightFace adds records without an image and with two labels: key 0 holds (end of
+the image keys, end of the identity keys), and each identity key the range of the image keys that belong to it. Files
+made by im2rec have none of these.
 """
 
 import struct
-import warnings
-from dataclasses import dataclass, replace
+from array import array
+from collections.abc import Sequence
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
+from recognition.data.recordio import Records, RecordWriter, bad_record, read_records
 from recognition.errors import UserError
-from recognition.files.kinds import what_is
+from recognition.files.atomic import write_text
 from recognition.files.paths import shown
-from recognition.tracking.progress import task
 
-MAGIC = 0xCED7230A
-MAX_LENGTH = (1 << 29) - 1
-PREFIX = struct.Struct("<II")
-WHOLE, FIRST, MIDDLE, LAST = range(4)
+EXACT_LABELS = 1 << 24
+"""float32 holds every integer below this."""
 
-_CHUNK = 1 << 20
+_HEADER = struct.Struct("<IfQQ")
+_WRONG_FILE = "Is this a file of face images?"
 
 
-@dataclass(frozen=True)
-class Records:
-    """Payloads of N records as R >= N byte ranges, in the order of the file.
+def scan(rec: Path) -> tuple[Records, np.ndarray]:
+    """The encoded images of `rec` and their labels, int64 [N]; header and identity records are left out.
 
-    keys: int64 [N], or the record's number where there is no .idx. positions: int64 [N], where each record begins.
-    starts: int64 [N+1], the first range of each record. offsets: uint64 [R]. lengths: uint32 [R]. notes: what the user
-    should know, a sentence each.
+    Of a record with several labels, the first is the identity. Raises UserError as `read_records` does, and for a
+    record that is no image's or whose label is not a whole number from 0.
     """
+    found, heads = read_records(rec)
+    first = found.starts[:-1]
+    flags, labels = heads[:, 0].copy(), heads[:, 1].copy().view("<f4")
+    several = flags > 0
+    labels[several] = heads[several, 2].copy().view("<f4")
+    # Pieces too short to hold all of the header: cut by a magic number, or a tiny image.
+    for row in np.flatnonzero(found.lengths[first] < _HEADER.size + 4).tolist():
+        head = _beginning(rec, found, row, _HEADER.size + 4)
+        if len(head) < _HEADER.size:
+            raise bad_record(rec, found, row, "is too short for an image's header", _WRONG_FILE)
+        flags[row], labels[row] = _HEADER.unpack_from(head)[:2]
+        if flags[row] > 0 and len(head) == _HEADER.size + 4:
+            labels[row] = struct.unpack_from("<f", head, _HEADER.size)[0]
 
-    keys: np.ndarray
-    positions: np.ndarray
-    starts: np.ndarray
-    offsets: np.ndarray
-    lengths: np.ndarray
-    notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def select(self, keep: np.ndarray) -> "Records":
-        """The records where `keep`, bool [N], is true."""
-        counts = np.diff(self.starts)
-        pieces = np.repeat(keep, counts)
-        starts = np.concatenate(([0], np.cumsum(counts[keep])))
-        offsets, lengths = self.offsets[pieces], self.lengths[pieces]
-        return Records(self.keys[keep], self.positions[keep], starts, offsets, lengths, self.notes)
-
-    def skip(self, header: np.ndarray) -> None:
-        """Move the ranges past the first `header` bytes of each payload, int64 [N], in place."""
-        first = self.starts[:-1]
-        taken = np.minimum(header, self.lengths[first])
-        self.offsets[first] += taken.astype(np.uint64)
-        self.lengths[first] -= taken.astype(np.uint32)
-        for row in np.flatnonzero(taken < header):
-            rest = int(header[row] - taken[row])
-            for piece in range(self.starts[row] + 1, self.starts[row + 1]):
-                step = min(rest, int(self.lengths[piece]))
-                self.offsets[piece] += np.uint64(step)
-                self.lengths[piece] -= np.uint32(step)
-                rest -= step
-
-
-def read_records(rec: Path) -> tuple[Records, np.ndarray]:
-    """The payload of every record that `rec`'s .idx lists, each once, or of every record where there is no .idx.
-
-    Beside the ranges come words 0, 1 and 6 of each payload as they stand in the file, uint32 [N,3], so that a header
-    is read in the same pass; they mean nothing where the first piece is shorter. Raises UserError, naming file, key
-    and offset, where the file is cut off or its headers are not RecordIO's.
-    """
-    size = _size(rec)
-    words = np.asarray(np.memmap(rec, dtype="<u4", mode="r", shape=(size // 4,)))
-    idx = rec.with_suffix(".idx")
-    notes: tuple[str, ...] = ()
-    if idx.is_file():
-        keys, positions = _read_idx(idx)
-        listed = len(keys)
-        positions, order = np.unique(positions, return_index=True)
-        keys = keys[order]
-        if len(keys) < listed:
-            twice = f"{listed - len(keys):,} record{'s' * (listed - len(keys) != 1)} more than once"
-            notes += (f"{shown(idx.name)} lists {twice}: each is taken once",)
-    else:
-        positions = _walk(rec, words, size)
-        keys = np.arange(len(positions))
-    found = Records(
-        keys,
-        positions,
-        np.arange(len(keys) + 1),
-        positions.astype(np.uint64) + np.uint64(PREFIX.size),
-        np.empty(len(keys), np.uint32),
-    )
-    outside = (positions < 0) | (positions % 4 != 0) | (positions + PREFIX.size > size)
-    for row in np.flatnonzero(outside).tolist():
-        way_out = f"{shown(idx.name)} belongs to another file or {shown(rec.name)} is cut off: copy both again."
-        raise bad_record(rec, found, row, f"lies outside the file's {size} bytes or off the 4-byte grid", way_out)
-    heads = np.empty((len(keys), 3), np.uint32)
-    parts = np.empty(len(keys), np.uint8)
-    with task(f"indexing {shown(rec.name)}", total=len(keys), unit="records") as advance:
-        for begin in range(0, len(keys), _CHUNK):
-            rows = slice(begin, min(begin + _CHUNK, len(keys)))
-            columns = positions[rows, None] // 4 + np.array([0, 1, 2, 3, 8])
-            head = words[np.minimum(columns, len(words) - 1)]
-            for row in np.flatnonzero(head[:, 0] != MAGIC).tolist():
-                what = "does not begin with RecordIO's magic number"
-                raise bad_record(rec, found, begin + row, what, _copy_again(rec))
-            parts[rows] = head[:, 1] >> 29
-            found.lengths[rows] = head[:, 1] & MAX_LENGTH
-            heads[rows] = head[:, 2:]
-            advance(rows.stop)
-    ends = positions + PREFIX.size + (found.lengths.astype(np.int64) + 3) // 4 * 4
-    for row in np.flatnonzero(ends > size).tolist():
-        raise bad_record(rec, found, row, f"ends at byte {ends[row]} but the file has {size}", _copy_again(rec))
-    for row in np.flatnonzero(parts > FIRST).tolist():
-        raise bad_record(rec, found, row, "is a later piece of a divided record", _copy_again(rec))
-    joined = _join(rec, words, found, np.flatnonzero(parts == FIRST))
-    if idx.is_file() and (uncovered := _uncovered(words, joined)):
-        notes += (
-            f"{shown(idx.name)} lists {len(keys):,} records; the other {uncovered:,} of {shown(rec.name)} are not "
-            "taken. Without the .idx the .rec file is read from end to end",
+    header = _HEADER.size + 4 * flags.astype(np.int64)
+    total = np.add.reduceat(found.lengths.astype(np.int64), first)
+    for row in np.flatnonzero(header > total).tolist():
+        raise bad_record(rec, found, row, f"announces {flags[row]} labels but is too short", _WRONG_FILE)
+    no_image = (flags == 2) & (header == total)
+    _check_count(rec, found, no_image, labels)
+    is_identity = (labels >= 0) & (labels < np.inf) & (labels == np.floor(labels))
+    for row in np.flatnonzero(~no_image & ~is_identity).tolist():
+        raise bad_record(rec, found, row, f"has label {labels[row]}", "Labels are whole numbers from 0: pack it again.")
+    if no_image.all():
+        raise UserError(f"{shown(rec)}: holds no images, only header records: pack it again")
+    highest = labels[~no_image].max()
+    if highest >= EXACT_LABELS:
+        note = (
+            f"{shown(rec.name)}: labels reach {int(highest)}, but float32, in which RecordIO stores them, is exact "
+            f"only below {EXACT_LABELS}: identities may have been merged when the file was written"
         )
-    return replace(joined, notes=notes), heads
+        found = replace(found, notes=(*found.notes, note))
+    found.skip(header)
+    return found.select(~no_image), labels[~no_image].astype(np.int64)
 
 
-def _size(rec: Path) -> int:
-    try:
-        size = rec.stat().st_size
-    except OSError as error:
-        raise UserError(f"{shown(rec)}: {error.strerror}") from None
-    if size < PREFIX.size:
-        raise UserError(f"{shown(rec)}: has {size} bytes, too few for a record: copy or pack it again")
-    return size
+def pack_image(label: float | Sequence[float], id: int, image: bytes, id2: int = 0) -> bytes:
+    """An image record's payload: one label is stored in the header, a sequence of labels behind it."""
+    if isinstance(label, Sequence):
+        return _HEADER.pack(len(label), 0.0, id, id2) + struct.pack(f"<{len(label)}f", *label) + image
+    return _HEADER.pack(0, label, id, id2) + image
 
 
-def _read_idx(idx: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and positions: int64 [N] each."""
-    way_out = "Copy it again, or remove it: the .rec file is then read from end to end."
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it holds no data is said below
-            table = np.loadtxt(idx, dtype=np.int64, comments=None, ndmin=2)
-    except ValueError as error:
-        reason = f"{error}; the file is {what_is(idx)}"
-        raise UserError(f"{shown(idx)}: not lines of key and offset ({reason}). {way_out}") from None
-    if not len(table):
-        raise UserError(f"{shown(idx)}: is empty. {way_out}")
-    if table.shape[1] != 2:
-        raise UserError(f"{shown(idx)}: not lines of key and offset ({table.shape[1]} columns). {way_out}")
-    return table[:, 0].copy(), table[:, 1].copy()
+class InsightFaceWriter:
+    """Writes a training set in InsightFace's layout, streaming: `train.rec`, `train.idx` and `property`.
 
-
-def _walk(rec: Path, words: np.ndarray, size: int) -> np.ndarray:
-    """Positions of all whole records and first pieces, int64 [N], from one pass over the file.
-
-    Magic numbers are looked for everywhere at once, then each record must end where the next begins: a magic number
-    inside a payload, as writers leave it that do not divide records, is passed over.
+    Keys: 0 the header, then the images from 1 in the order in which they come, then one key per identity.
     """
-    step = 16 * _CHUNK
-    hits = []
-    with task(f"reading {shown(rec.name)} from end to end", total=size, unit="bytes") as advance:
-        for begin in range(0, len(words) - 1, step):
-            hits.append(np.flatnonzero(words[begin : begin + step] == MAGIC) + begin)
-            advance(min((begin + step) * 4, size))
-    places = np.concatenate(hits)
-    places = places[places < len(words) - 1]
-    prefixes = words[places + 1]
-    positions = places * 4
-    ends = positions + PREFIX.size + ((prefixes & MAX_LENGTH).astype(np.int64) + 3) // 4 * 4
-    if not np.array_equal(ends, np.append(positions[1:], size)) or positions[0] != 0:
-        chain = _chain(rec, positions, ends, size)
-        positions, prefixes = positions[chain], prefixes[chain]
-    return positions[prefixes >> 29 <= FIRST]
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._property = folder / "property"
+        self._writer = RecordWriter(folder / "train.rec")
+        self._writer.write(0, pack_image((0.0, 0.0), 0, b""))
+        self._first_keys = array("q")
+        self._next_key = 1
+        self._label = -1
+        self._size = (0, 0)
+
+    def add(self, label: int, image: bytes) -> None:
+        """Append an encoded image. Labels ascend from 0; raises UserError where one is skipped or comes back."""
+        if label not in (self._label, self._label + 1) or label < 0:
+            raise UserError(f"identity {label} after identity {self._label}: labels must count up from 0, grouped")
+        if label != self._label:
+            self._first_keys.append(self._next_key)
+            self._label = label
+        if self._next_key == 1:
+            self._size = _image_size(image)
+        self._writer.write(self._next_key, pack_image(label, self._next_key, image))
+        self._next_key += 1
+
+    def close(self) -> None:
+        """Write the identity records and the header, and move the files to their names."""
+        end = self._next_key
+        for number, first in enumerate(self._first_keys):
+            after = self._first_keys[number + 1] if number + 1 < len(self._first_keys) else end
+            self._writer.write(end + number, pack_image((first, after), end + number, b""))
+        self._writer.rewrite(0, pack_image((end, end + len(self._first_keys)), 0, b""))
+        self._writer.close()
+        width, height = self._size
+        write_text(self._property, f"{len(self._first_keys)},{height},{width}\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._writer.abort()
 
 
-def _chain(rec: Path, positions: np.ndarray, ends: np.ndarray, size: int) -> np.ndarray:
-    """Rows of `positions` that follow from one another, from byte 0 to the end of the file."""
-    chain: list[int] = []
-    position = 0
-    while position != size:
-        row = int(np.searchsorted(positions, position))
-        if row == len(positions) or positions[row] != position:
-            what = "the file ends inside it" if position > size else "no magic number there"
-            where = f"{shown(rec)}: record {len(chain)}, expected at byte {position}"
-            raise UserError(f"{where}: {what}. {_copy_again(rec)}")
-        chain.append(row)
-        position = int(ends[row])
-    return np.array(chain)
+def _image_size(image: bytes) -> tuple[int, int]:
+    try:
+        with Image.open(BytesIO(image)) as opened:
+            return opened.size
+    except (UnidentifiedImageError, OSError):
+        return 0, 0
 
 
-def _uncovered(words: np.ndarray, found: Records) -> int:
-    """How many records lie between, before or behind those in `found`."""
-    last = found.starts[1:] - 1
-    ends = (found.offsets[last].astype(np.int64) + found.lengths[last] + 3) // 4
-    begins = np.append(found.positions, len(words) * 4) // 4
-    previous = np.concatenate(([0], ends))
-    count = 0
-    for gap in np.flatnonzero(previous < begins):
-        word, end = int(previous[gap]), int(begins[gap])
-        while word + 1 < end and words[word] == MAGIC:
-            count += int(words[word + 1]) >> 29 <= FIRST
-            word += 2 + ((int(words[word + 1]) & MAX_LENGTH) + 3) // 4
-    return count
+def _beginning(rec: Path, found: Records, row: int, count: int) -> bytes:
+    """The first `count` bytes of a payload, or as many as there are."""
+    beginning = b""
+    with rec.open("rb") as file:
+        for piece in range(found.starts[row], found.starts[row + 1]):
+            file.seek(int(found.offsets[piece]))
+            beginning += file.read(min(int(found.lengths[piece]), count - len(beginning)))
+    return beginning
 
 
-def _join(rec: Path, words: np.ndarray, found: Records, divided: np.ndarray) -> Records:
-    """Give the records whose rows are in `divided` all their pieces."""
-    if not len(divided):
-        return found
-    counts = np.ones(len(found), np.int64)
-    pieces: list[tuple[int, int]] = []
-    for row in divided:
-        before = len(pieces)
-        word, part, length = int(found.positions[row]) // 4, FIRST, int(found.lengths[row])
-        while part != LAST:
-            pieces.append(((word + 2) * 4, length + 4))
-            word += 2 + length // 4
-            if length % 4 or word + 1 >= len(words) or words[word] != MAGIC:
-                raise bad_record(rec, found, row, f"lacks its next piece at byte {word * 4}", _copy_again(rec))
-            part, length = int(words[word + 1]) >> 29, int(words[word + 1]) & MAX_LENGTH
-            if part not in (MIDDLE, LAST) or (word + 2) * 4 + length > len(words) * 4:
-                raise bad_record(rec, found, row, f"lacks its next piece at byte {word * 4}", _copy_again(rec))
-        if length:
-            pieces.append(((word + 2) * 4, length))
-        counts[row] = len(pieces) - before
-    starts = np.concatenate(([0], np.cumsum(counts)))
-    offsets, lengths = np.repeat(found.offsets, counts), np.repeat(found.lengths, counts)
-    ours = np.repeat(np.isin(np.arange(len(found)), divided), counts)
-    offsets[ours], lengths[ours] = np.array(pieces, np.uint64).T
-    return replace(found, starts=starts, offsets=offsets, lengths=lengths)
-
-
-def _copy_again(rec: Path) -> str:
-    kind = what_is(rec)
-    return f"{shown(rec.name)} is {'damaged' if 'RecordIO' in kind else kind}: copy or pack it again."
-
-
-def bad_record(rec: Path, found: Records, row: int, what: str, way_out: str) -> UserError:
-    """A UserError that names file, key and offset of the record in `row`."""
-    where = f"record with key {found.keys[row]} at byte {found.positions[row]}"
-    return UserError(f"{shown(rec)}: {where} {what}. {way_out}")
+def _check_count(rec: Path, found: Records, no_image: np.ndarray, labels: np.ndarray) -> None:
+    """Hold InsightFace's header record against the .idx, whose last lines are easily lost."""
+    header = np.flatnonzero(no_image & (found.keys == 0))
+    idx = rec.with_suffix(".idx")
+    if not idx.is_file() or len(header) != 1 or labels[header[0]] >= EXACT_LABELS:
+        return
+    announced, listed = int(labels[header[0]]) - 1, int((~no_image).sum())
+    if announced != listed:
+        raise UserError(
+            f"{shown(rec)}: its header record announces {announced} images, {shown(idx.name)} lists {listed}. "
+            "Copy the .idx again, or remove it: the .rec file is then read from end to end."
+        )

@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 from recognition import config, hardware
-from recognition.data.augment import draw
-from recognition.data.groups import order
-from recognition.data.index import Index, Lost
-from recognition.data.maker import Inputs, Maker, Making
+from recognition.data.augment import draw_parameters
+from recognition.data.groups import sample_order
+from recognition.data.image_sizes import SizeCounter
+from recognition.data.index import Index, LostFile
+from recognition.data.loader import EncodedBatch, Loader, LoaderOptions
 from recognition.data.order import batch_positions
 from recognition.data.quarantine import BadImage, Quarantine, check_header
-from recognition.data.sizes import Sizes
 from recognition.errors import UserError
 from recognition.images import Undecodable, decode, fit
 
@@ -76,7 +76,7 @@ class Pipeline:
         self._index, self._config, self._seed = index, config, seed
         self._batch, self._rank, self._world = batch, rank, world
         self._make = _maker(hardware.loader(config.loader))
-        self._making = Making(
+        self._making = LoaderOptions(
             batch=len(self._positions(start_step)),
             image_size=image_size,
             fit=config.fit,
@@ -85,14 +85,14 @@ class Pipeline:
             threads=config.threads,
             ahead=config.prefetch,
         )
-        self._order = order(index.labels, config.images_per_identity, seed)
-        self._quarantine = Quarantine(index, quarantine, going_on=start_step > 0)
-        self._sizes = Sizes(image_size, config.fit) if rank == 0 else None
+        self._order = sample_order(index.labels, config.images_per_identity, seed)
+        self._quarantine = Quarantine(index, quarantine, resumed=start_step > 0)
+        self._sizes = SizeCounter(image_size, config.fit) if rank == 0 else None
         self._epoch_ends = start_step + -(-index.num_images // batch)
         self._decode_here: set[int] = set()
         self._readers = ThreadPoolExecutor(config.prefetch, thread_name_prefix="read")
-        self._reading: deque[Future[Inputs]] = deque()
-        self._handed_over: deque[Inputs] = deque()
+        self._reading: deque[Future[EncodedBatch]] = deque()
+        self._handed_over: deque[EncodedBatch] = deque()
         self._start()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -139,7 +139,7 @@ class Pipeline:
         self._reading.append(self._readers.submit(self._prepare, self._ahead))
         self._ahead += 1
 
-    def _prepare(self, step: int) -> Inputs:
+    def _prepare(self, step: int) -> EncodedBatch:
         """A step's inputs. Runs in a reader's thread."""
         positions = np.arange(self._positions(step).start, self._positions(step).stop)
         occasions, ordered = self._order(positions)
@@ -147,8 +147,8 @@ class Pipeline:
         encoded, resize = [b""] * len(samples), np.zeros(len(samples), np.bool_)
         for i in range(len(samples)):
             samples[i], encoded[i], resize[i] = self._read(int(samples[i]))
-        numbers = draw(self._config.augment, self._seed, occasions, samples, size)
-        return Inputs(samples, encoded, {"resize": resize} | numbers.arrays())
+        parameters = draw_parameters(self._config.augment, self._seed, occasions, samples, size)
+        return EncodedBatch(samples, encoded, {"resize": resize} | parameters.arrays())
 
     def _read(self, sample: int) -> tuple[int, bytes, bool]:
         """A sample, or the next one that can be used; what the maker gets for it, and whether it is to resize that."""
@@ -161,7 +161,7 @@ class Pipeline:
                 return sample, *self._fitted(sample, encoded, height, width)
             except BadImage as error:
                 self._quarantine.add(sample, str(error))
-            except Lost as error:
+            except LostFile as error:
                 self._quarantine.add(sample, error.reason, lost=True)
             sample = int(self._quarantine.replace(np.array([sample]))[0])
 
@@ -174,7 +174,7 @@ class Pipeline:
                 f"{self._index.describe(sample)} is {width} x {height} pixels, but data.fit is exact and "
                 f"backbone.image_size is {size}: data.fit=resize or data.fit=crop lets it in"
             )
-        if sample not in self._decode_here and self._make.decodes_alike(encoded):
+        if sample not in self._decode_here and self._make.decodes_identically(encoded):
             return encoded, other
         try:
             pixels = fit(decode(encoded), size, how)
@@ -188,7 +188,7 @@ class Pipeline:
             _log.warning("%s", report)
         self._sizes = None
 
-    def _hand_over(self) -> Inputs:
+    def _hand_over(self) -> EncodedBatch:
         """What the maker takes: called once per step that is to be made ahead."""
         inputs = self._reading.popleft().result()
         self._read_another()
@@ -220,15 +220,15 @@ class Pipeline:
         self._start()
 
 
-def _maker(loader: str) -> type[Maker]:
+def _maker(loader: str) -> type[Loader]:
     """The class that makes the images; DALI is imported only where it is used."""
     if loader == "dali":
-        from recognition.data.dali_maker import DaliMaker
+        from recognition.data.dali_loader import DaliLoader
 
-        return DaliMaker
-    from recognition.data.torchvision_maker import TorchvisionMaker
+        return DaliLoader
+    from recognition.data.torchvision_loader import TorchvisionLoader
 
-    return TorchvisionMaker
+    return TorchvisionLoader
 
 
 def _good_image() -> bytes:

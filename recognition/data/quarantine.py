@@ -30,17 +30,17 @@ class Quarantine:
     """The samples of `index` found bad so far by this process; each is written to the file at `path` as it is found.
 
     The file is JSON lines {sample, label, where, error}, and `lost` where the file could not be read. Ranks append to
-    the same one, so a sample may be listed more than once. `going_on`: begin with what the file lists, but for what was
+    the same one, so a sample may be listed more than once. `resumed`: begin with what the file lists, but for what was
     lost, which may have come back. Safe to use from several threads.
     """
 
-    def __init__(self, index: Index, path: Path | None, *, going_on: bool = False) -> None:
+    def __init__(self, index: Index, path: Path | None, *, resumed: bool = False) -> None:
         self.index, self.path = index, path
         self.bad: set[int] = set()
         self.limit = max(_BAD_ALWAYS_BORNE, int(index.num_images * _BAD_SHARE_BORNE))
         self._first: list[str] = []
         self._lock = threading.Lock()
-        if going_on and path is not None:
+        if resumed and path is not None:
             self._load(path)
 
     def add(self, sample: int, error: str, *, lost: bool = False) -> None:

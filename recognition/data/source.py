@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from recognition.data import folder as image_folder
-from recognition.data import recordio
-from recognition.data.files import Names
-from recognition.data.index_store import INDEX_FOLDER, RANGE, Content, digest
+from recognition.data import image_folder, insightface_rec
+from recognition.data.data_files import PackedNames
+from recognition.data.index_store import INDEX_FOLDER, RANGE, IndexContent, digest
 from recognition.errors import UserError
 from recognition.files.paths import shown
 
@@ -79,13 +78,13 @@ class Source:
             listing = self._list()
             return digest(listing.names.text, listing.names.ends, listing.sizes, listing.mtimes)
         beside = (rec.with_suffix(".idx") for rec in self.recs)
-        return stamp_of([*self.recs, *(idx for idx in beside if idx.exists())], _RULES)
+        return file_stamp([*self.recs, *(idx for idx in beside if idx.exists())], _RULES)
 
-    def scan(self) -> Content:
+    def scan(self) -> IndexContent:
         """What the index of the data is to hold. Raises UserError for data that cannot be used."""
         return self._scan_records() if self.recs else self._scan_folder()
 
-    def notes(self, content: Content) -> tuple[str, ...]:
+    def notes(self, content: IndexContent) -> tuple[str, ...]:
         """What the user should know of the data, whose index is `content`."""
         return self.said + (self.listing.notes if self.listing else ()) + content.notes
 
@@ -94,7 +93,7 @@ class Source:
         listing = self._list()
         return zip(listing.names, listing.sizes.tolist(), strict=True)
 
-    def _scan_folder(self) -> Content:
+    def _scan_folder(self) -> IndexContent:
         listing = self._list()
         if listing.sizes.max() >= 1 << 32:
             largest = self.root / listing.names[int(listing.sizes.argmax())]
@@ -103,11 +102,11 @@ class Source:
         ranges["file"], ranges["length"] = np.arange(len(ranges)), listing.sizes
         starts = np.arange(len(ranges) + 1)
         names, people = listing.names, listing.identities
-        return Content(starts, ranges, listing.labels, listing.sizes, names, people, self.stamp())
+        return IndexContent(starts, ranges, listing.labels, listing.sizes, names, people, self.stamp())
 
-    def _scan_records(self) -> Content:
+    def _scan_records(self) -> IndexContent:
         stamp = self.stamp()
-        parts = [recordio.scan(rec) for rec in self.recs]
+        parts = [insightface_rec.scan(rec) for rec in self.recs]
         originals, labels = np.unique(np.concatenate([raw for _, raw in parts]), return_inverse=True)
         found = [records for records, _ in parts]
         pieces = [len(records.offsets) for records in found]
@@ -115,13 +114,13 @@ class Source:
         ranges["file"] = np.repeat(np.arange(len(parts)), pieces)
         ranges["offset"] = np.concatenate([records.offsets for records in found])
         ranges["length"] = np.concatenate([records.lengths for records in found])
-        return Content(
-            starts=starts_of(np.concatenate([np.diff(records.starts) for records in found])),
+        return IndexContent(
+            starts=range_starts(np.concatenate([np.diff(records.starts) for records in found])),
             ranges=ranges,
             labels=labels,
             sizes=np.array([rec.stat().st_size for rec in self.recs]),
-            files=Names.of([rec.name for rec in self.recs]),
-            identities=Names.of([str(label) for label in originals.tolist()]),
+            files=PackedNames.of([rec.name for rec in self.recs]),
+            identities=PackedNames.of([str(label) for label in originals.tolist()]),
             stamp=stamp,
             notes=tuple(note for records in found for note in records.notes),
         )
@@ -132,7 +131,7 @@ class Source:
         return self.listing
 
 
-def stamp_of(files: Iterable[Path], rules: str = "") -> str:
+def file_stamp(files: Iterable[Path], rules: str = "") -> str:
     """A hash over names, sizes and modification times. Raises UserError where a file is not there."""
     sha = hashlib.sha256(rules.encode())
     for path in files:
@@ -144,7 +143,7 @@ def stamp_of(files: Iterable[Path], rules: str = "") -> str:
     return sha.hexdigest()
 
 
-def starts_of(counts: np.ndarray) -> np.ndarray:
+def range_starts(counts: np.ndarray) -> np.ndarray:
     """Where each of some parts begins and the last one ends, from their sizes [N]: int64 [N+1]."""
     return np.concatenate(([0], np.cumsum(counts)))
 

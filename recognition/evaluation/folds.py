@@ -10,7 +10,7 @@ def is_uneven(same: np.ndarray) -> bool:
 
     That is: in one fold by a quarter of it and two pairs, or in all nearly as far as with all genuine pairs first.
     """
-    found, best, worst = (_distances(order) for order in (same, same[spread(same)], np.sort(same)))
+    found, best, worst = (_distances(order) for order in (same, same[spread_evenly(same)], np.sort(same)))
     sizes = np.array([len(fold) for fold in np.array_split(same, FOLDS)])
     in_one = np.any(found >= np.maximum(2, sizes / 4))
     in_all = worst.sum() > best.sum() and found.sum() >= best.sum() + 0.8 * (worst.sum() - best.sum())
@@ -23,7 +23,7 @@ def _distances(same: np.ndarray) -> np.ndarray:
     return np.array([abs(fold.sum() - share * len(fold)) for fold in np.array_split(same, FOLDS)])
 
 
-def spread(same: np.ndarray) -> np.ndarray:
+def spread_evenly(same: np.ndarray) -> np.ndarray:
     """An order of the pairs in which each fold has its share of both kinds, each in the order it had."""
     place = np.empty(len(same))
     for kind in (True, False):
@@ -32,7 +32,7 @@ def spread(same: np.ndarray) -> np.ndarray:
     return np.lexsort((~same, place))
 
 
-def doubts(same: np.ndarray) -> list[str]:
+def fold_warnings(same: np.ndarray) -> list[str]:
     """What is said of a set whose accuracy over ten folds means less than it seems to."""
     found = []
     if is_uneven(same):

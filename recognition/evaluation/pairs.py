@@ -8,10 +8,10 @@ from typing import Literal
 import numpy as np
 
 from recognition.errors import UserError
-from recognition.evaluation.bins import is_pickle, read_bin
-from recognition.evaluation.folds import is_uneven, spread
-from recognition.evaluation.lists import PairList, read_list
-from recognition.evaluation.places import Places, find_folder, is_respelled
+from recognition.evaluation.bin_files import is_pickle, read_bin
+from recognition.evaluation.folds import is_uneven, spread_evenly
+from recognition.evaluation.image_lookup import ImageLookup, find_folder, is_respelled
+from recognition.evaluation.pair_lists import PairList, read_list
 from recognition.images import Undecodable, decode
 from recognition.tracking import progress
 from recognition.tracking.terminal import escape
@@ -37,13 +37,13 @@ class PairSet:
     """bool [P]: true for a genuine pair, false for an impostor pair."""
     files: Sequence[Path] = ()
     """2P image files, where each image has one."""
-    places: Sequence[str] = ()
+    pair_names: Sequence[str] = ()
     """What each pair is called, where it is not "pair" and its number here, from 1."""
     label: str = ""
     """The set's name, where it is not the file's."""
     form: str = ""
     """What the file was taken for."""
-    doubts: Sequence[str] = ()
+    warnings: Sequence[str] = ()
     """What a reader of the set's numbers should know: a sentence each."""
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ class PairSet:
         return self.label or escape(self.path.stem)
 
     @property
-    def taken(self) -> str:
+    def summary(self) -> str:
         """What was taken, in one line."""
         genuine = int(self.same.sum())
         return f"{self.name}: {self.form}, {genuine:,} genuine and {len(self) - genuine:,} impostor pairs, in 10 folds"
@@ -65,7 +65,7 @@ class PairSet:
         return f"{escape(str(self.path))}: {self._place(image)}"
 
     def _place(self, image: int) -> str:
-        pair = self.places[image // 2] if self.places else f"pair {image // 2 + 1}"
+        pair = self.pair_names[image // 2] if self.pair_names else f"pair {image // 2 + 1}"
         file = f" ({escape(str(self.files[image]))})" if self.files else ""
         return f"image {image % 2 + 1} of {pair}{file}"
 
@@ -78,16 +78,16 @@ class PairSet:
                 f"{self.describe(image)} cannot be decoded: {error}; replace the image, or make the set without it"
             ) from None
 
-    def take(self, order: np.ndarray) -> "PairSet":
+    def select(self, order: np.ndarray) -> "PairSet":
         """The pairs with these numbers, from 0, in that order."""
         both = [2 * int(pair) + image for pair in order for image in (0, 1)]
-        places = self.places or [f"pair {number}" for number in range(1, len(self) + 1)]
+        pair_names = self.pair_names or [f"pair {number}" for number in range(1, len(self) + 1)]
         return replace(
             self,
             images=[self.images[image] for image in both],
             same=self.same[order],
             files=[self.files[image] for image in both] if self.files else (),
-            places=[places[int(pair)] for pair in order],
+            pair_names=[pair_names[int(pair)] for pair in order],
         )
 
     def without(self, faults: Mapping[int, str], missing: Missing) -> "PairSet":
@@ -108,9 +108,9 @@ class PairSet:
                 "--skip-missing for tools/evaluate.py"
             )
         lost = {image // 2 for image in faults}
-        kept = self.take(np.array([pair for pair in range(len(self)) if pair not in lost], int))
+        kept = self.select(np.array([pair for pair in range(len(self)) if pair not in lost], int))
         note = f"{len(lost):,} of {len(self):,} pairs left out, for {counted}: {'; '.join([*first, *more])}"
-        return replace(kept, doubts=[*self.doubts, note])
+        return replace(kept, warnings=[*self.warnings, note])
 
 
 def read_pairs(
@@ -119,7 +119,7 @@ def read_pairs(
     """Read a verification set: a `.bin`, or a list of pairs, whatever its name, with its images in files.
 
     `.bin`: a pickle, protocol 0 to 5, of (list of 2P encoded images, list of P booleans), each image bytes, a Python-2
-    string or a NumPy uint8 array. Lists: the forms of `recognition.evaluation.lists`.
+    string or a NumPy uint8 array. Lists: the forms of `recognition.evaluation.pair_lists`.
 
     The names in a list are looked for in the folder `images`; without it, in the one of these that has most of the
     first: the folder of the list, then the folders in it, by name. Image j of a person of LFW's is `name/name_000j` or
@@ -152,16 +152,18 @@ def read_pairs(
         pairs = _with_files(path, listed, images, missing)
         even |= is_uneven(pairs.same) if listed.sets is None else listed.sets != 10
     if not len(pairs):
-        raise UserError("; ".join([f"{name}: the set holds no pairs; make it again", *pairs.doubts]))
+        raise UserError("; ".join([f"{name}: the set holds no pairs; make it again", *pairs.warnings]))
     if even:
-        pairs = replace(pairs.take(spread(pairs.same)), form=f"{pairs.form}, both kinds spread over the folds")
-    return replace(pairs, doubts=[*pairs.doubts, *_repeated(pairs)])
+        pairs = replace(pairs.select(spread_evenly(pairs.same)), form=f"{pairs.form}, both kinds spread over the folds")
+    return replace(pairs, warnings=[*pairs.warnings, *_repeated(pairs)])
 
 
 def _with_files(path: Path, listed: PairList, images: Path | None, missing: Missing) -> PairSet:
     """The set of a list, with the images' files. Raises UserError as `read_pairs` does."""
     name, entries = escape(str(path)), listed.entries
-    folder = Places(images) if images else find_folder(path.parent, [(entry.first, entry.second) for entry in entries])
+    folder = (
+        ImageLookup(images) if images else find_folder(path.parent, [(entry.first, entry.second) for entry in entries])
+    )
     if folder is None or not folder.root.is_dir():
         where = images or f"{path.parent} or a folder in it"
         raise UserError(
@@ -189,16 +191,16 @@ def _with_files(path: Path, listed: PairList, images: Path | None, missing: Miss
                     continue
             if not read[file]:
                 faults[image] = "the file is empty"
-    doubts = []
+    warnings = []
     if respelled:
-        doubts = [
+        warnings = [
             f"{len(respelled):,} images are under names that are spelled otherwise in the list, such as "
             f"{escape(str(respelled[0]))}"
         ]
     same = np.array([entry.same for entry in entries])
     found = [read.get(file, b"") for file in files]
-    places = [f"pair {number} in line {entry.line}" for number, entry in enumerate(entries, 1)]
-    return PairSet(path, found, same, files, places, form=listed.form, doubts=doubts).without(faults, missing)
+    pair_names = [f"pair {number} in line {entry.line}" for number, entry in enumerate(entries, 1)]
+    return PairSet(path, found, same, files, pair_names, form=listed.form, warnings=warnings).without(faults, missing)
 
 
 def _repeated(pairs: PairSet) -> list[str]:

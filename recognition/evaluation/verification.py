@@ -87,7 +87,7 @@ def verify(embeddings: np.ndarray, same: np.ndarray) -> Verification:
     same = np.asarray(same, bool)
     if len(embeddings) != 2 * len(same):
         raise ValueError(f"{len(embeddings)} embeddings for {len(same)} pairs")
-    refuse_without_meaning(same)
+    require_both_kinds(same)
     finite = np.isfinite(embeddings).all(axis=1)
     if not finite.all():
         first = int(np.argmin(finite))
@@ -111,7 +111,7 @@ def verify(embeddings: np.ndarray, same: np.ndarray) -> Verification:
     )
 
 
-def refuse_without_meaning(same: np.ndarray) -> None:
+def require_both_kinds(same: np.ndarray) -> None:
     """Raise UserError for fewer than ten pairs, or pairs of one kind only."""
     if len(same) < FOLDS:
         raise UserError(f"{len(same)} pairs, but {FOLDS}-fold verification takes {FOLDS} at least: use a larger set")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from recognition.errors import UserError
 from recognition.files.kinds import what_is
-from recognition.models import insightface
+from recognition.models import insightface_weights
 
 _DEPTH = 3
 """Mappings within mappings that are looked into."""
@@ -54,7 +54,7 @@ class _Candidate:
         return not any(name.startswith("neck.") for name in self.state)
 
 
-def read_file(path: Path) -> Any:
+def read_weights(path: Path) -> Any:
     """What a file of weights holds, on the CPU, read without unpickling objects.
 
     Raises UserError that says what the file is, and the way out.
@@ -124,7 +124,7 @@ def _candidates(content: Any) -> Iterator[_Candidate]:
         for prefix in _prefixes(tensors):
             state = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             place = "".join([*(f", {key}" for key in keys), f", names without {prefix!r}" if prefix else ""])
-            yield _Candidate(place, insightface.translate(state), len(tensors))
+            yield _Candidate(place, insightface_weights.translate(state), len(tensors))
             yield _Candidate(place, {f"trunk.{name}": tensor for name, tensor in state.items()}, len(tensors))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from recognition import config
 from recognition.errors import UserError
 from recognition.models.backbone import Backbone
-from recognition.models.weights import load_weights, read_file
+from recognition.models.weights import load_weights, read_weights
 from recognition.runs.best import find_best
 from recognition.runs.checkpoint import MANIFEST, CheckpointError, read_tensors, step_folders
 
@@ -39,7 +39,7 @@ def start_from(backbone: Backbone, settings: config.Backbone, run: Path, *, goes
             "set another run.folder, or leave backbone.weights away"
         )
     if not path.is_dir():
-        return load_weights(backbone, read_file(path), path)
+        return load_weights(backbone, read_weights(path), path)
     found, state = _read_folder(path)
     return load_weights(backbone, state, found)
 

@@ -12,7 +12,7 @@ from recognition.config import Config
 from recognition.data.index import check_trainable, open_index
 from recognition.data.pipeline import Batch, Pipeline
 from recognition.data.procedural.dataset import write_faces
-from recognition.deploy.onnx import check_export, export
+from recognition.deploy.export import check_export, export_onnx
 from recognition.distributed import Interrupt, ProcessInfo, failures
 from recognition.distributed.coordinator import Coordinator
 from recognition.errors import FailedElsewhere, UserError
@@ -107,7 +107,7 @@ class Trainer:
             self.coordinator.local_first("rendering faces", lambda: write_faces(config.data.path, **faces), shared=True)
         fingerprint = str(previous.get("fingerprint", ""))
         self.index = self.coordinator.local_first(
-            "indexing", lambda: open_index(config.data.path, config.data.index_folder, going_on=fingerprint)
+            "indexing", lambda: open_index(config.data.path, config.data.index_folder, resumed_fingerprint=fingerprint)
         )
         check_trainable(self.index)
         self.pair_sets = open_on_ranks(config, self.coordinator)
@@ -350,7 +350,9 @@ class Trainer:
         """Write the ONNX file and its card on the main rank; a failure there stops every rank."""
         faults.reach("export", step=self.step, trainer=self)
         card = self.metadata.card(self.step) | {"verification": results}
-        self.coordinator.on_main("export", lambda: export(self.backbone, self.folder.model, card, self.config.export))
+        self.coordinator.on_main(
+            "export", lambda: export_onnx(self.backbone, self.folder.model, card, self.config.export)
+        )
 
     def _log_summary(self) -> None:
         """Log what is going to be trained on what, and every warning about it."""
@@ -364,9 +366,9 @@ class Trainer:
         for text in self.resolved.notes:
             self.tracker.warn(text)
         for pairs in self.pair_sets:
-            self.tracker.note(pairs.taken)
-            for doubt in pairs.doubts:
-                self.tracker.warn(f"{pairs.name}: {doubt}")
+            self.tracker.note(pairs.summary)
+            for warning in pairs.warnings:
+                self.tracker.warn(f"{pairs.name}: {warning}")
 
     def _log_results(self, accuracies: dict[str, float]) -> None:
         nonfinite = int(self.update.nonfinite)

@@ -9,8 +9,8 @@ from recognition.distributed.coordinator import Coordinator
 from recognition.errors import UserError
 from recognition.evaluation.embedder import Embedder
 from recognition.evaluation.pairs import PairSet
-from recognition.evaluation.sets import open_sets
 from recognition.evaluation.verification import Verification, embed_pairs, verify
+from recognition.evaluation.verification_sets import open_sets
 from recognition.tracking.progress import task
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from recognition import config
 from recognition.benchmarks import training
-from recognition.benchmarks.training import Baseline, Float16, Training, Variant, peak_flops
+from recognition.benchmarks.training import BaselineLoop, Float16, TrainingLoop, Variant, peak_flops
 from recognition.models.backbone import build_backbone
 from recognition.models.layers import GroupedConv2d, PReLU
 from tests.support.ranks import launch_ranks, run_ranks
@@ -124,7 +124,7 @@ class _Scripted:
         assert backend == "inductor"
         self.compiled = True
 
-    def take(self, count: int) -> float:
+    def run_steps(self, count: int) -> float:
         seconds = count * (1.0 if self.settings.channels_last else 2.0) * (0.5 if self.compiled else 1.0)
         first = 0.0 if self.begun or not self.compiled else 12.0
         self.begun = True
@@ -148,7 +148,7 @@ def test_a_compilation_pays_against_the_fastest_eager_variant(monkeypatch: pytes
 def _trainings() -> list[dict[str, Any]]:
     settings = config.Backbone(name="mobilefacenet", image_size=32, embedding_size=16, precision="bfloat16")
     found = []
-    for kind in (Training, Baseline):
+    for kind in (TrainingLoop, BaselineLoop):
         torch.manual_seed(0)
         training = kind(settings, torch.device("cpu"), batch=8, classes=20)
         layers = {type(layer) for layer in training.backbone.modules()}
@@ -156,7 +156,7 @@ def _trainings() -> list[dict[str, Any]]:
         training.backbone.trunk.register_forward_hook(lambda _, inputs, output, types=types: types.append(output.dtype))
         before = training.head.rows.weight.clone(), training.backbone.neck.linear.weight.detach().clone()
         loss = float(training._step())
-        training.take(1)
+        training.run_steps(1)
         after = training.head.rows.weight, training.backbone.neck.linear.weight.detach()
         found.append(
             {

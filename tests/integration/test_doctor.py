@@ -60,7 +60,7 @@ def test_doctor(tool: ModuleType, ranks: int, tmp_path: Path, capsys: pytest.Cap
     assert found["system"]["processor"] == str(here) and found["system"]["capped by"] == "nothing"
     assert found["packages"]["torch"] == torch.__version__.partition("+")[0]
     measured = found["measured"]
-    assert set(measured) == {field.name for field in dataclasses.fields(machine.Measured)}
+    assert set(measured) == {field.name for field in dataclasses.fields(machine.Measurements)}
     assert set(measured["products"]) == set(hardware.DTYPES)
     assert ("DALI" in measured["decoding"]) == (hardware.loader("auto") == "dali")
     assert measured.pop("load") >= 0

@@ -183,7 +183,7 @@ def test_what_fails_after_the_last_step_is_made_up_for_without_training_again(
         path.with_suffix(".json").write_text(json.dumps(card))
 
     monkeypatch.setattr(trainer, "check_export", lambda *_: None)
-    monkeypatch.setattr(trainer, "export", export)
+    monkeypatch.setattr(trainer, "export_onnx", export)
     overrides = settings(faces, run, 2, f"evaluation.pairs={faces / 'pairs.bin'}", "export.enabled=true")
     with fault(what, raising(UserError("a reason")), step=2), pytest.raises(UserError) as error:
         train(overrides)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from recognition import config
 from recognition.data.procedural.dataset import write_faces
-from recognition.deploy.embedder import Reading
+from recognition.deploy.onnx_embedder import OnnxOptions
 from recognition.evaluation.verification import verify
 from recognition.files import lock
 from recognition.runs.folder import load_backbone
@@ -161,7 +161,7 @@ def test_a_loss_that_is_not_finite(faces: Path, tmp_path: Path) -> None:
 
 def test_options_that_a_run_has_no_use_for(run: Path) -> None:
     load = tool("evaluate").load_embedder
-    way_out(refusal(lambda: load(run, Reading(size=9))), "--size, .* are for ONNX files; leave them out")
+    way_out(refusal(lambda: load(run, OnnxOptions(size=9))), "--size, .* are for ONNX files; leave them out")
     load(run)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from recognition import config, hardware
 from recognition.data.procedural.dataset import write_faces
-from recognition.deploy.embedder import OnnxEmbedder
+from recognition.deploy.onnx_embedder import OnnxEmbedder
 from recognition.evaluation.pairs import read_pairs
 from recognition.evaluation.verification import embed_pairs, verify
 from recognition.models.backbone import BackboneEmbedder

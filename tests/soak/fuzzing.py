@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from recognition.data.index import open_index
+from recognition.data.insightface_rec import InsightFaceWriter, scan
 from recognition.data.quarantine import BadImage, check_header
-from recognition.data.recordio import InsightFaceWriter, scan
 from recognition.errors import UserError
 from recognition.evaluation.pairs import read_pairs
 

@@ -47,7 +47,7 @@ def test_evaluation_and_deployment_need_neither_dali_nor_a_training() -> None:
     code = "\n".join(
         [
             "import sys",
-            "import recognition.deploy.onnx, recognition.deploy.embedder, recognition.runs.folder",
+            "import recognition.deploy.export, recognition.deploy.onnx_embedder, recognition.runs.folder",
             "import recognition.evaluation.verification",
             "assert not [name for name in sys.modules if name.startswith(('nvidia.dali', 'recognition.data'))]",
         ]

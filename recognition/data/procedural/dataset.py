@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from recognition.data.insightface_rec import InsightFaceWriter
 from recognition.data.procedural.identity import Identity, capture_parameters, identity_parameters
 from recognition.data.procedural.renderer import SIZE, compress, draw, expose
-from recognition.data.recordio import InsightFaceWriter
 from recognition.errors import UserError
 from recognition.files.atomic import replacing
 from recognition.hardware import cores

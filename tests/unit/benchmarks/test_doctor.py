@@ -7,7 +7,7 @@ import pytest
 
 from recognition import hardware
 from recognition.benchmarks import doctor
-from recognition.benchmarks.machine import Convolution, Disk, Exchange, Measured
+from recognition.benchmarks.machine import Convolution, Disk, Exchange, Measurements
 from recognition.config import Config, Data
 from recognition.hardware import Hardware
 
@@ -24,7 +24,7 @@ def _convolutions(float32: tuple[float, float], bfloat16: tuple[float, float]) -
     return found
 
 
-GOOD = Measured(
+GOOD = Measurements(
     products={"float32": 1e11, "bfloat16": 3e11},
     convolutions=_convolutions((1e11, 0.9e11), (1.05e11, 1e11)),
     decoding={"Pillow": 5000.0},
@@ -33,7 +33,7 @@ GOOD = Measured(
 )
 
 
-def _verdicts(found: Hardware, measured: Measured, ranks: int = 1, loader: str = "dali") -> list[str]:
+def _verdicts(found: Hardware, measured: Measurements, ranks: int = 1, loader: str = "dali") -> list[str]:
     resolved = hardware.resolve(Config(data=Data(path=Path())), found, local_world=ranks)
     data = resolved.config.data.model_copy(update={"loader": loader})
     config = resolved.config.model_copy(update={"data": data})

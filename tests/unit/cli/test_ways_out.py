@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from recognition import config, hardware
-from recognition.deploy.embedder import OnnxEmbedder, Reading
+from recognition.deploy.onnx_embedder import OnnxEmbedder, OnnxOptions
 from recognition.distributed import group
 from recognition.distributed.launcher import launched
 from recognition.files.outputs import check_output
 from recognition.models.backbone import build_backbone
-from recognition.models.weights import load_weights, read_file
+from recognition.models.weights import load_weights, read_weights
 from recognition.runs.folder import RunFolder
 from tests.support.ways_out import refusal, way_out
 
@@ -139,10 +139,10 @@ def test_weights_of_another_backbone() -> None:
 def test_weights_are_saved_anew(tmp_path: Path, whole: bool) -> None:
     model, path = build_backbone(config.Backbone(name="resnet10t", image_size=32, embedding_size=32)), tmp_path / "x.pt"
     torch.save(model.neck if whole else [1], path)
-    message = refusal(lambda: load_weights(model, read_file(path), path))
+    message = refusal(lambda: load_weights(model, read_weights(path), path))
     way_out(message, r"torch\.save\(model\.state_dict\(\), path\)")
     torch.save(model.state_dict(), path)
-    assert load_weights(model, read_file(path), path)
+    assert load_weights(model, read_weights(path), path)
 
 
 def test_fewer_checkpoints_need_less_room(
@@ -174,21 +174,21 @@ def means(path: Path, side: str | int, *outputs: str) -> Path:
 @pytest.mark.parametrize(
     ("side", "outputs", "mistake", "pattern", "field"),
     [
-        ("h", ["a"], Reading(), r"--(size) (\d+)", "size"),
-        (8, ["a"], Reading(size=9), r"leave --(size) out", ""),
-        (8, ["a", "b"], Reading(), r"say --(output) (\w+)", "output"),
-        (8, ["a"], Reading(output="c"), r"no (output) c, but (\w+)", "output"),
-        (8, ["a"], Reading(std=(1, 1)), r"--(std) takes (one) number", "std"),
+        ("h", ["a"], OnnxOptions(), r"--(size) (\d+)", "size"),
+        (8, ["a"], OnnxOptions(size=9), r"leave --(size) out", ""),
+        (8, ["a", "b"], OnnxOptions(), r"say --(output) (\w+)", "output"),
+        (8, ["a"], OnnxOptions(output="c"), r"no (output) c, but (\w+)", "output"),
+        (8, ["a"], OnnxOptions(std=(1, 1)), r"--(std) takes (one) number", "std"),
     ],
 )
 def test_options_for_a_file_of_another_program(
-    tmp_path: Path, side: str | int, outputs: list[str], mistake: Reading, pattern: str, field: str
+    tmp_path: Path, side: str | int, outputs: list[str], mistake: OnnxOptions, pattern: str, field: str
 ) -> None:
     path = means(tmp_path / "model.onnx", side, *outputs)
-    found = way_out(refusal(lambda: OnnxEmbedder(path, reading=mistake)), pattern)
+    found = way_out(refusal(lambda: OnnxEmbedder(path, mistake)), pattern)
     values: dict[str, Any] = {"size": lambda: int(found[2]), "output": lambda: found[2], "std": lambda: (128.0,)}
-    right = Reading(**({field: values[field]()} if field else {}))
-    embedder = OnnxEmbedder(path, reading=right)
+    right = OnnxOptions(**({field: values[field]()} if field else {}))
+    embedder = OnnxEmbedder(path, right)
     images = np.zeros((2, embedder.image_size, embedder.image_size, 3), np.uint8)
     assert embedder(images).shape == (2, 3)
 

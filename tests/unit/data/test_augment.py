@@ -4,7 +4,7 @@ from PIL import Image, ImageEnhance
 from scipy.stats import binomtest, kstest
 
 from recognition.config import Augment
-from recognition.data.augment import AugmentNumbers, draw
+from recognition.data.augment import AugmentParameters, draw_parameters
 
 SIZE = 112
 EVERYTHING = Augment(
@@ -23,7 +23,7 @@ N = 20_000  # drawn by a hash in integers: what a statistic comes to is the same
 SAMPLES = np.arange(N)
 
 
-def parameters(numbers: AugmentNumbers) -> dict[str, np.ndarray]:
+def parameters(numbers: AugmentParameters) -> dict[str, np.ndarray]:
     """What the numbers were made of, recovered from them in float64."""
     assert numbers.matrix is not None
     assert numbers.color is not None
@@ -44,33 +44,33 @@ def parameters(numbers: AugmentNumbers) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def numbers() -> AugmentNumbers:
-    return draw(EVERYTHING, 3, np.zeros(N, np.int64), SAMPLES, SIZE)
+def numbers() -> AugmentParameters:
+    return draw_parameters(EVERYTHING, 3, np.zeros(N, np.int64), SAMPLES, SIZE)
 
 
 @pytest.fixture(scope="module")
-def drawn(numbers: AugmentNumbers) -> dict[str, np.ndarray]:
+def drawn(numbers: AugmentParameters) -> dict[str, np.ndarray]:
     return parameters(numbers)
 
 
-def test_numbers_depend_on_seed_epoch_and_sample_alone(numbers: AugmentNumbers) -> None:
+def test_numbers_depend_on_seed_epoch_and_sample_alone(numbers: AugmentParameters) -> None:
     order = np.random.default_rng(0).permutation(N)[:500]
     for chosen in (order, order[:1], order[250:]):
-        again = draw(EVERYTHING, 3, np.zeros(len(chosen), np.int64), chosen, SIZE)
+        again = draw_parameters(EVERYTHING, 3, np.zeros(len(chosen), np.int64), chosen, SIZE)
         for name, value in again.arrays().items():
             assert np.array_equal(value, getattr(numbers, name)[chosen]), name
-    mixed = draw(EVERYTHING, 3, np.array([1, 0, 1]), np.array([5, 5, 6]), SIZE)
+    mixed = draw_parameters(EVERYTHING, 3, np.array([1, 0, 1]), np.array([5, 5, 6]), SIZE)
     assert mixed.color is not None
     assert numbers.color is not None
     assert np.array_equal(mixed.color[1], numbers.color[5])
     assert not np.array_equal(mixed.color[0], mixed.color[1])
     assert not np.array_equal(mixed.color[0], mixed.color[2])
-    other_seed = draw(EVERYTHING, 4, np.array([0]), np.array([5]), SIZE)
+    other_seed = draw_parameters(EVERYTHING, 4, np.array([0]), np.array([5]), SIZE)
     assert other_seed.color is not None
     assert not np.array_equal(other_seed.color[0], numbers.color[5])
 
 
-def test_what_else_is_switched_on_changes_nothing(numbers: AugmentNumbers) -> None:
+def test_what_else_is_switched_on_changes_nothing(numbers: AugmentParameters) -> None:
     for part, names in [
         (Augment(flip=0.5), {"flip"}),
         (Augment(flip=0.0, shift=0.1, zoom=0.2, rotate_degrees=30.0), {"matrix"}),
@@ -79,7 +79,7 @@ def test_what_else_is_switched_on_changes_nothing(numbers: AugmentNumbers) -> No
         (Augment(flip=0.0, erase=0.3, erase_area=0.0), set()),
         (Augment(flip=0.0), set()),
     ]:
-        arrays = draw(part, 3, np.zeros(N, np.int64), SAMPLES, SIZE).arrays()
+        arrays = draw_parameters(part, 3, np.zeros(N, np.int64), SAMPLES, SIZE).arrays()
         assert set(arrays) == names
         for name, value in arrays.items():
             assert np.array_equal(value, getattr(numbers, name)), name
@@ -87,7 +87,7 @@ def test_what_else_is_switched_on_changes_nothing(numbers: AugmentNumbers) -> No
 
 def test_the_numbers_never_change() -> None:
     """Written down from this code: other numbers would make runs of other versions unrepeatable."""
-    flips = draw(Augment(), 0, np.array([2]), np.arange(16), SIZE).flip
+    flips = draw_parameters(Augment(), 0, np.array([2]), np.arange(16), SIZE).flip
     assert flips is not None
     assert flips.tolist() == FIRST_FLIPS
 
@@ -113,7 +113,7 @@ def test_each_number_is_uniform_in_its_range(drawn: dict[str, np.ndarray]) -> No
         assert kstest(values, "uniform", args=(-largest, 2 * largest)).pvalue > 1e-4, name
 
 
-def test_probabilities(numbers: AugmentNumbers, drawn: dict[str, np.ndarray]) -> None:
+def test_probabilities(numbers: AugmentParameters, drawn: dict[str, np.ndarray]) -> None:
     assert numbers.flip is not None
     assert numbers.erase_shape is not None
     for happened, probability in [
@@ -123,18 +123,18 @@ def test_probabilities(numbers: AugmentNumbers, drawn: dict[str, np.ndarray]) ->
     ]:
         assert binomtest(int(happened.sum()), N, probability).pvalue > 1e-4
     assert set(numbers.flip.tolist()) == {0, 1}
-    always = draw(Augment(flip=1.0), 0, np.array([0]), SAMPLES, SIZE).flip
+    always = draw_parameters(Augment(flip=1.0), 0, np.array([0]), SAMPLES, SIZE).flip
     assert always is not None
     assert always.all()
 
 
-def test_numbers_are_independent(numbers: AugmentNumbers, drawn: dict[str, np.ndarray]) -> None:
+def test_numbers_are_independent(numbers: AugmentParameters, drawn: dict[str, np.ndarray]) -> None:
     assert numbers.flip is not None
     assert numbers.erase_shape is not None
     erased = numbers.erase_shape[:, 0] > 0
     here = np.stack([*drawn.values(), numbers.flip, erased])
     after = np.roll(here, 1, axis=1)  # the sample before
-    other = draw(EVERYTHING, 3, np.ones(N, np.int64), SAMPLES, SIZE)  # the next epoch
+    other = draw_parameters(EVERYTHING, 3, np.ones(N, np.int64), SAMPLES, SIZE)  # the next epoch
     assert other.flip is not None
     there = np.stack([*parameters(other).values(), other.flip])
     correlations = np.corrcoef(np.concatenate([here, after, there])) - np.eye(len(here) * 2 + len(there))
@@ -142,7 +142,7 @@ def test_numbers_are_independent(numbers: AugmentNumbers, drawn: dict[str, np.nd
 
 
 def test_color_is_saturation_then_brightness_then_contrast(
-    numbers: AugmentNumbers, drawn: dict[str, np.ndarray]
+    numbers: AugmentParameters, drawn: dict[str, np.ndarray]
 ) -> None:
     assert numbers.color is not None
     pixels = np.random.default_rng(1).integers(60, 150, (10, 10, 3), dtype=np.uint8)  # nothing here is clamped
@@ -156,7 +156,7 @@ def test_color_is_saturation_then_brightness_then_contrast(
 
 
 def test_a_gray_image_has_three_equal_channels() -> None:
-    numbers = draw(Augment(flip=0.0, gray=1.0), 0, np.array([0]), np.arange(4), SIZE)
+    numbers = draw_parameters(Augment(flip=0.0, gray=1.0), 0, np.array([0]), np.arange(4), SIZE)
     assert numbers.color is not None
     pixels = np.random.default_rng(1).integers(0, 256, (10, 10, 3), dtype=np.uint8)
     expected = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
@@ -164,7 +164,7 @@ def test_a_gray_image_has_three_equal_channels() -> None:
         assert np.abs(pixels @ color[:, :3].T + color[:, 3] - expected).max() < 1.01
 
 
-def test_rectangles_lie_within_the_image_and_anywhere(numbers: AugmentNumbers) -> None:
+def test_rectangles_lie_within_the_image_and_anywhere(numbers: AugmentParameters) -> None:
     assert numbers.erase_anchor is not None
     assert numbers.erase_shape is not None
     erased = numbers.erase_shape[:, 0] > 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from recognition.data.index import open_index
-from recognition.data.recordio import InsightFaceWriter
+from recognition.data.insightface_rec import InsightFaceWriter
 from recognition.errors import UserError
 
 

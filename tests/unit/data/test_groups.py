@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import chi2_contingency, chisquare
 
 from recognition.data import groups
-from recognition.data.groups import Groups, order
+from recognition.data.groups import GroupedOrder, sample_order
 from recognition.data.order import samples_at
 
 COUNTS = [7, 1, 12, 4, 3, 30, 2, 5, 4, 1]
@@ -14,7 +14,7 @@ SHUFFLED = np.random.default_rng(0).permutation(np.repeat(np.arange(len(COUNTS))
 ASCENDING = np.sort(SHUFFLED)
 
 
-def in_groups(found: Groups, size: int, rounds: range) -> np.ndarray:
+def in_groups(found: GroupedOrder, size: int, rounds: range) -> np.ndarray:
     """Samples of whole rounds, [rounds, groups, size]."""
     positions = np.arange(rounds.start * found.length, rounds.stop * found.length)
     return found.samples_at(positions)[1].reshape(len(rounds), -1, size)
@@ -25,7 +25,7 @@ def in_groups(found: Groups, size: int, rounds: range) -> np.ndarray:
 def test_a_round_shows_each_identity_its_groups_and_each_image_as_evenly_as_can_be(
     labels: np.ndarray, size: int
 ) -> None:
-    found = Groups(labels, size, seed=4)
+    found = GroupedOrder(labels, size, seed=4)
     numbers = [-(-count // size) for count in COUNTS]
     assert found.length == size * sum(numbers)
     for samples in in_groups(found, size, range(3)):
@@ -44,19 +44,19 @@ def test_a_round_shows_each_identity_its_groups_and_each_image_as_evenly_as_can_
 
 def test_labels_that_do_not_ascend_change_only_which_samples_an_identity_has() -> None:
     by_identity = np.argsort(SHUFFLED, kind="stable")
-    ascending, shuffled = (in_groups(Groups(labels, 4, 0), 4, range(2)) for labels in (ASCENDING, SHUFFLED))
+    ascending, shuffled = (in_groups(GroupedOrder(labels, 4, 0), 4, range(2)) for labels in (ASCENDING, SHUFFLED))
     assert np.array_equal(by_identity[ascending], shuffled)
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 68, 69, 70])
 def test_labels_are_sorted_block_by_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = in_groups(Groups(SHUFFLED, 4, 0), 4, range(2))
+    expected = in_groups(GroupedOrder(SHUFFLED, 4, 0), 4, range(2))
     monkeypatch.setattr(groups, "_BLOCK", block)
-    assert np.array_equal(in_groups(Groups(SHUFFLED, 4, 0), 4, range(2)), expected)
+    assert np.array_equal(in_groups(GroupedOrder(SHUFFLED, 4, 0), 4, range(2)), expected)
     # One inversion, wherever it lies between the blocks.
     for place in range(1, 20):
         labels = np.array([0] * place + [1] + [0] * (20 - place) + [1])
-        assert (np.diff(labels[in_groups(Groups(labels, 2, 0), 2, range(1))], axis=-1) == 0).all()
+        assert (np.diff(labels[in_groups(GroupedOrder(labels, 2, 0), 2, range(1))], axis=-1) == 0).all()
 
 
 @pytest.mark.parametrize("count", [100, 1000, 70_000])
@@ -64,41 +64,43 @@ def test_tables_of_any_width(count: int) -> None:
     """Offsets and samples are kept in as few bytes as they need: 1, 2 and 4 here."""
     labels = np.arange(count) // 10 * 3  # labels without images are no matter
     for each in (labels, labels[::-1]):
-        found = Groups(each, 5, 0)
+        found = GroupedOrder(each, 5, 0)
         samples = in_groups(found, 5, range(1))[0]
         assert np.array_equal(np.sort(samples.ravel()), np.arange(count))
         assert (each[samples] == each[samples][:, :1]).all()
 
 
 def test_a_position_is_the_same_whenever_it_is_asked_for() -> None:
-    found = Groups(SHUFFLED, 3, seed=9)
+    found = GroupedOrder(SHUFFLED, 3, seed=9)
     positions = np.arange(4 * found.length)
     _, whole = found.samples_at(positions)
     asked = np.random.default_rng(1).permutation(positions)
-    assert np.array_equal(Groups(SHUFFLED, 3, seed=9).samples_at(asked)[1], whole[asked])
+    assert np.array_equal(GroupedOrder(SHUFFLED, 3, seed=9).samples_at(asked)[1], whole[asked])
     assert [int(found.samples_at(position)[1][0]) for position in range(50)] == whole[:50].tolist()
     assert found.samples_at([])[1].tolist() == []
 
 
 def test_one_image_per_identity_is_the_plain_order() -> None:
     positions = np.arange(200)
-    for ours, plain in zip(order(SHUFFLED, 1, 5)(positions), samples_at(5, len(SHUFFLED), positions), strict=True):
+    for ours, plain in zip(
+        sample_order(SHUFFLED, 1, 5)(positions), samples_at(5, len(SHUFFLED), positions), strict=True
+    ):
         assert np.array_equal(ours, plain)
-    ours, expected = order(SHUFFLED, 4, 5)(positions), Groups(SHUFFLED, 4, 5).samples_at(positions)
+    ours, expected = sample_order(SHUFFLED, 4, 5)(positions), GroupedOrder(SHUFFLED, 4, 5).samples_at(positions)
     assert np.array_equal(ours, expected)
 
 
 def test_no_sample_has_an_occasion_twice() -> None:
     for size in (1, 4):
-        occasions, samples = order(SHUFFLED, size, 0)(np.arange(1000))
+        occasions, samples = sample_order(SHUFFLED, size, 0)(np.arange(1000))
         assert len(set(zip(occasions.tolist(), samples.tolist(), strict=True))) == 1000
 
 
 def test_the_order_never_changes() -> None:
     """Written down from this code: another order would make runs of other versions unrepeatable."""
-    assert Groups(ASCENDING, 4, 3).samples_at(np.arange(100, 112))[1].tolist() == SOME_POSITIONS
+    assert GroupedOrder(ASCENDING, 4, 3).samples_at(np.arange(100, 112))[1].tolist() == SOME_POSITIONS
     labels = np.arange(1_000_000) // 7
-    assert Groups(labels, 2, 0).samples_at([0, 1, 10**12])[1].tolist() == SOME_OF_A_MILLION
+    assert GroupedOrder(labels, 2, 0).samples_at([0, 1, 10**12])[1].tolist() == SOME_OF_A_MILLION
 
 
 SOME_POSITIONS = [54, 50, 40, 37, 47, 55, 35, 31, 62, 61, 60, 59]
@@ -108,7 +110,7 @@ SOME_OF_A_MILLION = [11158, 11164, 284404]
 def test_groups_stand_anywhere_equally_often() -> None:
     # By a hash in integers: what the statistic comes to is the same everywhere and every time.
     size = 4
-    found = Groups(ASCENDING, size, 1)
+    found = GroupedOrder(ASCENDING, size, 1)
     orders = in_groups(found, size, range(4000))
     people = ASCENDING[orders[:, :, 0]]
     numbers = np.array([-(-count // size) for count in COUNTS])
@@ -119,7 +121,7 @@ def test_groups_stand_anywhere_equally_often() -> None:
 
 def test_an_identitys_images_fall_into_groups_at_random() -> None:
     """Five images by twos: any pair as likely to stand together, any image to be shown twice."""
-    found = Groups(np.repeat([0, 1], 5), 2, 2)
+    found = GroupedOrder(np.repeat([0, 1], 5), 2, 2)
     rounds = 4000
     samples = in_groups(found, 2, range(rounds))
     pairs = Counter(tuple(sorted(pair)) for pair in samples.reshape(-1, 2).tolist())
@@ -137,6 +139,6 @@ def test_an_identitys_images_fall_into_groups_at_random() -> None:
 
 def test_seeds_give_unrelated_orders() -> None:
     labels = np.arange(5000) // 10
-    first, second = (Groups(labels, 5, seed).samples_at(np.arange(5000))[1] for seed in (0, 1))
+    first, second = (GroupedOrder(labels, 5, seed).samples_at(np.arange(5000))[1] for seed in (0, 1))
     assert (first == second).sum() < 12
     assert (first // 10 == second // 10)[::5].sum() < 12

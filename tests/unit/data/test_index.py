@@ -1,6 +1,5 @@
 import json
 import os
-import pickle
 import runpy
 import shutil
 import subprocess
@@ -15,8 +14,9 @@ import pytest
 from PIL import Image
 
 from recognition.data import index as index_module
-from recognition.data.index import Index, build, filter, merge, open_index
-from recognition.data.recordio import InsightFaceWriter
+from recognition.data.derived_index import filter_index, merge_indexes
+from recognition.data.index import Index, build_index, open_index
+from recognition.data.insightface_rec import InsightFaceWriter
 from recognition.errors import UserError
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "index.py"
@@ -83,14 +83,14 @@ def test_real_faces(shared_data, tmp_path):
 
 def test_reads_divided_records(shared_data, tmp_path):
     expected = json.loads((shared_data / "formats" / "expected.json").read_text())["edge_hdr"]
-    index = build(linked(shared_data / "formats" / "edge_hdr.rec", tmp_path))
+    index = build_index(linked(shared_data / "formats" / "edge_hdr.rec", tmp_path))
     assert [index.read(i) for i in range(4)] == [bytes.fromhex(record["payload_hex"]) for record in expected]
     assert list(index.identities) == ["0", "1", "3", "16777216"]
     assert index.labels.tolist() == [2, 1, 0, 3]
 
 
 def test_a_folder_of_identity_folders(people):
-    index = build(people)
+    index = build_index(people)
     expected = [
         (person_bytes(person, image), person) for person, n in (("Al", 3), ("Bo", 2), ("Cy", 1)) for image in range(n)
     ]
@@ -172,7 +172,7 @@ def test_changed_images_are_indexed_anew(people, builds):
         change()
         index = open_index(people)
         assert len(builds) == 2 * number - 2
-        assert samples(index) == samples(build(people))
+        assert samples(index) == samples(build_index(people))
         fingerprints.append(index.fingerprint)
     assert len({before, fingerprints[0], fingerprints[1]}) == 3
     assert fingerprints[2:] == [before, before]
@@ -198,7 +198,7 @@ def test_a_shortened_file_is_named(recs):
 
 
 def test_a_missing_image_is_named(people, monkeypatch):
-    monkeypatch.setattr("recognition.data.files._KEPT_OPEN", 0)
+    monkeypatch.setattr("recognition.data.data_files._KEPT_OPEN", 0)
     index = open_index(people)
     assert index.read(3) == person_bytes("Bo", 0)
     (people / "Bo" / "0.jpg").unlink()
@@ -227,7 +227,7 @@ def test_a_damaged_index_is_built_anew(recs, builds, caplog, name, damage):
 
 def test_fingerprint_is_independent_of_the_place_and_the_time(people, recs, tmp_path):
     for data in (people, recs):
-        before = build(data)
+        before = build_index(data)
         copy = Path(shutil.copytree(data, tmp_path / "elsewhere" / data.name, ignore=shutil.ignore_patterns(BESIDE)))
         for file in copy.rglob("*"):
             os.utime(file, ns=(0, 10**9))
@@ -237,11 +237,11 @@ def test_fingerprint_is_independent_of_the_place_and_the_time(people, recs, tmp_
 
 
 def test_fingerprint_depends_on_what_a_sample_is(people, tmp_path):
-    before = build(people).fingerprint
+    before = build_index(people).fingerprint
     (people / "Al" / "0.jpg").rename(people / "Bo" / "00.jpg")
-    moved = build(people).fingerprint
+    moved = build_index(people).fingerprint
     (people / "Bo" / "00.jpg").rename(people / "Bo" / "000.jpg")
-    assert len({before, moved, build(people).fingerprint}) == 3
+    assert len({before, moved, build_index(people).fingerprint}) == 3
 
 
 @pytest.mark.parametrize("explicit", [True, False])
@@ -269,7 +269,7 @@ def test_an_index_beside_data_that_became_read_only_is_used(people, builds):
 
 
 def test_builds_at_once_leave_a_whole_index(people):
-    expected = samples(build(people))
+    expected = samples(build_index(people))
     stop = threading.Event()
 
     def read() -> int:
@@ -281,7 +281,7 @@ def test_builds_at_once_leave_a_whole_index(people):
 
     with ThreadPoolExecutor(8) as pool:
         reader = pool.submit(read)
-        builders = [pool.submit(lambda: [samples(build(people)) == expected for _ in range(5)]) for _ in range(4)]
+        builders = [pool.submit(lambda: [samples(build_index(people)) == expected for _ in range(5)]) for _ in range(4)]
         try:
             assert all(all(builder.result()) for builder in builders)
         finally:
@@ -292,7 +292,7 @@ def test_builds_at_once_leave_a_whole_index(people):
 
 @pytest.mark.parametrize("kept_open", [0, 64])
 def test_reading_from_threads(recs, people, monkeypatch, kept_open):
-    monkeypatch.setattr("recognition.data.files._KEPT_OPEN", kept_open)
+    monkeypatch.setattr("recognition.data.data_files._KEPT_OPEN", kept_open)
     for data in (recs, people):
         index = open_index(data)
         expected = [image for image, _ in samples(index)]
@@ -300,41 +300,29 @@ def test_reading_from_threads(recs, people, monkeypatch, kept_open):
             assert list(pool.map(index.read, list(range(6)) * 50)) == expected * 50
 
 
-def test_pickles_by_path(recs):
-    index = open_index(recs)
-    data = pickle.dumps(index)
-    assert len(data) < 1000
-    assert samples(pickle.loads(data)) == samples(index)
-    with InsightFaceWriter(recs) as writer:
-        writer.add(0, b"other")
-    open_index(recs)
-    with pytest.raises(UserError, match="indexed anew"):
-        pickle.loads(data)
-
-
 def test_filter_rewrites_the_index_alone(recs, tmp_path):
     index = open_index(recs)
     keep = np.array([True, False, False, True, False, True])
     expected = [sample for sample, kept in zip(samples(index), keep, strict=True) if kept]
-    filtered = filter(index, keep, tmp_path / "filtered")
+    filtered = filter_index(index, keep, tmp_path / "filtered")
     assert samples(filtered) == expected
     assert filtered.labels.tolist() == [0, 1, 1]
     assert list(filtered.identities) == ["0", "2"]
     opened = open_index(tmp_path / "filtered")
     assert samples(opened) == expected
     assert opened.fingerprint != index.fingerprint
-    assert filter(index, np.ones(6, bool), tmp_path / "all").fingerprint == index.fingerprint
+    assert filter_index(index, np.ones(6, bool), tmp_path / "all").fingerprint == index.fingerprint
 
 
 def test_filter_keeps_divided_records_whole(shared_data, tmp_path):
-    index = build(linked(shared_data / "formats" / "edge_hdr.rec", tmp_path))
-    filtered = filter(index, np.array([True, False, True, True]), tmp_path / "filtered")
+    index = build_index(linked(shared_data / "formats" / "edge_hdr.rec", tmp_path))
+    filtered = filter_index(index, np.array([True, False, True, True]), tmp_path / "filtered")
     assert samples(filtered) == [sample for i, sample in enumerate(samples(index)) if i != 1]
 
 
 def test_merge_joins_rec_files_and_folders(recs, people, tmp_path):
     one, two = open_index(recs), open_index(people)
-    merged = merge([one, filter(two, np.arange(6) != 3, tmp_path / "filtered"), one], tmp_path / "merged")
+    merged = merge_indexes([one, filter_index(two, np.arange(6) != 3, tmp_path / "filtered"), one], tmp_path / "merged")
     expected = [(image, f"0/{who}") for image, who in samples(one)]
     expected += [(image, f"1/{who}") for i, (image, who) in enumerate(samples(two)) if i != 3]
     expected += [(image, f"2/{who}") for image, who in samples(one)]
@@ -344,7 +332,7 @@ def test_merge_joins_rec_files_and_folders(recs, people, tmp_path):
 
 
 def test_a_derived_index_notices_changed_data(recs, tmp_path):
-    filter(open_index(recs), np.ones(6, bool), tmp_path / "filtered")
+    filter_index(open_index(recs), np.ones(6, bool), tmp_path / "filtered")
     with InsightFaceWriter(recs) as writer:
         writer.add(0, b"other")
     with pytest.raises(UserError, match=r"filtered: the data .* has changed"):
@@ -356,14 +344,14 @@ def test_a_derived_index_notices_changed_data(recs, tmp_path):
 
 def test_a_derived_index_does_not_replace_other_folders(recs, people):
     with pytest.raises(UserError, match="exists and is no index"):
-        filter(open_index(recs), np.ones(6, bool), people)
+        filter_index(open_index(recs), np.ones(6, bool), people)
     assert (people / "Al" / "0.jpg").exists()
 
 
 @pytest.mark.parametrize("keep", [np.zeros(6, bool), np.ones(5, bool), np.arange(6)])
 def test_filters_that_make_no_sense_are_refused(recs, tmp_path, keep):
     with pytest.raises(UserError, match=r"no samples are kept|6 booleans"):
-        filter(open_index(recs), keep, tmp_path / "filtered")
+        filter_index(open_index(recs), keep, tmp_path / "filtered")
 
 
 def test_the_tool_shows_what_was_built(recs, capsys):

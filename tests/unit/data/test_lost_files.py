@@ -13,11 +13,13 @@ from PIL import Image
 
 from recognition.config import Augment, Data
 from recognition.data import index_store
-from recognition.data.files import Files
-from recognition.data.index import Index, Lost, filter, open_index
+from recognition.data.data_files import DataFiles
+from recognition.data.derived_index import filter_index
+from recognition.data.index import Index, LostFile, open_index
+from recognition.data.insightface_rec import pack_image
 from recognition.data.pipeline import Pipeline
 from recognition.data.quarantine import Quarantine
-from recognition.data.recordio import Writer, pack
+from recognition.data.recordio import RecordWriter
 from recognition.errors import UserError
 
 IMAGES = 6
@@ -94,10 +96,10 @@ def into_a_loop(path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_replaced(
     faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_open: int, damage: Damage, reason: str
 ) -> None:
-    monkeypatch.setattr("recognition.data.files._KEPT_OPEN", kept_open)
+    monkeypatch.setattr("recognition.data.data_files._KEPT_OPEN", kept_open)
     index = open_index(faces)
     damage(faces / "p1" / "2.png")
-    with pytest.raises(Lost, match=reason):
+    with pytest.raises(LostFile, match=reason):
         index.read(2)
     assert samples(index, quarantine=tmp_path / "quarantine.jsonl") == [0, 1, 3, 3, 4, 5]
     (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
@@ -111,14 +113,14 @@ def test_what_is_not_the_files_fault_is_not_borne(
     faces: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_borne: bool
 ) -> None:
     index = open_index(faces)
-    read = Files.read
+    read = DataFiles.read
 
-    def failing(self: Files, file: int, offset: int, length: int) -> bytes:
+    def failing(self: DataFiles, file: int, offset: int, length: int) -> bytes:
         if file == 2:
             raise OSError(number, "reason")
         return read(self, file, offset, length)
 
-    monkeypatch.setattr(Files, "read", failing)
+    monkeypatch.setattr(DataFiles, "read", failing)
     if is_borne:
         assert samples(index) == [0, 1, 3, 3, 4, 5]
     else:
@@ -136,37 +138,37 @@ def test_a_set_that_is_lost_ends_the_run_and_names_the_first(faces: Path, tmp_pa
     # The way out: once the files are back, the run goes on.
     for number in range(IMAGES):
         (tmp_path / f"{number}.png").rename(faces / f"p{number // 2}" / f"{number}.png")
-    again = open_index(faces, going_on=index.fingerprint)
+    again = open_index(faces, resumed_fingerprint=index.fingerprint)
     assert samples(again, quarantine=path, start_step=1) == [*range(IMAGES)]
 
 
 def test_a_rec_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
-    with Writer(tmp_path / "train.rec") as writer:
+    with RecordWriter(tmp_path / "train.rec") as writer:
         for number in range(IMAGES):
-            writer.write(number, pack(number // 2, number, picture(number)))
+            writer.write(number, pack_image(number // 2, number, picture(number)))
     index = open_index(tmp_path)
     cut(tmp_path / "train.rec")
     assert samples(index) == [0, 0, 1, 2, 3, 4]
     with pytest.raises(UserError, match=r"train\.rec: record with key 5 at byte .*copy or pack it again"):
-        open_index(tmp_path, going_on=index.fingerprint)
+        open_index(tmp_path, resumed_fingerprint=index.fingerprint)
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, cut, lambda path: path.write_bytes(b"")])
 def test_a_run_goes_on_with_the_index_of_its_beginning(faces: Path, damage: Damage) -> None:
     begun = open_index(faces)
     damage(faces / "p1" / "2.png")
-    index = open_index(faces, going_on=begun.fingerprint)
+    index = open_index(faces, resumed_fingerprint=begun.fingerprint)
     assert index.fingerprint == begun.fingerprint
     assert index.notes[-1].startswith("1 of 6 files are gone or have become shorter")
     assert samples(index) == [0, 1, 3, 3, 4, 5]
-    assert open_index(faces, going_on=begun.fingerprint).fingerprint == begun.fingerprint
+    assert open_index(faces, resumed_fingerprint=begun.fingerprint).fingerprint == begun.fingerprint
     # Another run begins on what is there, and both go on.
     other = open_index(faces)
     assert other.num_images == 6 - (damage == Path.unlink)
     assert other.fingerprint != begun.fingerprint
     (faces / "p0" / "0.png").unlink()
     assert open_index(faces).num_images == other.num_images - 1
-    index = open_index(faces, going_on=begun.fingerprint)
+    index = open_index(faces, resumed_fingerprint=begun.fingerprint)
     assert index.fingerprint == begun.fingerprint
     assert index.notes[-1].startswith("2 of 6 files are gone")
     assert samples(index) == [1, 1, 3, 3, 4, 5]
@@ -177,7 +179,7 @@ def test_a_whole_identity_may_be_lost(faces: Path) -> None:
     for number in (0, 1):
         (faces / "p0" / f"{number}.png").unlink()
     (faces / "p0").rmdir()
-    index = open_index(faces, going_on=begun.fingerprint)
+    index = open_index(faces, resumed_fingerprint=begun.fingerprint)
     assert (index.num_identities, index.fingerprint) == (3, begun.fingerprint)
     assert samples(index) == [2, 2, 2, 3, 4, 5]
 
@@ -191,13 +193,13 @@ def test_a_set_that_has_changed_otherwise_is_another(faces: Path, change: str) -
         (faces / "p1" / "7.png").write_bytes(picture(2))
     if change == "lost and added":
         (faces / "p2" / "5.png").unlink()
-    assert open_index(faces, going_on=begun.fingerprint).fingerprint != begun.fingerprint
+    assert open_index(faces, resumed_fingerprint=begun.fingerprint).fingerprint != begun.fingerprint
 
 
 def test_an_index_of_other_origin_bears_losses_too(faces: Path, tmp_path: Path) -> None:
-    begun = filter(open_index(faces), np.arange(IMAGES) != 0, tmp_path / "filtered")
+    begun = filter_index(open_index(faces), np.arange(IMAGES) != 0, tmp_path / "filtered")
     (faces / "p1" / "2.png").unlink()
-    index = open_index(tmp_path / "filtered", going_on=begun.fingerprint)
+    index = open_index(tmp_path / "filtered", resumed_fingerprint=begun.fingerprint)
     assert index.notes[-1].startswith("1 of 6 files are gone")
     assert samples(index, batch=5) == [0, 2, 2, 3, 4]
     with pytest.raises(UserError, match=r"2\.png: No such file"):
@@ -211,11 +213,11 @@ def test_a_run_that_goes_on_keeps_its_quarantine(faces: Path, tmp_path: Path) ->
     listed = path.read_bytes()
     path.write_bytes(listed + b'{"sample": 3, "lab\n[1]\n{"sample": 900, "label": 0, "where": "", "error": ""}\n')
     before = path.read_bytes()
-    assert Quarantine(index, path, going_on=True).bad == {2}
+    assert Quarantine(index, path, resumed=True).bad == {2}
     assert samples(index, quarantine=path, start_step=1) == [0, 1, 3, 3, 4, 5]
     assert path.read_bytes() == before  # nothing is listed twice
     assert Quarantine(index, path).bad == set()
-    assert Quarantine(index, tmp_path / "none.jsonl", going_on=True).bad == set()
+    assert Quarantine(index, tmp_path / "none.jsonl", resumed=True).bad == set()
 
 
 def test_an_index_that_cannot_be_written_beside_the_data_goes_into_the_cache(
@@ -223,7 +225,7 @@ def test_an_index_that_cannot_be_written_beside_the_data_goes_into_the_cache(
 ) -> None:
     save = index_store.save
 
-    def full(folder: Path, content: index_store.Content) -> None:
+    def full(folder: Path, content: index_store.IndexContent) -> None:
         if folder.is_relative_to(faces):
             raise OSError(errno.ENOSPC, "No space left on device", str(folder))
         save(folder, content)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from recognition.data.insightface_rec import scan
 from recognition.data.procedural import dataset
 from recognition.data.procedural.identity import capture_parameters
-from recognition.data.recordio import scan
 from recognition.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recognition.data.insightface_rec import Records, read_records
-from recognition.data.recordio import InsightFaceWriter, Writer, pack, scan
+from recognition.data.insightface_rec import InsightFaceWriter, pack_image, scan
+from recognition.data.recordio import Records, RecordWriter, read_records
 from recognition.errors import UserError
 from recognition.tracking.progress import listen
 
@@ -52,14 +52,14 @@ def test_reads_headers_that_mxnet_wrote(shared_data, expected, tmp_path, with_id
 
 
 def test_writes_the_bytes_that_mxnet_writes(shared_data, expected, tmp_path):
-    with Writer(tmp_path / "edge.rec") as writer:
+    with RecordWriter(tmp_path / "edge.rec") as writer:
         for record in expected["edge"]:
             writer.write(record["key"], bytes.fromhex(record["hex"]))
-    with Writer(tmp_path / "edge_hdr.rec") as writer:
+    with RecordWriter(tmp_path / "edge_hdr.rec") as writer:
         for record in expected["edge_hdr"]:
             label = record["label"] if record["flag"] else record["label"][0]
             image = bytes.fromhex(record["payload_hex"])
-            writer.write(record["key"], pack(label, record["id"], image, record["id2"]))
+            writer.write(record["key"], pack_image(label, record["id"], image, record["id2"]))
     for name in ("edge.rec", "edge.idx", "edge_hdr.rec", "edge_hdr.idx"):
         assert (tmp_path / name).read_bytes() == (shared_data / "formats" / name).read_bytes(), name
 
@@ -111,7 +111,7 @@ def test_any_payload_comes_back(tmp_path):
     words = [MAGIC, b"abcd", MAGIC[:2], b"x"]
     wanted = [b"".join(words[i] for i in random.integers(0, 4, random.integers(0, 12))) for _ in range(500)]
     rec = tmp_path / "any.rec"
-    with Writer(rec) as writer:
+    with RecordWriter(rec) as writer:
         for key, payload in enumerate(wanted):
             writer.write(key, payload)
     assert payloads(rec, read_records(rec)[0]) == wanted
@@ -122,8 +122,11 @@ def test_any_payload_comes_back(tmp_path):
 def test_labels_cut_by_a_magic_number_come_back(tmp_path):
     # The id's two words and a label are magic numbers, so that the image's header itself is in pieces.
     (second,) = struct.unpack("<f", MAGIC)
-    wanted = [pack((5.0, second, 2.0), 0xCED7230ACED7230A, b"\xff\xd8" + MAGIC * 3), pack((6.0, second), 1, b"image")]
-    with Writer(tmp_path / "cut.rec") as writer:
+    wanted = [
+        pack_image((5.0, second, 2.0), 0xCED7230ACED7230A, b"\xff\xd8" + MAGIC * 3),
+        pack_image((6.0, second), 1, b"image"),
+    ]
+    with RecordWriter(tmp_path / "cut.rec") as writer:
         for key, payload in enumerate(wanted):
             writer.write(key, payload)
     found, labels = scan(tmp_path / "cut.rec")
@@ -134,7 +137,7 @@ def test_labels_cut_by_a_magic_number_come_back(tmp_path):
 def test_undivided_magic_numbers_are_passed_over_without_an_idx(tmp_path):
     # A writer that does not divide records leaves the magic number in the payload.
     image = b"JPEG" + MAGIC + struct.pack("<I", 4) + b"data"
-    payload = pack(3, 0, image)
+    payload = pack_image(3, 0, image)
     rec = tmp_path / "plain.rec"
     rec.write_bytes((MAGIC + struct.pack("<I", len(payload)) + payload) * 3)
     found, labels = scan(rec)
@@ -144,7 +147,7 @@ def test_undivided_magic_numbers_are_passed_over_without_an_idx(tmp_path):
 
 def test_offsets_beyond_4_gib(tmp_path):
     rec = tmp_path / "large.rec"
-    payload = pack(1, 0, b"image")
+    payload = pack_image(1, 0, b"image")
     record = MAGIC + struct.pack("<I", len(payload)) + payload + bytes(-len(payload) % 4)
     with rec.open("wb") as file:
         file.write(record)
@@ -157,9 +160,9 @@ def test_offsets_beyond_4_gib(tmp_path):
 
 def small(folder: Path, labels: list[float]) -> Path:
     rec = folder / "small.rec"
-    with Writer(rec) as writer:
+    with RecordWriter(rec) as writer:
         for key, label in enumerate(labels):
-            writer.write(10 + key, pack(label, key, b"image"))  # 40 bytes a record
+            writer.write(10 + key, pack_image(label, key, b"image"))  # 40 bytes a record
     return rec
 
 
@@ -172,9 +175,9 @@ def test_images_come_in_the_order_of_the_file_whatever_the_idx_says(tmp_path):
 
 
 def test_an_empty_image_is_still_a_sample(tmp_path):
-    with Writer(tmp_path / "empty.rec") as writer:
-        writer.write(1, pack(0, 1, b""))
-        writer.write(2, pack((1.0, 2.0, 3.0), 2, b""))
+    with RecordWriter(tmp_path / "empty.rec") as writer:
+        writer.write(1, pack_image(0, 1, b""))
+        writer.write(2, pack_image((1.0, 2.0, 3.0), 2, b""))
     found, labels = scan(tmp_path / "empty.rec")
     assert payloads(tmp_path / "empty.rec", found) == [b"", b""]
     assert labels.tolist() == [0, 1]
@@ -205,7 +208,7 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path, size, message):
 
 def test_every_cut_through_divided_records_is_refused(tmp_path):
     rec = tmp_path / "divided.rec"
-    with Writer(rec) as writer:
+    with RecordWriter(rec) as writer:
         writer.write(7, b"abcd" + MAGIC + b"ef" * 4 + MAGIC + b"g")
     whole = rec.read_bytes()
     for with_idx in (True, False):
@@ -263,7 +266,7 @@ def test_an_idx_that_lost_lines_is_refused(tmp_path):
 
 @pytest.mark.parametrize("payload", [b"abc", struct.pack("<IfQQ", 9, 0, 0, 0) + b"too short"])
 def test_records_that_are_no_images_are_refused(tmp_path, payload):
-    with Writer(tmp_path / "other.rec") as writer:
+    with RecordWriter(tmp_path / "other.rec") as writer:
         writer.write(3, payload)
     with pytest.raises(UserError, match=r"other\.rec: record with key 3 at byte 0 .* too short"):
         scan(tmp_path / "other.rec")

@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from recognition import config
-from recognition.data.index import build, check_trainable, filter, merge, open_index
+from recognition.data.derived_index import filter_index, merge_indexes
+from recognition.data.index import build_index, check_trainable, open_index
+from recognition.data.insightface_rec import InsightFaceWriter
 from recognition.data.procedural.dataset import verification_pairs
-from recognition.data.recordio import InsightFaceWriter
-from recognition.evaluation.sets import open_sets
+from recognition.evaluation.verification_sets import open_sets
 from tests.support.ways_out import picture, refusal, way_out
 
 
@@ -52,7 +53,7 @@ def test_a_derived_index_is_made_again(people: Path, tmp_path: Path, kind: str) 
 
     def make() -> object:
         source = open_index(people)
-        return filter(source, np.ones(len(source), bool), derived)
+        return filter_index(source, np.ones(len(source), bool), derived)
 
     make()
     if kind == "changed":
@@ -79,8 +80,8 @@ def test_an_index_that_is_damaged_inside_is_deleted(rec: Path) -> None:
 
 def test_another_place_for_an_index(people: Path, tmp_path: Path) -> None:
     index = open_index(people)
-    way_out(refusal(lambda: merge([index], people)), "choose another place")
-    assert len(merge([index], tmp_path / "elsewhere")) == 4
+    way_out(refusal(lambda: merge_indexes([index], people)), "choose another place")
+    assert len(merge_indexes([index], tmp_path / "elsewhere")) == 4
 
 
 def test_another_folder_for_the_index(people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +92,7 @@ def test_another_folder_for_the_index(people: Path, tmp_path: Path, monkeypatch:
     file = tmp_path / "run.toml"
     file.write_text(f"[data]\npath = '{people}'\n")
     settings = config.load(file, [f"{found[1]}={tmp_path / 'cache'}"]).data
-    assert len(build(settings.path, settings.cache)) == 4
+    assert len(build_index(settings.path, settings.cache)) == 4
 
 
 def test_one_person_alone(tmp_path: Path) -> None:
@@ -111,14 +112,14 @@ def test_notes_on_a_folder_of_people(people: Path) -> None:
     picture(people / "Ann/deeper/2.png")
     (people / "Cy").symlink_to(people / "Bob")
     picture(people / "ANN/3.png")
-    notes = " ".join(build(people).notes)
+    notes = " ".join(build_index(people).notes)
     way_out(notes, r"move them up into the identity's own folder.*remove the link.*into one folder")
     (people / "Ann/deeper/2.png").rename(people / "Ann/2.png")
     (people / "Ann/deeper").rmdir()
     (people / "Cy").unlink()
     (people / "ANN/3.png").rename(people / "Ann/3.png")
     (people / "ANN").rmdir()
-    index = build(people)
+    index = build_index(people)
     assert not index.notes and len(index) == 6
 
 

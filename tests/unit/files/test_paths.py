@@ -4,7 +4,6 @@ import io
 import json
 import logging
 import os
-import pickle
 import runpy
 import shutil
 import subprocess
@@ -14,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recognition.data.index import Index, build, filter, merge, open_index
+from recognition.data.derived_index import filter_index, merge_indexes
+from recognition.data.index import Index, build_index, open_index
+from recognition.data.insightface_rec import InsightFaceWriter, pack_image
 from recognition.data.quarantine import Quarantine
-from recognition.data.recordio import InsightFaceWriter, Writer, pack
+from recognition.data.recordio import RecordWriter
 from recognition.files.paths import shown
 
 TOOL = runpy.run_path(str(Path(__file__).resolve().parents[3] / "tools" / "index.py"))
@@ -112,7 +113,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def index(faces: Path) -> Index:
-    return build(faces)
+    return build_index(faces)
 
 
 def test_folders_and_files_of_any_name(faces: Path, index: Index) -> None:
@@ -120,7 +121,6 @@ def test_folders_and_files_of_any_name(faces: Path, index: Index) -> None:
     expected += [("0", picture(number)) for number in range(len(NAMES))]
     assert content(index) == sorted(expected)
     assert content(open_index(faces)) == content(index)
-    assert content(pickle.loads(pickle.dumps(index))) == content(index)
     for sample in range(len(index)):
         assert_plain(index.describe(sample))
     for note in index.notes:
@@ -130,10 +130,10 @@ def test_folders_and_files_of_any_name(faces: Path, index: Index) -> None:
 
 def test_filtered_and_merged(index: Index, tmp_path: Path) -> None:
     keep = index.labels != list(index.identities).index("0")
-    filtered = filter(index, keep, tmp_path / name_of(1))
+    filtered = filter_index(index, keep, tmp_path / name_of(1))
     assert content(open_index(tmp_path / name_of(1))) == content(filtered)
     assert [name for name, _ in content(filtered)] == sorted(name_of(number) for number in range(1, len(NAMES)))
-    merged = merge([filtered, index], tmp_path / name_of(16), same_identities=True)
+    merged = merge_indexes([filtered, index], tmp_path / name_of(16), same_identities=True)
     assert content(open_index(tmp_path / name_of(16))) == sorted(content(filtered) + content(index))
     assert merged.num_identities == len(NAMES)
 
@@ -153,7 +153,7 @@ def test_what_is_said_of_bad_images_is_one_line_each(
     lines = path.read_bytes().decode().split("\n")
     assert lines.pop() == ""
     assert [json.loads(line)["where"] for line in lines] == [index.describe(sample) for sample in range(len(index) - 1)]
-    assert Quarantine(index, path, going_on=True).bad == quarantine.bad
+    assert Quarantine(index, path, resumed=True).bad == quarantine.bad
     # The list leads to an index without those images.
     assert TOOL["main"](["filter", str(index.path), str(tmp_path / "out"), "--exclude-samples", str(path)]) == 0
     assert open_index(tmp_path / "out").num_images == 1
@@ -228,8 +228,8 @@ def test_bash_takes_what_is_shown_for_the_name() -> None:
 
 def test_chunks_of_any_name(tmp_path: Path) -> None:
     for number in (0, 1):
-        with Writer(tmp_path / f"{name_of(1)}\n_{number}.rec") as writer:
-            writer.write(0, pack(number, 0, b"face"))
+        with RecordWriter(tmp_path / f"{name_of(1)}\n_{number}.rec") as writer:
+            writer.write(0, pack_image(number, 0, b"face"))
     index = open_index(tmp_path)
     assert np.array_equal(index.labels, [0, 1])
     assert_plain(index.notes[0])

@@ -10,7 +10,7 @@ import torch
 from recognition.config import Backbone as BackboneConfig
 from recognition.errors import UserError
 from recognition.models.backbone import build_backbone
-from recognition.models.weights import load_weights, read_file
+from recognition.models.weights import load_weights, read_weights
 
 OURS = {"r18": "iresnet18", "r50": "iresnet50", "mbf": "mobilefacenet"}
 
@@ -39,7 +39,7 @@ def test_reproduces_insightface(network: str, shared_data: Path, tmp_path: Path)
     expected = np.load(shared_data / "formats" / "insightface_backbones.npz")[network]
     torch.save(published(shared_data, network), tmp_path / "backbone.pth")
     backbone = build_backbone(BackboneConfig(name=OURS[network], precision="float32")).eval()
-    load_weights(backbone, read_file(tmp_path / "backbone.pth"), "backbone.pth")
+    load_weights(backbone, read_weights(tmp_path / "backbone.pth"), "backbone.pth")
     images = torch.from_numpy(np.sin(0.001 * np.arange(2 * 3 * 112 * 112)).reshape(2, 3, 112, 112)).float()
     with torch.inference_mode():
         embeddings = backbone(images).numpy()
@@ -55,7 +55,7 @@ def test_checkpoint_of_a_wrapped_network(shared_data: Path, tmp_path: Path) -> N
         tmp_path / "checkpoint_gpu_0.pt",
     )
     backbone = build_backbone(BackboneConfig(name="mobilefacenet"))
-    load_weights(backbone, read_file(tmp_path / "checkpoint_gpu_0.pt"), "checkpoint_gpu_0.pt")
+    load_weights(backbone, read_weights(tmp_path / "checkpoint_gpu_0.pt"), "checkpoint_gpu_0.pt")
     assert torch.equal(backbone.trunk.stem[0].conv.weight, state["layers.0.layers.0.weight"])
     assert torch.equal(backbone.neck.linear.weight, state["features.layers.2.weight"])
 
@@ -65,7 +65,7 @@ def test_another_network_is_refused(shared_data: Path, tmp_path: Path) -> None:
     backbone = build_backbone(BackboneConfig(name="iresnet18", image_size=32, embedding_size=128))
     before = backbone.trunk.stem[0].weight.clone()
     with pytest.raises(UserError) as caught:
-        load_weights(backbone, read_file(tmp_path / "backbone.pth"), "backbone.pth")
+        load_weights(backbone, read_weights(tmp_path / "backbone.pth"), "backbone.pth")
     message = str(caught.value)
     assert "backbone.pth does not fit" in message
     assert "lacks trunk.stem.0.weight" in message

@@ -13,7 +13,7 @@ import torch
 from recognition.config import Backbone as BackboneConfig
 from recognition.errors import UserError
 from recognition.models.backbone import Backbone, build_backbone
-from recognition.models.weights import load_weights, read_file
+from recognition.models.weights import load_weights, read_weights
 
 
 def small(**fields: Any) -> Backbone:
@@ -52,7 +52,7 @@ def test_own_weights_from_a_file(suffix: str, whole: dict[str, torch.Tensor], tm
     else:
         torch.save(state, path)
     backbone = small()
-    assert load_weights(backbone, read_file(path), path) == [f"weights from {path}: trunk and neck"]
+    assert load_weights(backbone, read_weights(path), path) == [f"weights from {path}: trunk and neck"]
     assert same(backbone.state_dict(), whole)
 
 
@@ -128,7 +128,7 @@ def test_the_recipe_for_pretrained_weights_works(tmp_path: Path, monkeypatch: py
     assert setting and command
     exec(command[1].replace("pretrained=True", "pretrained=False"))  # without the network
     backbone = small()
-    load_weights(backbone, read_file(Path(setting[1])), setting[1])
+    load_weights(backbone, read_weights(Path(setting[1])), setting[1])
     assert torch.equal(backbone.trunk.conv1[0].weight, torch.load(setting[1])["conv1.0.weight"])
 
 
@@ -198,7 +198,7 @@ def test_weights_that_cannot_be_used(
     backbone = small()
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     with pytest.raises(UserError, match=wanted) as caught:
-        load_weights(backbone, read_file(path), path)
+        load_weights(backbone, read_weights(path), path)
     assert str(caught.value).startswith(f"backbone.weights: {path}")
     assert same(backbone.state_dict(), before)
     assert not (tmp_path / "executed").exists()

@@ -53,9 +53,9 @@ def test_settings_of_a_run_reach_its_sets(settings):
     sets = verifying.open_on_ranks(settings("evaluation.missing_images=skip"), COORDINATOR)
     assert [pairs.name for pairs in sets] == ["a/set", "b/set", "list"]
     assert [len(pairs) for pairs in sets] == [20, 20, 11]
-    assert any("folds" in doubt for doubt in sets[0].doubts)
+    assert any("folds" in doubt for doubt in sets[0].warnings)
     sets = verifying.open_on_ranks(settings("evaluation.missing_images=skip", "evaluation.folds=even"), COORDINATOR)
-    assert not any("folds" in doubt for doubt in sets[0].doubts)
+    assert not any("folds" in doubt for doubt in sets[0].warnings)
     with pytest.raises(UserError, match="40 images are not 32 x 32"):
         verifying.open_on_ranks(settings("data.fit=exact"), COORDINATOR)
     with pytest.raises(UserError, match=r"evaluation\.images: no such file or folder"):

@@ -9,7 +9,7 @@ from recognition import images
 from recognition.errors import UserError
 from recognition.evaluation import folds
 from recognition.evaluation.pairs import Folds, Missing, PairSet, read_pairs
-from recognition.evaluation.verification import refuse_without_meaning
+from recognition.evaluation.verification import require_both_kinds
 from recognition.tracking import progress
 from recognition.tracking.terminal import escape
 
@@ -30,7 +30,7 @@ def open_sets(
     Raises UserError where a set cannot be read, cannot be judged or is given twice, and where images of it cannot be
     decoded, unless `missing` is "skip", which leaves their pairs out.
     """
-    names = names_apart(paths)
+    names = distinct_names(paths)
     sets = []
     with progress.task("reading verification sets", len(paths), "sets") as advance:
         for done, (path, name) in enumerate(zip(paths, names, strict=True)):
@@ -40,7 +40,7 @@ def open_sets(
     return sets
 
 
-def names_apart(paths: Sequence[Path]) -> list[str]:
+def distinct_names(paths: Sequence[Path]) -> list[str]:
     """A name for each set: its file's stem, with the suffix or folders above where others have that too.
 
     Raises UserError for a file that is given twice.
@@ -80,11 +80,11 @@ def check_pairs(pairs: PairSet, image_size: int, *, missing: Missing = "refuse",
                 faults[image] = str(error)
     pairs = pairs.without(faults, missing)
     try:
-        refuse_without_meaning(pairs.same)
+        require_both_kinds(pairs.same)
     except UserError as error:
-        raise UserError("; ".join([f"{escape(str(pairs.path))}: {error}", *pairs.doubts])) from None
+        raise UserError("; ".join([f"{escape(str(pairs.path))}: {error}", *pairs.warnings])) from None
     others = {size: count for size, count in sizes.items() if size != (image_size, image_size)}
-    found = folds.doubts(pairs.same)
+    found = folds.fold_warnings(pairs.same)
     if others:
         listed = ", ".join(
             f"{count:,} of {width} x {height}" for (width, height), count in Counter(others).most_common(3)
@@ -96,7 +96,7 @@ def check_pairs(pairs: PairSet, image_size: int, *, missing: Missing = "refuse",
                 "or set data.fit to resize or crop (--fit for tools/evaluate.py)"
             )
         found.append(f"{many}: {'scaled' if fit == 'resize' else 'their middle is scaled'} to that, as data.fit says")
-    return replace(pairs, doubts=[*pairs.doubts, *found])
+    return replace(pairs, warnings=[*pairs.warnings, *found])
 
 
 def _size(pairs: PairSet, image: int) -> tuple[int, int]:

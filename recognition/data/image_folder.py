@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from recognition.data.files import Names
+from recognition.data.data_files import PackedNames
 from recognition.data.index_store import INDEX_FOLDER
 from recognition.errors import UserError
 from recognition.files.paths import shown
@@ -48,11 +48,11 @@ class Listing:
     not taken or may be a mistake, a sentence each.
     """
 
-    names: Names
+    names: PackedNames
     sizes: np.ndarray
     mtimes: np.ndarray
     labels: np.ndarray
-    identities: Names
+    identities: PackedNames
     notes: tuple[str, ...]
 
 
@@ -107,8 +107,8 @@ def scan(folder: Path) -> Listing:
     notes = passed.notes() + deeper.notes() + _doubled(folder, people) + _alike(identities)
     columns = (np.frombuffer(column, np.int64) for column in (ends, sizes, mtimes, labels))
     end_column, size_column, mtime_column, label_column = columns
-    names = Names(bytes(text), end_column)
-    return Listing(names, size_column, mtime_column, label_column, Names.of(identities), notes)
+    names = PackedNames(bytes(text), end_column)
+    return Listing(names, size_column, mtime_column, label_column, PackedNames.of(identities), notes)
 
 
 class _Passed:

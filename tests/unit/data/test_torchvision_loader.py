@@ -10,7 +10,7 @@ from PIL import Image
 from recognition.config import Augment, Data
 from recognition.data.pipeline import Batch, Pipeline
 from recognition.data.procedural import dataset
-from recognition.data.torchvision_maker import TorchvisionMaker
+from recognition.data.torchvision_loader import TorchvisionLoader
 from recognition.errors import UserError
 from recognition.images import Undecodable, decode
 from tests.unit.data.test_pipeline import EVERYTHING, Images, encode, picture
@@ -168,8 +168,8 @@ def test_the_setting_chooses_the_maker_and_dali_must_be_there(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     made: list[object] = []
-    start = TorchvisionMaker.__init__
-    monkeypatch.setattr(TorchvisionMaker, "__init__", lambda self, *given: made.append(self) or start(self, *given))
+    start = TorchvisionLoader.__init__
+    monkeypatch.setattr(TorchvisionLoader, "__init__", lambda self, *given: made.append(self) or start(self, *given))
     batches("auto", drawn, AUGMENTS["none"])
     assert len(made) == 1
     with pytest.raises(UserError, match=r"data\.loader is dali, which is not installed"):

@@ -10,7 +10,7 @@ PROBED = 20
 """Pairs whose images are looked for to tell which folder is meant."""
 
 
-class Places:
+class ImageLookup:
     """A folder of images; what is found in it is remembered."""
 
     def __init__(self, root: Path) -> None:
@@ -64,7 +64,7 @@ class Places:
         return self._names[folder]
 
 
-def find_folder(beside: Path, pairs: Iterable[Sequence[Sequence[str]]]) -> Places | None:
+def find_folder(beside: Path, pairs: Iterable[Sequence[Sequence[str]]]) -> ImageLookup | None:
     """Of the folder `beside` and the folders in it, the first with the most images of the first pairs.
 
     None where no folder has one of them.
@@ -76,7 +76,7 @@ def find_folder(beside: Path, pairs: Iterable[Sequence[Sequence[str]]]) -> Place
         folders = [beside]
     best, most = None, 0
     for folder in folders:
-        places = Places(folder)
+        places = ImageLookup(folder)
         found = sum(places.find(names) is not None for names in wanted)
         if found > most:
             best, most = places, found

@@ -60,8 +60,8 @@ def test_every_form_gives_the_same_pairs(tmp_path, text, form, name):
     pairs = read_pairs(tmp_path / name)
     assert shown(pairs) == FOUR
     assert pairs.files[3] == tmp_path / "aligned/Bo/Bo_0001.jpg"
-    assert re.search(form, pairs.taken)
-    assert "2 genuine and 2 impostor pairs, in 10 folds" in pairs.taken
+    assert re.search(form, pairs.summary)
+    assert "2 genuine and 2 impostor pairs, in 10 folds" in pairs.summary
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_files_of_facenets_alignment_and_of_two_kinds(tmp_path):
     (tmp_path / "paths.txt").write_text("Bo/Bo_0001.PNG Bo/Bo_0002.jpg 1\nBo/Bo_0001.jpg Ann/Ann_0001_0.bmp 0\n")
     pairs = read_pairs(tmp_path / "paths.txt")
     assert shown(pairs) == [("Bo 1", "Bo 2", True), ("a JPEG of Bo 1", "Ann 1", False)]
-    assert any("3 images are under names that are spelled otherwise" in doubt for doubt in pairs.doubts)
+    assert any("3 images are under names that are spelled otherwise" in warning for warning in pairs.warnings)
 
 
 E_NFC, E_NFD = unicodedata.normalize("NFC", "José"), unicodedata.normalize("NFD", "José")
@@ -118,7 +118,7 @@ def test_any_name_of_a_file_system(tmp_path, name):
         file.write_bytes(os.fsencode(text))
         pairs = read_pairs(file, tmp_path / "faces")
         assert [image.decode() for image in pairs.images] == ["1", "2", "2", "1"], form
-        for said in (pairs.name, pairs.taken, pairs.describe(1), *pairs.doubts):
+        for said in (pairs.name, pairs.summary, pairs.describe(1), *pairs.warnings):
             assert said.isprintable() and json.dumps(said).isascii() and said.encode("utf-8")
 
 
@@ -131,7 +131,7 @@ def test_a_name_is_found_in_its_other_spellings(tmp_path, spelled, on_disk):
     (tmp_path / "pairs.txt").write_bytes(os.fsencode(f"{spelled} 1 2\n{spelled} 2 {spelled} 1\n"))
     pairs = read_pairs(tmp_path / "pairs.txt")
     assert pairs.images == [b"1", b"2", b"2", b"1"]
-    assert ("Latin-1" in pairs.taken) == (spelled == LATIN)
+    assert ("Latin-1" in pairs.summary) == (spelled == LATIN)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
@@ -201,7 +201,7 @@ def test_missing_images_are_counted_and_named_and_may_be_left_out(tmp_path):
     pairs = read_pairs(tmp_path / "pairs.txt", missing="skip")
     assert shown(pairs) == [("Ann 1", "Ann 2", True), ("Ann 1", "Bo 1", False), ("Ann 2", "Bo 1", False)]
     assert "image 2 of pair 6 in line 6" in pairs.describe(5)
-    assert "3 of 6 pairs left out, for 4 of 12 images" in pairs.doubts[0]
+    assert "3 of 6 pairs left out, for 4 of 12 images" in pairs.warnings[0]
     (tmp_path / "few.txt").write_text("Ann 4 5\nCy 1 Bo 1\nDi 1 2\n")
     with pytest.raises(UserError, match=r"the set holds no pairs; .*3 of 3 pairs left out"):
         read_pairs(tmp_path / "few.txt", missing="skip")
@@ -226,7 +226,7 @@ def test_lists_of_genuine_pairs_first_are_spread_over_the_folds(tmp_path):
     pairs = read_pairs(tmp_path / "pairs.txt")
     assert [fold.sum() for fold in np.array_split(pairs.same, 10)] == [2] * 10
     assert [pair[0] for pair in shown(pairs) if pair[2]] == [f"Ann {number}" for number in range(1, 21)]
-    assert "spread over the folds" in pairs.taken
+    assert "spread over the folds" in pairs.summary
     # One that is even keeps its order.
     turns = [line for pair in zip(impostors, genuine, strict=True) for line in pair]
     (tmp_path / "pairs.txt").write_text("".join(turns))
@@ -237,12 +237,12 @@ def test_repeated_pairs_are_counted(tmp_path):
     people(tmp_path, {"Ann": range(1, 5), "Bo": [1]})
     lines = ["Ann 1 2", "Ann 2 1", "Ann 1 2", "Ann 3 3", "Ann 3 Bo 1"]
     (tmp_path / "pairs.txt").write_text("\n".join([*lines, ""]))
-    assert read_pairs(tmp_path / "pairs.txt").doubts == [
+    assert read_pairs(tmp_path / "pairs.txt").warnings == [
         "2 of 5 pairs are in the set already, and count each time",
         "1 of 5 pairs are of an image and itself",
     ]
     (tmp_path / "both.txt").write_text("Ann/Ann_0001.jpg Bo/Bo_0001.jpg 1\nBo/Bo_0001.jpg Ann/Ann_0001.jpg 0\n")
-    assert "1 of 2 pairs are in the set both as genuine and as impostor" in read_pairs(tmp_path / "both.txt").doubts
+    assert "1 of 2 pairs are in the set both as genuine and as impostor" in read_pairs(tmp_path / "both.txt").warnings
 
 
 def test_lfw_text_matches_the_bin_made_from_it(shared_data, tmp_path):

@@ -49,7 +49,7 @@ class Parity:
     """Smallest cosine."""
 
 
-def export(backbone: nn.Module, path: Path | str, facts: Mapping[str, Any], settings: config.Export) -> Parity:
+def export_onnx(backbone: nn.Module, path: Path | str, metadata: Mapping[str, Any], settings: config.Export) -> Parity:
     """Write `backbone` to the ONNX file `path`, with a card beside it, and say how well ONNX Runtime reproduces it.
 
     `backbone` has `image_size` and `embedding_size`, and maps float32 [N, 3, H, H] in [-1, 1] to [N, D]; it turns off
@@ -58,7 +58,7 @@ def export(backbone: nn.Module, path: Path | str, facts: Mapping[str, Any], sett
     the output `embedding` [N, D], with N free. The conditions of InsightFace's loader (`model_zoo.py`,
     `arcface_onnx.py`) are met: H fixed, one output, no early node that it takes for normalisation.
 
-    The file's metadata holds the preprocessing, `facts` (JSON values) and the parity, measured at batches of 1 and 5.
+    The file's metadata holds the preprocessing, `metadata` (JSON values) and the parity, measured at batches of 1 and 5.
     The card, at `card_path(path)`, holds the same as JSON, and the file's size and SHA-256.
 
     Raises UserError where a package is missing, where the card would replace a file that is no card, where the network
@@ -71,7 +71,7 @@ def export(backbone: nn.Module, path: Path | str, facts: Mapping[str, Any], sett
     path = Path(path)
     _refuse_to_replace(card_path(path))
     frozen = _Frozen(backbone)
-    card = _card(frozen, facts)
+    card = _card(frozen, metadata)
     bytes_held = sum(tensor.numel() * tensor.element_size() for tensor in frozen.state_dict().values())
     if bytes_held > MAX_BYTES:
         raise UserError(
@@ -292,7 +292,7 @@ def _parity(backbone: _Frozen, model: "onnx.ModelProto") -> Parity:
     return Parity(float(np.concatenate(differences).max()), float(np.concatenate(cosines).min()))
 
 
-def _card(backbone: _Frozen, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _card(backbone: _Frozen, metadata: Mapping[str, Any]) -> dict[str, Any]:
     own = {
         "input_color": "RGB",
         "input_layout": "NCHW",
@@ -302,7 +302,7 @@ def _card(backbone: _Frozen, facts: Mapping[str, Any]) -> dict[str, Any]:
         "alignment": "arcface_dst",
         "embedding_size": backbone.embedding_size,
     }
-    clash = sorted((own.keys() | {"parity"}) & facts.keys())
+    clash = sorted((own.keys() | {"parity"}) & metadata.keys())
     if clash:
-        raise ValueError(f"the facts {clash} are the export's own")
-    return own | dict(facts)
+        raise ValueError(f"the metadata {clash} are the export's own")
+    return own | dict(metadata)

@@ -12,7 +12,7 @@ import numpy as np
 _KEPT_OPEN = 64
 
 
-class Names(Sequence[str]):
+class PackedNames(Sequence[str]):
     """Many names in few bytes: a text with a line for each, and where each line ends.
 
     text: bytes or uint8 array. ends: int64 [N], past each line's final newline. A name may itself hold a newline.
@@ -22,7 +22,7 @@ class Names(Sequence[str]):
         self.text, self.ends = text, ends
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> "Names":
+    def of(cls, names: Sequence[str]) -> "PackedNames":
         """From strings."""
         lines = [os.fsencode(name) + b"\n" for name in names]
         return cls(b"".join(lines), np.cumsum([len(line) for line in lines], dtype=np.int64))
@@ -42,14 +42,14 @@ class Names(Sequence[str]):
         return os.fsdecode(bytes(self.text[begin : int(self.ends[number]) - 1]))
 
 
-class Files(Sequence[Path]):
+class DataFiles(Sequence[Path]):
     """The data files: names under one or more roots, and bytes of them.
 
     roots: (folder, number of its first file) in order. A few files are kept open; where there are many, as in a
     folder of images, each is opened for the moment of reading. Reading is safe from several threads.
     """
 
-    def __init__(self, roots: Sequence[tuple[Path, int]], names: Names) -> None:
+    def __init__(self, roots: Sequence[tuple[Path, int]], names: PackedNames) -> None:
         self.roots, self.names = tuple(roots), names
         self._open: dict[int, int] = {}
         self._lock = threading.Lock()

@@ -14,14 +14,14 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import do_not_convert
 
 from recognition.data.augment import MEAN_GRAY
-from recognition.data.maker import Inputs, Making
-from recognition.images import jpeg_frame, png_is_whole
+from recognition.data.loader import EncodedBatch, LoaderOptions
+from recognition.images import png_is_intact, read_jpeg_header
 
 
-class DaliMaker:
+class DaliLoader:
     """See `Maker`. Images are decoded on the GPU where `making.device` is one, else by `making.threads` CPU threads."""
 
-    def __init__(self, inputs: Iterator[Inputs], making: Making) -> None:
+    def __init__(self, inputs: Iterator[EncodedBatch], making: LoaderOptions) -> None:
         first = next(inputs)
         self._inputs, self._making = chain([first], inputs), making
         self._copied: tuple[Any, torch.cuda.Event] | None = None
@@ -59,7 +59,7 @@ class DaliMaker:
         return self._probe.decodes(encoded)
 
     @staticmethod
-    def decodes_alike(encoded: bytes) -> bool:
+    def decodes_identically(encoded: bytes) -> bool:
         """True of the common kinds: 8-bit JPEG of YCbCr or grey, PNG of up to 8 bits, WebP without metadata.
 
         Of the others DALI rounds 16 bits otherwise, does not read text PNM, 1-bit TIFF and WebP's EXIF, turns by other
@@ -67,11 +67,11 @@ class DaliMaker:
         image whose header it cannot read ends the process in a large batch, so it gets none that is unusual.
         """
         if encoded.startswith(b"\xff\xd8"):
-            frame = jpeg_frame(encoded)
+            frame = read_jpeg_header(encoded)
             usual = frame.regular and frame.marker in (0xC0, 0xC1, 0xC2) and frame.components in (1, 3)
             return usual and frame.adobe in (None, 1) and encoded.count(b"Exif\0\0") < 2
         if encoded.startswith(b"\x89PNG"):
-            return encoded[24] <= 8 and b"eXIf" not in encoded and png_is_whole(encoded)
+            return encoded[24] <= 8 and b"eXIf" not in encoded and png_is_intact(encoded)
         return encoded[8:16] in (b"WEBPVP8 ", b"WEBPVP8L")
 
     def close(self) -> None:

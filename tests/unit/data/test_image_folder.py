@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recognition.data.folder import scan
-from recognition.data.index import Index, build, check_trainable, merge, open_index
-from recognition.data.recordio import Writer, pack
+from recognition.data.derived_index import merge_indexes
+from recognition.data.image_folder import scan
+from recognition.data.index import Index, build_index, check_trainable, open_index
+from recognition.data.insightface_rec import pack_image
+from recognition.data.recordio import RecordWriter
 from recognition.errors import UserError
 from recognition.images import SUFFIXES
 from recognition.tracking.progress import listen
@@ -31,9 +33,9 @@ def encoded(form: str) -> bytes:
 
 def rec(path: Path, labels: list[int], listed: list[int] | None = None) -> Path:
     """Records whose images are b"<file> <number>"; `listed`: the records that the .idx has, in its order."""
-    with Writer(path) as writer:
+    with RecordWriter(path) as writer:
         for key, label in enumerate(labels):
-            writer.write(key, pack(label, key, f"{path.name} {key}".encode()))
+            writer.write(key, pack_image(label, key, f"{path.name} {key}".encode()))
     if listed is not None:
         lines = path.with_suffix(".idx").read_text().splitlines(keepends=True)
         path.with_suffix(".idx").write_text("".join(lines[number] for number in listed))
@@ -98,13 +100,13 @@ def test_all_that_is_not_taken_is_counted_once(tmp_path: Path) -> None:
         "2 folders without an image (Bo, ...)",
     ):
         assert part in note
-    index = build(tmp_path)
+    index = build_index(tmp_path)
     assert note in index.notes
     assert open_index(tmp_path).notes == index.notes  # the index's own folder is not among the hidden ones
 
 
 def test_what_becomes_of_the_rest_is_said_of_an_index_that_stays(tmp_path: Path) -> None:
-    first = build(make(tmp_path, "Al/1.jpg", "Bo/1.jpg", "Bo/2.jpg"))
+    first = build_index(make(tmp_path, "Al/1.jpg", "Bo/1.jpg", "Bo/2.jpg"))
     assert first.notes == ("1 of 2 identities have one image only",)
     make(tmp_path, "Bo/film.mp4")
     assert "1 .mp4 file (Bo/film.mp4)" in notes(tmp_path)
@@ -160,13 +162,13 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
             raise PermissionError(13, "Permission denied")
         return original(folder)
 
-    monkeypatch.setattr("recognition.data.folder.os.scandir", scandir)
+    monkeypatch.setattr("recognition.data.image_folder.os.scandir", scandir)
     with pytest.raises(UserError, match=r"Bo: Permission denied: make it readable"):
         scan(tmp_path)
 
 
 def test_a_large_folder_shows_that_it_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recognition.data.folder._FILES_BETWEEN_SIGNS", 10)
+    monkeypatch.setattr("recognition.data.image_folder._FILES_BETWEEN_SIGNS", 10)
     make(tmp_path, *(f"Al/{number}.jpg" for number in range(100)))
     signs: list[None] = []
     end = listen(lambda: signs.append(None))
@@ -230,8 +232,8 @@ def test_several_rec_files_that_are_no_chunks_can_be_merged(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"2 \.rec files \(a\.rec, b\.rec\).*merge OUT FILE.*--same-identities"):
         open_index(tmp_path / "set")
     indexes = [open_index(path) for path in paths]
-    apart = merge(indexes, tmp_path / "apart")
-    same = merge(indexes, tmp_path / "same", same_identities=True)
+    apart = merge_indexes(indexes, tmp_path / "apart")
+    same = merge_indexes(indexes, tmp_path / "same", same_identities=True)
     assert people(apart) == {
         "0/0": [b"a.rec 0"],
         "0/1": [b"a.rec 1"],
@@ -273,9 +275,9 @@ def test_what_an_idx_does_not_cover_or_lists_twice(
 
 def test_divided_records_are_covered(tmp_path: Path) -> None:
     magic = np.uint32(0xCED7230A).tobytes()
-    with Writer(tmp_path / "x.rec") as writer:
+    with RecordWriter(tmp_path / "x.rec") as writer:
         for key, image in enumerate((magic * 3, b"abcd" + magic, b"plain", magic + b"abc")):
-            writer.write(key, pack(key, key, image))
+            writer.write(key, pack_image(key, key, image))
     index = open_index(tmp_path / "x.rec")
     assert [index.read(sample) for sample in range(4)] == [magic * 3, b"abcd" + magic, b"plain", magic + b"abc"]
     assert index.notes == ("4 of 4 identities have one image only",)

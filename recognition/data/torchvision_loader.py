@@ -18,17 +18,17 @@ from torch.nn.functional import grid_sample
 from torchvision.transforms.v2 import functional
 
 from recognition.data.augment import MEAN_GRAY
-from recognition.data.maker import Inputs, Making
+from recognition.data.loader import EncodedBatch, LoaderOptions
 from recognition.images import Undecodable, decode, fit
 
 _TOGETHER = 8  # images that one thread changes at a time: their levels fit in a core's cache
 _HALF_RANGE = 127.5
 
 
-class TorchvisionMaker:
+class TorchvisionLoader:
     """See `Maker`. Threads decode and change images in the CPU's memory; `next` moves them to the device."""
 
-    def __init__(self, inputs: Iterator[Inputs], making: Making) -> None:
+    def __init__(self, inputs: Iterator[EncodedBatch], making: LoaderOptions) -> None:
         self._inputs, self._making = inputs, making
         # As many threads as are asked for work side by side; none is to start others of its own.
         self._workers = ThreadPoolExecutor(making.threads, "images", initializer=torch.set_num_threads, initargs=(1,))
@@ -58,7 +58,7 @@ class TorchvisionMaker:
         return True
 
     @staticmethod
-    def decodes_alike(encoded: bytes) -> bool:
+    def decodes_identically(encoded: bytes) -> bool:
         """Every kind is: it is `images.decode` that decodes."""
         return True
 
@@ -67,7 +67,7 @@ class TorchvisionMaker:
         self._workers.shutdown(cancel_futures=True)
         self._ahead.clear()
 
-    def _begin(self, inputs: Inputs) -> tuple[Tensor, list[Future[None]]]:
+    def _begin(self, inputs: EncodedBatch) -> tuple[Tensor, list[Future[None]]]:
         """A step's images, and the work that fills them."""
         size, layout = self._making.image_size, torch.contiguous_format
         if self._making.channels_last:
@@ -78,7 +78,7 @@ class TorchvisionMaker:
         return images, [self._workers.submit(_make, inputs, part, how, images[part]) for part in parts]
 
 
-def _make(inputs: Inputs, part: slice, how: str, images: Tensor) -> None:
+def _make(inputs: EncodedBatch, part: slice, how: str, images: Tensor) -> None:
     """Fill `images` [n, 3, S, S] with those of `part`. Runs in a worker's thread."""
     size = images.shape[-1]
     decoded = np.empty((len(images), size, size, 3), np.uint8)

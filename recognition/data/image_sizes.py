@@ -14,7 +14,7 @@ _FITTED = {
 _log = logging.getLogger(__name__)
 
 
-class Sizes:
+class SizeCounter:
     """Counts heights and widths; warns of the first that is not `wanted` x `wanted`. Safe to use from any threads.
 
     fit: what is done with such images, as `data.fit` says it.
@@ -43,16 +43,14 @@ class Sizes:
             total = self._counts.total()
             others = Counter(self._counts)
             del others[self._wanted, self._wanted]
-        read = (
-            f"{others.total():,} of {total:,} images read were not {self._wanted} x {self._wanted} ({listed(others)})"
-        )
+        read = f"{others.total():,} of {total:,} images read were not {self._wanted} x {self._wanted} ({describe_sizes(others)})"
         return f"{read}: they are {_FITTED[self._fit]}"
 
     def _has_others(self) -> bool:
         return len(self._counts) > ((self._wanted, self._wanted) in self._counts)
 
 
-def listed(counts: Counter[tuple[int, int]]) -> str:
+def describe_sizes(counts: Counter[tuple[int, int]]) -> str:
     """The most frequent of some sizes, (height, width), as width x height."""
     named = counts.most_common(_NAMED)
     text = ", ".join(f"{width} x {height}: {number:,}" for (height, width), number in named)

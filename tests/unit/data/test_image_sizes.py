@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from recognition.config import Augment, Data
+from recognition.data.image_sizes import SizeCounter, describe_sizes
 from recognition.data.index import Index, open_index
 from recognition.data.pipeline import Pipeline
-from recognition.data.sizes import Sizes, listed
 
 SHAPES = [(16, 16), (16, 16), (20, 20), (24, 12), (20, 20), (16, 16)]
 
@@ -59,7 +59,7 @@ def test_other_sizes_are_said_when_met_and_counted_once(
 
 def test_one_rank_speaks_and_nothing_is_said_of_the_wanted_size(index: Index, caplog: pytest.LogCaptureFixture) -> None:
     opened(index, rank=1, world=2).close()
-    sizes = Sizes(16, "crop")
+    sizes = SizeCounter(16, "crop")
     sizes.note(16, 16)
     assert sizes.report() == ""
     assert not warnings(caplog)
@@ -72,7 +72,7 @@ def test_one_rank_speaks_and_nothing_is_said_of_the_wanted_size(index: Index, ca
 
 
 def test_counting_from_threads(caplog: pytest.LogCaptureFixture) -> None:
-    sizes = Sizes(112, "resize")
+    sizes = SizeCounter(112, "resize")
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: sizes.note(100 + number % 10, 112), range(4000)))
     assert sizes.report().startswith("4,000 of 4,000 images read were not 112 x 112 (")
@@ -81,4 +81,4 @@ def test_counting_from_threads(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_sizes_are_listed_as_width_x_height() -> None:
-    assert listed(Counter({(2, 1): 3000, (4, 4): 1})) == "1 x 2: 3,000, 4 x 4: 1"
+    assert describe_sizes(Counter({(2, 1): 3000, (4, 4): 1})) == "1 x 2: 3,000, 4 x 4: 1"

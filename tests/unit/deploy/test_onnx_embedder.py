@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from recognition.deploy.embedder import OnnxEmbedder, Reading
+from recognition.deploy.onnx_embedder import OnnxEmbedder, OnnxOptions
 from recognition.errors import UserError
 
 SIZE = 8
@@ -56,26 +56,26 @@ def means(images, mean=127.5, std=127.5):
 @pytest.mark.parametrize(
     ("options", "reading", "note"),
     [
-        ({"kind": HALF}, Reading(), "the input is float16"),
-        ({"kind": DOUBLE}, Reading(), "the input is float64"),
-        ({"outputs": ("mean", "norm")}, Reading(), r"the embedding is output mean of mean \[1, 3\], norm \[1, 1\]"),
-        ({"outputs": ("norm", "mean")}, Reading(), "the embedding is output mean"),
-        ({"outputs": ("mean", "again")}, Reading(output="again"), "the embedding is output again"),
-        ({"outputs": ("pooled",)}, Reading(), ""),
-        ({"shape": ("n", SIZE, SIZE, 3)}, Reading(), "channels come last"),
-        ({"shape": (4, SIZE, SIZE, 3), "kind": HALF}, Reading(), "channels come last"),
-        ({"shape": (2, 3, SIZE, SIZE)}, Reading(), ""),
-        ({"shape": (64, 3, SIZE, SIZE)}, Reading(), ""),
-        ({"shape": ("n", 3, "h", "w")}, Reading(size=SIZE), ""),
-        ({"shape": ("n", 3, None, SIZE)}, Reading(), ""),
-        ({"shape": ("n", "h", "w", 3)}, Reading(size=SIZE), "channels come last"),
-        ({"shape": ("n", "c", "h", "w")}, Reading(size=SIZE), ""),
-        ({"outputs": ("one",)}, Reading(), "one image at a time"),
-        ({"opset": 11}, Reading(), ""),
+        ({"kind": HALF}, OnnxOptions(), "the input is float16"),
+        ({"kind": DOUBLE}, OnnxOptions(), "the input is float64"),
+        ({"outputs": ("mean", "norm")}, OnnxOptions(), r"the embedding is output mean of mean \[1, 3\], norm \[1, 1\]"),
+        ({"outputs": ("norm", "mean")}, OnnxOptions(), "the embedding is output mean"),
+        ({"outputs": ("mean", "again")}, OnnxOptions(output="again"), "the embedding is output again"),
+        ({"outputs": ("pooled",)}, OnnxOptions(), ""),
+        ({"shape": ("n", SIZE, SIZE, 3)}, OnnxOptions(), "channels come last"),
+        ({"shape": (4, SIZE, SIZE, 3), "kind": HALF}, OnnxOptions(), "channels come last"),
+        ({"shape": (2, 3, SIZE, SIZE)}, OnnxOptions(), ""),
+        ({"shape": (64, 3, SIZE, SIZE)}, OnnxOptions(), ""),
+        ({"shape": ("n", 3, "h", "w")}, OnnxOptions(size=SIZE), ""),
+        ({"shape": ("n", 3, None, SIZE)}, OnnxOptions(), ""),
+        ({"shape": ("n", "h", "w", 3)}, OnnxOptions(size=SIZE), "channels come last"),
+        ({"shape": ("n", "c", "h", "w")}, OnnxOptions(size=SIZE), ""),
+        ({"outputs": ("one",)}, OnnxOptions(), "one image at a time"),
+        ({"opset": 11}, OnnxOptions(), ""),
     ],
 )
 def test_other_peoples_files(tmp_path, images, options, reading, note):
-    embedder = OnnxEmbedder(build(tmp_path / "model.onnx", **options), 1, reading)
+    embedder = OnnxEmbedder(build(tmp_path / "model.onnx", **options), reading)
     found = embedder(images)
     assert (embedder.image_size, embedder.embedding_size, found.dtype) == (SIZE, 3, np.float32)
     near = 2e-3 if options.get("kind") == HALF else 1e-6
@@ -90,18 +90,18 @@ def test_other_peoples_files(tmp_path, images, options, reading, note):
 @pytest.mark.parametrize(
     ("reading", "expected"),
     [
-        (Reading(mean=[0], std=[255]), lambda images: means(images, 0, 255)),
-        (Reading(bgr=True), lambda images: means(images)[:, ::-1]),
-        (Reading(std=[128]), lambda images: means(images, std=128)),
+        (OnnxOptions(mean=[0], std=[255]), lambda images: means(images, 0, 255)),
+        (OnnxOptions(bgr=True), lambda images: means(images)[:, ::-1]),
+        (OnnxOptions(std=[128]), lambda images: means(images, std=128)),
         (
-            Reading(mean=[104, 117, 123], std=[1, 2, 4], bgr=True),
+            OnnxOptions(mean=[104, 117, 123], std=[1, 2, 4], bgr=True),
             lambda images: means(images[..., ::-1], np.array([104, 117, 123]), np.array([1, 2, 4])),
         ),
     ],
 )
 @pytest.mark.parametrize("shape", [("n", 3, SIZE, SIZE), ("n", SIZE, SIZE, 3)])
 def test_normalisation_of_others(tmp_path, images, reading, expected, shape):
-    embedder = OnnxEmbedder(build(tmp_path / "model.onnx", shape), 1, reading)
+    embedder = OnnxEmbedder(build(tmp_path / "model.onnx", shape), reading)
     np.testing.assert_allclose(embedder(images), expected(images), rtol=1e-5, atol=1e-5)
 
 
@@ -114,31 +114,35 @@ def test_levels_as_bytes_are_not_normalised(tmp_path, images):
 @pytest.mark.parametrize(
     ("options", "reading", "message"),
     [
-        ({"shape": ("n", 3, "h", "w")}, Reading(), "any height and width .*--size 112"),
-        ({"shape": ("n", 3, SIZE, 16)}, Reading(), "not a face embedder: it takes x .*not one input"),
-        ({"shape": ("n", 1, SIZE, SIZE)}, Reading(), "not one input"),
-        ({"shape": ("n", 3, SIZE, SIZE), "kind": TensorProto.INT64}, Reading(), r"int64.* not one input"),
-        ({}, Reading(size=112), "takes images of 8 x 8 pixels only, not 112"),
-        ({}, Reading(output="norm"), r"no output norm, but mean \[1, 3\]"),
+        ({"shape": ("n", 3, "h", "w")}, OnnxOptions(), "any height and width .*--size 112"),
+        ({"shape": ("n", 3, SIZE, 16)}, OnnxOptions(), "not a face embedder: it takes x .*not one input"),
+        ({"shape": ("n", 1, SIZE, SIZE)}, OnnxOptions(), "not one input"),
+        ({"shape": ("n", 3, SIZE, SIZE), "kind": TensorProto.INT64}, OnnxOptions(), r"int64.* not one input"),
+        ({}, OnnxOptions(size=112), "takes images of 8 x 8 pixels only, not 112"),
+        ({}, OnnxOptions(output="norm"), r"no output norm, but mean \[1, 3\]"),
         (
             {"outputs": ("mean", "again")},
-            Reading(),
+            OnnxOptions(),
             r"which of its outputs .* mean \[1, 3\], again \[1, 3\].*--output mean",
         ),
-        ({"outputs": ("mean", "norm")}, Reading(output="norm"), r"its output norm gives .*not one output \[N, D\]"),
-        ({"outputs": ("norm",)}, Reading(), "not one output"),
-        ({"opset": 99}, Reading(), r"it is newer than ONNX Runtime \S+ reads \(ONNX Runtime only .*version_converter"),
-        ({"ir": 99}, Reading(), "newer than ONNX Runtime .*install a newer"),
+        ({"outputs": ("mean", "norm")}, OnnxOptions(output="norm"), r"its output norm gives .*not one output \[N, D\]"),
+        ({"outputs": ("norm",)}, OnnxOptions(), "not one output"),
+        (
+            {"opset": 99},
+            OnnxOptions(),
+            r"it is newer than ONNX Runtime \S+ reads \(ONNX Runtime only .*version_converter",
+        ),
+        ({"ir": 99}, OnnxOptions(), "newer than ONNX Runtime .*install a newer"),
         (
             {"extra": [helper.make_node("Odd", ["mean"], ["odd"], domain="org.odd")]},
-            Reading(),
+            OnnxOptions(),
             "operator that ONNX Runtime",
         ),
     ],
 )
 def test_files_that_cannot_be_taken(tmp_path, options, reading, message):
     with pytest.raises(UserError, match=rf"model\.onnx: .*{message}"):
-        OnnxEmbedder(build(tmp_path / "model.onnx", **options), 1, reading)
+        OnnxEmbedder(build(tmp_path / "model.onnx", **options), reading)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from recognition.config import Backbone, Export
-from recognition.deploy.embedder import OnnxEmbedder
-from recognition.deploy.onnx import check_export, export
+from recognition.deploy.export import check_export, export_onnx
+from recognition.deploy.onnx_embedder import OnnxEmbedder
 from recognition.errors import UserError
 from recognition.models.backbone import BackboneEmbedder, build_backbone
 
@@ -55,7 +55,7 @@ def exported(tmp_path_factory):
     backbone = small()
     before = copy.deepcopy(backbone.state_dict())
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    parity = export(backbone, path, {"backbone": "small", "step": 7, "margin": {"m": 0.5}}, Export())
+    parity = export_onnx(backbone, path, {"backbone": "small", "step": 7, "margin": {"m": 0.5}}, Export())
     return backbone, before, path, parity
 
 
@@ -86,7 +86,7 @@ def images():
 def test_the_file_computes_the_backbone_in_eval_mode_and_float32(exported, images):
     backbone, _, path, parity = exported
     expected = reference(backbone, images)
-    embedder = OnnxEmbedder(path, threads=1)
+    embedder = OnnxEmbedder(path)
     assert (embedder.image_size, embedder.embedding_size) == (SIZE, D)
     for batch in (1, 2, 7):
         found = embedder(images[:batch])
@@ -128,7 +128,7 @@ def test_the_file_is_one_and_meets_insightfaces_loader(exported):
 
 def test_metadata_and_card(exported):
     _, _, path, parity = exported
-    facts = OnnxEmbedder(path).facts
+    facts = OnnxEmbedder(path).metadata
     assert facts["input_color"] == "RGB"
     assert (float(facts["input_mean"]), float(facts["input_std"])) == (127.5, 127.5)
     assert (facts["backbone"], facts["step"], json.loads(facts["margin"])) == ("small", "7", {"m": 0.5})
@@ -158,13 +158,13 @@ class Doubtful(nn.Module):
 @pytest.mark.parametrize("error", [0.05, float("nan")])
 def test_beyond_tolerance_leaves_no_file(tmp_path, error):
     with pytest.raises(UserError, match=r"model\.onnx: not written, .*export\.max_difference"):
-        export(Doubtful(error), tmp_path / "model.onnx", {}, Export())
+        export_onnx(Doubtful(error), tmp_path / "model.onnx", {}, Export())
     assert not list(tmp_path.iterdir())
 
 
 def test_facts_do_not_overwrite_the_preprocessing(tmp_path):
     with pytest.raises(ValueError, match="input_mean"):
-        export(Doubtful(0.0), tmp_path / "model.onnx", {"input_mean": "0"}, Export())
+        export_onnx(Doubtful(0.0), tmp_path / "model.onnx", {"input_mean": "0"}, Export())
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_facts_do_not_overwrite_the_preprocessing(tmp_path):
 def test_a_network_that_cannot_be_exported_is_refused(tmp_path, monkeypatch, forward):
     monkeypatch.setattr(Doubtful, "forward", forward)
     with pytest.raises(UserError, match="the backbone cannot be exported to ONNX: "):
-        export(Doubtful(0.0), tmp_path / "model.onnx", {}, Export())
+        export_onnx(Doubtful(0.0), tmp_path / "model.onnx", {}, Export())
 
 
 def test_a_network_beyond_protobufs_limit_is_refused(tmp_path):
@@ -194,7 +194,7 @@ def test_a_network_beyond_protobufs_limit_is_refused(tmp_path):
             return self
 
     with pytest.raises(UserError, match="2 GiB"):
-        export(Large(), tmp_path / "model.onnx", {}, Export())
+        export_onnx(Large(), tmp_path / "model.onnx", {}, Export())
 
 
 def foreign(path, *, shape=("n", 3, SIZE, SIZE), names=("a", "b"), static_batch=None):
@@ -261,7 +261,7 @@ def test_a_real_backbone_in_bfloat16_at_another_opset(tmp_path, images):
     backbone = build_backbone(settings, seed=3)
     images = np.tile(images, (1, 2, 2, 1))
     backbone(torch.from_numpy(images.transpose(0, 3, 1, 2)).float() / 100)
-    parity = export(backbone, tmp_path / "model.onnx", {}, Export(opset=17))
+    parity = export_onnx(backbone, tmp_path / "model.onnx", {}, Export(opset=17))
     model = onnx.load(tmp_path / "model.onnx")
     assert [item.version for item in model.opset_import if not item.domain] == [17]
     assert onnx.TensorProto.BFLOAT16 not in {tensor.data_type for tensor in model.graph.initializer}
@@ -286,7 +286,7 @@ def test_older_opsets(name, options, opset, ir_version, tmp_path):
     backbone = build_backbone(settings, seed=3)
     images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
     backbone(torch.from_numpy(images.transpose(0, 3, 1, 2)).float() / 127.5 - 1)
-    export(backbone, tmp_path / "model.onnx", {}, Export(opset=opset))
+    export_onnx(backbone, tmp_path / "model.onnx", {}, Export(opset=opset))
     model = onnx.load(tmp_path / "model.onnx")
     assert [item.version for item in model.opset_import] == [opset]
     assert model.ir_version == ir_version  # of ONNX's table, by which readers of that time know what they can read
@@ -329,7 +329,7 @@ def test_a_package_that_is_missing_is_named_before_training(package, monkeypatch
     monkeypatch.setitem(sys.modules, package, None)
     for attempt in (
         lambda: check_export(small(), Export()),
-        lambda: export(small(), tmp_path / "x.onnx", {}, Export()),
+        lambda: export_onnx(small(), tmp_path / "x.onnx", {}, Export()),
     ):
         with pytest.raises(UserError, match=f"pip install {package}, or set export.enabled=false"):
             attempt()

@@ -11,7 +11,7 @@ from recognition.randomness import Integers
 
 
 @dataclass(frozen=True)
-class Inputs:
+class EncodedBatch:
     """What one rank's images of a step are made of."""
 
     samples: Integers
@@ -24,7 +24,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Making:
+class LoaderOptions:
     """How the images are wanted."""
 
     batch: int
@@ -43,13 +43,13 @@ class Making:
     """Steps whose images are made ahead of the one that is asked for."""
 
 
-class Maker(Protocol):
+class Loader(Protocol):
     """Makes the images of one step after another, ahead of the one that is asked for.
 
     `inputs` is endless: one per step, taken in the caller's thread, from within the constructor and `next`.
     """
 
-    def __init__(self, inputs: Iterator[Inputs], making: Making) -> None: ...
+    def __init__(self, inputs: Iterator[EncodedBatch], making: LoaderOptions) -> None: ...
 
     def next(self) -> torch.Tensor:
         """The next step's images [b, 3, H, W] float32, RGB, (x - 127.5) / 127.5.
@@ -61,7 +61,7 @@ class Maker(Protocol):
         """Whether an image can be decoded; it can also be asked after `next` has failed."""
 
     @staticmethod
-    def decodes_alike(encoded: bytes) -> bool:
+    def decodes_identically(encoded: bytes) -> bool:
         """Whether an image whose header is in order is of a kind that becomes the same pixels as by `images.decode`."""
 
     def close(self) -> None:

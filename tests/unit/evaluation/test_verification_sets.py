@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from recognition.errors import UserError
-from recognition.evaluation.folds import doubts, is_uneven, spread
-from recognition.evaluation.sets import names_apart, open_sets
+from recognition.evaluation.folds import fold_warnings, is_uneven, spread_evenly
+from recognition.evaluation.verification_sets import distinct_names, open_sets
 
 
 def encoded(value, size=(8, 8), form="PNG"):
@@ -43,7 +43,7 @@ TURNS = [True, False] * 10
     ],
 )
 def test_every_set_has_a_name_of_its_own(paths, names):
-    assert names_apart([Path("/sets") / path for path in paths]) == names
+    assert distinct_names([Path("/sets") / path for path in paths]) == names
 
 
 def test_results_of_sets_of_one_stem_stay_apart(tmp_path):
@@ -77,7 +77,7 @@ def test_every_image_is_looked_at_before_training(tmp_path):
     kept = [pair for pair in range(20) if not {2 * pair, 2 * pair + 1} & set(FAULTS)]
     assert pairs.images == [encoded(image) for pair in kept for image in (2 * pair, 2 * pair + 1)]
     assert pairs.same.tolist() == [TURNS[pair] for pair in kept]
-    assert any("4 of 20 pairs left out, for 5 of 40 images" in doubt for doubt in pairs.doubts)
+    assert any("4 of 20 pairs left out, for 5 of 40 images" in doubt for doubt in pairs.warnings)
     assert "image 1 of pair 3" in pairs.describe(2 * kept.index(2))
 
 
@@ -94,21 +94,21 @@ def test_images_of_another_size_are_counted(tmp_path):
     path = write(tmp_path / "set.bin", TURNS, {1: encoded(1, (9, 7)), 2: encoded(2, (9, 7)), 5: encoded(4, (4, 4))})
     for fit, said in (("resize", "scaled"), ("crop", "their middle")):
         (pairs,) = open_sets([path], 8, fit=fit)
-        (doubt,) = pairs.doubts
+        (doubt,) = pairs.warnings
         assert "3 images are not 8 x 8 pixels (2 of 9 x 7, 1 of 4 x 4)" in doubt and said in doubt
     with pytest.raises(UserError, match=r"3 images are not 8 x 8 .*data\.fit"):
         open_sets([path], 8, fit="exact")
-    assert not open_sets([write(tmp_path / "set.bin", TURNS)], 8, fit="exact")[0].doubts
+    assert not open_sets([write(tmp_path / "set.bin", TURNS)], 8, fit="exact")[0].warnings
 
 
 def test_an_order_that_spoils_the_folds_is_warned_of_and_can_be_mended(tmp_path):
     path = write(tmp_path / "set.bin", [True] * 20 + [False] * 20)
     (pairs,) = open_sets([path], 8)
     assert pairs.same.tolist() == [True] * 20 + [False] * 20
-    assert "4, 4, 4, 4, 4, 0, 0, 0, 0, 0 genuine pairs" in pairs.doubts[0]
-    assert "evaluation.folds=even" in pairs.doubts[0] and "--folds even" in pairs.doubts[0]
+    assert "4, 4, 4, 4, 4, 0, 0, 0, 0, 0 genuine pairs" in pairs.warnings[0]
+    assert "evaluation.folds=even" in pairs.warnings[0] and "--folds even" in pairs.warnings[0]
     (even,) = open_sets([path], 8, folds="even")
-    assert even.same.tolist() == [True, False] * 20 and not even.doubts
+    assert even.same.tolist() == [True, False] * 20 and not even.warnings
     assert even.images[:4] == [encoded(0), encoded(1), encoded(40), encoded(41)]
     assert "image 1 of pair 21" in even.describe(2)
 
@@ -126,15 +126,15 @@ def test_what_is_uneven():
     assert not is_uneven(one_bad)
     one_bad[100:140] = np.arange(40) < 20
     assert is_uneven(one_bad)
-    assert "only 10.0% of its pairs are genuine" in doubts(np.arange(500) % 10 == 0)[0]
-    assert "accuracy of 85.0% already" in doubts(np.arange(500) % 20 > 2)[0]
-    assert doubts(np.arange(600) % 2 == 0) == []
+    assert "only 10.0% of its pairs are genuine" in fold_warnings(np.arange(500) % 10 == 0)[0]
+    assert "accuracy of 85.0% already" in fold_warnings(np.arange(500) % 20 > 2)[0]
+    assert fold_warnings(np.arange(600) % 2 == 0) == []
 
 
 @pytest.mark.parametrize(("genuine", "impostors"), [(30, 30), (38, 262), (262, 38), (5, 8), (100, 101)])
 def test_spreading_gives_each_fold_its_share(genuine, impostors):
     same = np.arange(genuine + impostors) < genuine
-    order = spread(same)
+    order = spread_evenly(same)
     assert sorted(order) == list(range(len(same)))
     for kind in (True, False):
         assert np.all(np.diff(order[same[order] == kind]) > 0)

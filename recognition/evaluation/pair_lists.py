@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recognition.errors import UserError
-from recognition.evaluation.bins import LABELS
+from recognition.evaluation.bin_files import LABELS
 from recognition.files.kinds import what_is
 from recognition.tracking.terminal import escape
 
@@ -26,7 +26,7 @@ SAMPLE = 200
 """Lines that tell a list's form."""
 
 
-class Entry(NamedTuple):
+class ListedPair(NamedTuple):
     """A pair: the line that it begins in, the names that each image may have, whether it is genuine, and the label."""
 
     line: int
@@ -42,7 +42,7 @@ class PairList:
 
     form: str
     """What the list was taken for."""
-    entries: Sequence[Entry]
+    entries: Sequence[ListedPair]
     sets: int | None
     """How many sets the first line announces; None where there is no such line."""
 
@@ -183,8 +183,10 @@ def _is_header(fields: Fields) -> bool:
     return len(fields) > 1 and not any(field.lstrip("-").isdecimal() or "/" in field for field in fields)
 
 
-def _entries(path: str, lines: Sequence[tuple[int, str]], form: _Form, split: Callable[[str], Fields]) -> list[Entry]:
-    entries: list[Entry] = []
+def _entries(
+    path: str, lines: Sequence[tuple[int, str]], form: _Form, split: Callable[[str], Fields]
+) -> list[ListedPair]:
+    entries: list[ListedPair] = []
     halves: list[tuple[int, _Half]] = []
     for number, text in lines:
         read = form.read(split(text))
@@ -195,7 +197,7 @@ def _entries(path: str, lines: Sequence[tuple[int, str]], form: _Form, split: Ca
         if len(read) == 2:
             halves.append((number, read))
             continue
-        entries.append(Entry(number, *read))
+        entries.append(ListedPair(number, *read))
         if form is _LFW:
             for person in read[:2]:
                 name = person[1][: person[1].rindex("_")]
@@ -209,7 +211,7 @@ def _entries(path: str, lines: Sequence[tuple[int, str]], form: _Form, split: Ca
                 f"{path}: lines {number} and {after} are one pair, but have the labels {label} and {other}: "
                 "a line is missing or one too many above"
             )
-        entries.append(Entry(number, first, second, int(label) > 0, label))
+        entries.append(ListedPair(number, first, second, int(label) > 0, label))
     if len(halves) % 2:
         raise UserError(f"{path}: line {halves[-1][0]} has no second one, but a pair is two lines; download it again")
     zero = next((entry for entry in entries if entry.label in ("0", "0.0")), None)
@@ -222,7 +224,7 @@ def _entries(path: str, lines: Sequence[tuple[int, str]], form: _Form, split: Ca
     return entries
 
 
-def _check_announced(path: str, entries: Sequence[Entry], sets: int, size: int) -> None:
+def _check_announced(path: str, entries: Sequence[ListedPair], sets: int, size: int) -> None:
     if not sets * size or len(entries) != 2 * sets * size:
         raise UserError(
             f"{path}: {len(entries)} pairs, but the first line announces 2 x {sets} x {size}; download it again, or "

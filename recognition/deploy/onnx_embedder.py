@@ -23,7 +23,7 @@ _TYPES = {
 
 
 @dataclass(frozen=True)
-class Reading:
+class OnnxOptions:
     """How a file of others is to be read, where it does not say so itself; None: as it seems."""
 
     size: int | None = None
@@ -43,34 +43,34 @@ class OnnxEmbedder:
 
     The file has one input, [N, 3, H, H] or [N, H, H, 3], of floats of any length or uint8. One of its outputs is [N, D]
     with D > 1, or [N, D, 1, 1]: the embedding. How pixels are normalised is read from the metadata that
-    `recognition.deploy.onnx` writes. A file without it is taken for InsightFace's own: RGB and (x - 127.5) / 127.5, or
+    `recognition.deploy.export` writes. A file without it is taken for InsightFace's own: RGB and (x - 127.5) / 127.5, or
     nothing where the graph begins with its own subtraction and multiplication (the rule of InsightFace's
     `arcface_onnx.py`) or takes uint8.
     """
 
-    def __init__(self, path: Path | str, threads: int = 0, reading: Reading | None = None) -> None:
+    def __init__(self, path: Path | str, options: OnnxOptions | None = None) -> None:
         """Open the file at `path` for `threads` CPU threads (0: all cores), or for a GPU if ONNX Runtime has one.
 
         Raises UserError where the file is missing, corrupt, or no embedder.
         """
         self.path = Path(path)
         self._shown = escape(str(path))
-        self._reading = reading = reading or Reading()
+        self._options = options = options or OnnxOptions()
         if not self.path.is_file():
             raise UserError(f"{self._shown}: {'a folder, not an ONNX file' if self.path.is_dir() else 'no such file'}")
         try:
-            self._session = _session(str(path), threads)
+            self._session = _session(str(path))
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise UserError(f"{self._shown}: ONNX Runtime cannot load it: {_reason(self.path, error)}") from error
-        self.facts: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         """The file's metadata."""
         self.notes: list[str] = []
         """What was assumed of the file: a sentence each."""
         self._name, self._type, self._fixed_batch, self._channels_last, self.image_size = self._input()
         mean, std = self._normalisation()
         self._mean, self._std = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (mean, std))
-        stored = self.facts.get("input_color", "RGB") == "BGR"
-        self._flip_channels = stored if reading.bgr is None else reading.bgr
+        stored = self.metadata.get("input_color", "RGB") == "BGR"
+        self._flip_channels = stored if options.bgr is None else options.bgr
         self._output, self.embedding_size = self._probe()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -114,8 +114,8 @@ class OnnxEmbedder:
                 f"{self._shown}: not a face embedder: it takes {described or 'nothing'}, not one input "
                 "[N, 3, H, H] or [N, H, H, 3] of floats or uint8"
             )
-        asked = self._reading.size
-        size = fixed.pop() if fixed else asked or self._size_in_facts()
+        asked = self._options.size
+        size = fixed.pop() if fixed else asked or self._size_in_metadata()
         if size is None:
             raise UserError(
                 f"{self._shown}: it takes images of any height and width ({inputs[0].name} {shape}): say the size "
@@ -132,14 +132,14 @@ class OnnxEmbedder:
         fixed_batch = batch if isinstance(batch, int) and batch > 0 else None
         return inputs[0].name, _TYPES[inputs[0].type], fixed_batch, channels_last, int(size)
 
-    def _size_in_facts(self) -> int | None:
-        text = self.facts.get("input_size", "")
+    def _size_in_metadata(self) -> int | None:
+        text = self.metadata.get("input_size", "")
         return int(text) if text.isdecimal() else None
 
     def _normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
         own_mean, own_std = self._as_file_says()
-        mean = [own_mean] if self._reading.mean is None else self._reading.mean
-        std = [own_std] if self._reading.std is None else self._reading.std
+        mean = [own_mean] if self._options.mean is None else self._options.mean
+        std = [own_std] if self._options.std is None else self._options.std
         for values, name in ((mean, "mean"), (std, "std")):
             if len(values) not in (1, 3) or not np.isfinite(values).all():
                 raise UserError(f"--{name} takes one number, or three, one for each channel, not {list(values)}")
@@ -148,9 +148,9 @@ class OnnxEmbedder:
         return mean, std
 
     def _as_file_says(self) -> tuple[float, float]:
-        if "input_mean" in self.facts and "input_std" in self.facts:
+        if "input_mean" in self.metadata and "input_std" in self.metadata:
             try:
-                return float(self.facts["input_mean"]), float(self.facts["input_std"])
+                return float(self.metadata["input_mean"]), float(self.metadata["input_std"])
             except ValueError:
                 raise UserError(f"{self._shown}: input_mean and input_std in its metadata are not numbers") from None
         first = [node.name for node in onnx.load(self.path, load_external_data=False).graph.node[:8]]
@@ -158,7 +158,7 @@ class OnnxEmbedder:
         multiplies = any(name.startswith(("Mul", "_mul")) for name in first)
         inside = (subtracts and multiplies) or self._type is np.uint8
         mean, std = (0.0, 1.0) if inside else (127.5, 127.5)
-        if self._reading.mean is None and self._reading.std is None:
+        if self._options.mean is None and self._options.std is None:
             levels = "the levels 0 to 255" if inside else "(x - 127.5) / 127.5"
             self.notes.append(
                 f"the file does not say what it takes: RGB, {levels} (--mean, --std and --bgr change that)"
@@ -171,7 +171,7 @@ class OnnxEmbedder:
         batch = self._fixed_batch or 1
         shapes = dict(zip(names, self._run_black(batch), strict=True))
         described = ", ".join(f"{escape(name)} {list(shape)}" for name, shape in shapes.items())
-        asked = self._reading.output
+        asked = self._options.output
         if asked is not None and asked not in shapes:
             raise UserError(f"{self._shown}: it has no output {escape(asked)}, but {described}")
         fitting = [
@@ -221,9 +221,8 @@ def _flat(output: np.ndarray) -> np.ndarray:
     return output.reshape(output.shape[:2])
 
 
-def _session(model: str | bytes, threads: int) -> Any:
+def _session(model: str) -> Any:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
     options.log_severity_level = 3  # InsightFace's own files declare an output batch of 1, warned about at each call
     providers: list[Any] = ["CPUExecutionProvider"]
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
