@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,7 +25,7 @@ with program.imports():
     from recognition.errors import UserError
     from recognition.planning.head import HeadPlan
 
-LOSSES = [loss.model_fields["name"].default for loss in get_args(get_args(config.Loss)[0])]
+LOSSES = [loss.model_fields["name"].default for loss in config.Loss.variants()]
 OPTIMIZERS: dict[str, config.Optimizer] = {"sgd": config.SGD(), "adamw": config.AdamW()}
 
 

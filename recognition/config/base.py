@@ -68,3 +68,8 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @classmethod
+    def variants(cls) -> tuple[type["Section"], ...]:
+        """Return the sections that a field of this type can hold."""
+        return (cls,)

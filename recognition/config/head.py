@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 
 from recognition.config.base import Fraction, Section
-from recognition.config.losses import ArcFace, Center, Contrastive, Filter, Loss, Softmax, SphereFace, Triplet
+from recognition.config.losses import ArcFace, Center, Contrastive, Filter, Loss, Triplet
 from recognition.config.optimizers import Optimizer
 
 
@@ -49,7 +49,7 @@ class Head(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Head":
         mistakes = []
-        if isinstance(self.loss, Softmax | SphereFace):
+        if not (self.loss.unit_embeddings and self.loss.unit_rows):
             if self.filter is not None:
                 mistakes.append(f"head.filter needs a loss on cosines, which {self.loss.name} is not")
             if self.subcenters > 1:

@@ -1,8 +1,15 @@
-"""The losses over classes, and those on embeddings that may join them; each names its paper."""
+"""Settings of the losses over classes, and of those on embeddings that may join them; each names its paper.
 
-from typing import Annotated, Literal
+`[head.loss]` takes any subclass of `Loss` that has a `name`. Its computation is the class of the package's
+`head/losses` whose `settings` are of that type: `CosFace` here, `CosFaceLoss` there.
+"""
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, GetCoreSchemaHandler, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic_core import CoreSchema
 
 from recognition.config.base import Fraction, Section
 
@@ -10,32 +17,75 @@ Angle = Annotated[float, Field(ge=0, lt=3.1415)]
 AngleFactor = Annotated[float, Field(ge=1)]
 
 
-class Softmax(Section):
-    """The textbook softmax: `x . w + b` with nothing normalised."""
-
-    name: Literal["softmax"] = "softmax"
+_BY_NAME: dict[str, type["Loss"]] = {}
 
 
-class Scaled(Section):
-    """A loss on cosines, which a softmax needs to be larger than they are."""
+class Loss(Section):
+    """Base of the losses over classes. A field of this type holds one of its named subclasses, chosen by `name`.
+
+    A subclass with the field `name: Literal["..."] = "..."` is found by that name, without being listed anywhere.
+    Sections that exist by then have to be built anew: `Head.model_rebuild(force=True)`, then `Config`.
+    Raises TypeError when the name is taken.
+    """
+
+    unit_embeddings: ClassVar[bool] = True
+    """Whether embeddings count by their direction alone."""
+    unit_rows: ClassVar[bool] = True
+    """Whether classes' rows count by their direction alone. Rows that do not have a bias."""
+
+    if TYPE_CHECKING:
+        name: str
+
+    @classmethod
+    def variants(cls) -> tuple[type[Section], ...]:
+        """Return the named subclasses for `Loss` itself, and the class alone for any other."""
+        return tuple(_BY_NAME.values()) if cls is Loss else (cls,)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        if "name" in cls.model_fields:
+            name = cls.model_fields["name"].default
+            if name in _BY_NAME:
+                raise TypeError(f"two losses are called {name}: {_BY_NAME[name].__name__} and {cls.__name__}")
+            _BY_NAME[name] = cls
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        if not _BY_NAME or cls is not Loss:
+            return handler(source)
+        union = reduce(or_, cls.variants())
+        return handler.generate_schema(Annotated[union, Field(discriminator="name")])
+
+
+class ScaledLoss(Loss):
+    """Base of the losses on cosines that a constant scale makes large enough for a softmax."""
 
     scale: PositiveFloat = 64.0
     """s, what the cosines are multiplied by."""
 
 
-class NormFace(Scaled):
+class Softmax(Loss):
+    """The textbook softmax: `x . w + b` with nothing normalised."""
+
+    unit_embeddings = False
+    unit_rows = False
+    name: Literal["softmax"] = "softmax"
+
+
+class NormFace(ScaledLoss):
     """NormFace (Wang et al. 2017): `s cos(theta)`."""
 
     name: Literal["normface"] = "normface"
 
 
-class SphereFace(Section):
+class SphereFace(Loss):
     """SphereFace, A-Softmax (Liu et al. 2017): `|x| psi(theta)` for the target, `|x| cos(theta)` for the others.
 
     psi joins the pieces of `cos(m theta)` to a falling curve. The target's cosine is blended in by a weight lambda
     that anneals from `lambda_start` to `lambda_end` as steps pass.
     """
 
+    unit_embeddings = False
     name: Literal["sphereface"] = "sphereface"
     margin: AngleFactor = 4.0
     """m, factor on the angle"""
@@ -47,7 +97,7 @@ class SphereFace(Section):
     """Smallest lambda."""
 
 
-class SphereFaceR(Scaled):
+class SphereFaceR(ScaledLoss):
     """SphereFace-R (Liu et al. 2022): `s cos(min(m theta, pi))` for the target (version 1), or `s cos(theta / m)` for
     the others (version 2)."""
 
@@ -60,7 +110,7 @@ class SphereFaceR(Scaled):
     """Which of the two angles m changes."""
 
 
-class CosFace(Scaled):
+class CosFace(ScaledLoss):
     """CosFace (Wang et al. 2018), AM-Softmax: `s (cos(theta) - m)`."""
 
     name: Literal["cosface"] = "cosface"
@@ -68,7 +118,7 @@ class CosFace(Scaled):
     """m"""
 
 
-class ArcFace(Scaled):
+class ArcFace(ScaledLoss):
     """ArcFace (Deng et al. 2019): `s cos(theta + m)`."""
 
     name: Literal["arcface"] = "arcface"
@@ -78,7 +128,7 @@ class ArcFace(Scaled):
     """As in arcface_torch: without the gradient's factor sin(theta + m) / sin(theta), and theta + m not guarded."""
 
 
-class Combined(Scaled):
+class Combined(ScaledLoss):
     """Combined margin (Deng et al. 2019): `s (cos(m1 theta + m2) - m3)`."""
 
     name: Literal["combined"] = "combined"
@@ -90,7 +140,7 @@ class Combined(Scaled):
     """Subtraction from the cosine."""
 
 
-class AdaFace(Scaled):
+class AdaFace(ScaledLoss):
     """AdaFace (Kim et al. 2022): an angular and an additive margin that follow the embedding's norm."""
 
     name: Literal["adaface"] = "adaface"
@@ -102,7 +152,7 @@ class AdaFace(Scaled):
     """Weight of a batch in the running mean and deviation of the norms."""
 
 
-class MagFace(Scaled):
+class MagFace(ScaledLoss):
     """MagFace (Meng et al. 2021): ArcFace with a margin that grows with the norm `a`, and a pull `g(a)` on the norm."""
 
     name: Literal["magface"] = "magface"
@@ -124,7 +174,7 @@ class MagFace(Scaled):
         return self
 
 
-class ElasticFace(Scaled):
+class ElasticFace(ScaledLoss):
     """ElasticFace (Boutros et al. 2022): each sample's margin is drawn from N(margin, deviation) anew in each step."""
 
     name: Literal["elasticface"] = "elasticface"
@@ -138,13 +188,13 @@ class ElasticFace(Scaled):
     """ElasticFace+: the larger a target's cosine within the batch, the smaller the margin that it gets."""
 
 
-class AdaCos(Section):
+class AdaCos(Loss):
     """AdaCos (Zhang et al. 2019): `s cos(theta)` with a scale that is computed anew in each step."""
 
     name: Literal["adacos"] = "adacos"
 
 
-class CurricularFace(Scaled):
+class CurricularFace(ScaledLoss):
     """CurricularFace (Huang et al. 2020): ArcFace, and hard negatives `cos` become `cos (t + cos)` with a growing t."""
 
     name: Literal["curricularface"] = "curricularface"
@@ -154,7 +204,7 @@ class CurricularFace(Scaled):
     """Weight of a batch's mean target cosine in t."""
 
 
-class MVSoftmax(Scaled):
+class MVSoftmax(ScaledLoss):
     """MV-Softmax (Wang et al. 2020): hard negatives `cos` become `w cos + w - 1`."""
 
     name: Literal["mv_softmax"] = "mv_softmax"
@@ -168,7 +218,7 @@ class MVSoftmax(Scaled):
     """w"""
 
 
-class Circle(Scaled):
+class Circle(ScaledLoss):
     """Circle loss with class weights (Sun et al. 2020): each cosine is weighted by how far it is from its optimum."""
 
     name: Literal["circle"] = "circle"
@@ -178,7 +228,7 @@ class Circle(Scaled):
     """m, relaxation"""
 
 
-class SphereFace2(Scaled):
+class SphereFace2(ScaledLoss):
     """SphereFace2 (Wen et al. 2022): a binary classification for each class, with a learned bias."""
 
     name: Literal["sphereface2"] = "sphereface2"
@@ -194,33 +244,12 @@ class SphereFace2(Scaled):
     """Factor on the whole loss, besides 1 / r."""
 
 
-class UCE(Scaled):
+class UCE(ScaledLoss):
     """UniFace's unified cross-entropy (Zhou et al. 2023): a logistic loss for each class, with a learned bias."""
 
     name: Literal["uce"] = "uce"
     margin: NonNegativeFloat = 0.4
     """m"""
-
-
-Loss = Annotated[
-    Softmax
-    | NormFace
-    | SphereFace
-    | SphereFaceR
-    | CosFace
-    | ArcFace
-    | Combined
-    | AdaFace
-    | MagFace
-    | ElasticFace
-    | AdaCos
-    | CurricularFace
-    | MVSoftmax
-    | Circle
-    | SphereFace2
-    | UCE,
-    Field(discriminator="name"),
-]
 
 
 class Filter(Section):

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from recognition.config import renamed
+from recognition.config.base import Section
 from recognition.files.kinds import what_is
 
 _HINTS = (
@@ -162,7 +163,7 @@ def explain(error: Any, root: type[BaseModel]) -> str:
 def _variants(annotation: Any) -> Iterator[type[BaseModel]]:
     """The models that a field's annotation stands for."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
+        yield from annotation.variants() if issubclass(annotation, Section) else (annotation,)
     for argument in get_args(annotation):
         yield from _variants(argument)
 

@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 
 from recognition.errors import UserError
-from recognition.files.atomic import temporary_path, sync
+from recognition.files.atomic import sync, temporary_path
 from recognition.files.kinds import what_is
 from recognition.files.paths import shown
 from recognition.tracking.progress import task

@@ -1,38 +1,51 @@
-"""The scalars that a loss learns: moved as the rows are, without decay, and equal on all ranks."""
+"""Optimizer of the scalars that a loss learns: they move as the rows do, without decay, and are equal on all ranks."""
 
 import torch
 from torch import Tensor
 
 from recognition import config
 
+_CHECKPOINT_NAMES = {
+    config.SGD: {"momentum_buffer": "momentum"},
+    config.AdamW: {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "step": "updates"},
+}
+"""Keys of the state that torch's optimizer keeps for a scalar, and the names that checkpoints have for them."""
+
 
 class LearnedScalars:
     """Learned scalars with their gradients and moments; each gradient is that of the whole batch on every rank."""
 
     def __init__(self, values: dict[str, Tensor], optimizer: config.Optimizer) -> None:
-        self._named, self._optimizer = values, optimizer
-        self.gradients = [torch.zeros_like(value) for value in values.values()]
-        """What the backward passes have added up since the last `apply`."""
-        self._first = [torch.zeros_like(value) for value in values.values()]
-        self._second = [torch.zeros_like(value) for value in values.values()]
-        self._updates = [torch.zeros_like(value) for value in values.values()]
+        self._named, self._checkpoint_names = values, _CHECKPOINT_NAMES[type(optimizer)]
+        group = {"params": self.values, "weight_decay": 0.0}
+        # Fused, because only the fused kernels can skip an update on the device.
+        self._optimizer: torch.optim.Optimizer
+        if isinstance(optimizer, config.SGD):
+            self._optimizer = torch.optim.SGD([group], lr=0.0, momentum=optimizer.momentum, fused=True)
+        else:
+            self._optimizer = torch.optim.AdamW([group], lr=0.0, betas=optimizer.betas, eps=optimizer.eps, fused=True)
+        for value in self.values:
+            value.grad = torch.zeros_like(value)
+            # torch makes the state in the first step, too late for a checkpoint to be loaded into it.
+            self._optimizer.state[value] = {key: torch.zeros_like(value) for key in self._checkpoint_names}
 
     @property
     def values(self) -> list[Tensor]:
         """The scalars themselves."""
         return list(self._named.values())
 
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Sums of the backward passes' gradients since the last `apply`."""
+        return [value.grad for value in self.values if value.grad is not None]
+
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds beside the values."""
-        found: dict[str, Tensor] = {}
-        for number, name in enumerate(self._named):
-            if isinstance(self._optimizer, config.SGD):
-                found[f"loss.{name}.momentum"] = self._first[number]
-            else:
-                found[f"loss.{name}.exp_avg"] = self._first[number]
-                found[f"loss.{name}.exp_avg_sq"] = self._second[number]
-                found[f"loss.{name}.updates"] = self._updates[number]
-        return found
+        """Return the optimizer's state by its names in a checkpoint; loading into the tensors loads it."""
+        return {
+            f"loss.{name}.{saved}": self._optimizer.state[value][key]
+            for name, value in self._named.items()
+            for key, saved in self._checkpoint_names.items()
+        }
 
     def add(self, gradients: list[Tensor]) -> None:
         """Add a backward pass's gradients."""
@@ -40,23 +53,21 @@ class LearnedScalars:
             total += gradient
 
     def apply(self, lr: float, skip: Tensor, scale: float = 1.0) -> None:
-        """Move by `scale` times what was added up, unless `skip` is 1, and start anew."""
-        for number, value in enumerate(self.values):
-            gradient = self.gradients[number] * scale
-            tensors = [value, self._first[number], self._second[number], self._updates[number]]
-            for tensor, new in zip(tensors, self._moved(lr, gradient, *tensors), strict=True):
-                tensor.copy_(torch.where(skip.bool(), tensor, new))
-            self.gradients[number].zero_()
+        """Move by `scale` times the sums of the gradients, unless `skip` (scalar) is 1, and start the sums anew.
 
-    def _moved(
-        self, lr: float, gradient: Tensor, value: Tensor, first: Tensor, second: Tensor, updates: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        match self._optimizer:
-            case config.SGD(momentum=momentum):
-                first = momentum * first + gradient
-                return value - lr * first, first, second, updates
-            case config.AdamW(betas=(beta1, beta2), eps=eps):
-                first, second = torch.lerp(first, gradient, 1 - beta1), torch.lerp(second, gradient**2, 1 - beta2)
-                updates = updates + 1
-                mean, square = first / (1 - beta1**updates), second / (1 - beta2**updates)
-                return value - lr * mean / (square.sqrt() + eps), first, second, updates
+        The decision is taken in torch's kernels, so the host does not wait for it.
+        """
+        if not self._named:
+            return
+        for gradient in self.gradients:
+            gradient *= scale
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        # The protocol between torch.amp.GradScaler and fused optimizers: an attribute for the length of one step.
+        self._optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        try:
+            self._optimizer.step()
+        finally:
+            del self._optimizer.found_inf  # type: ignore[attr-defined]
+        for gradient in self.gradients:
+            gradient.zero_()

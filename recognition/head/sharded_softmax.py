@@ -134,7 +134,7 @@ class ShardedSoftmax(nn.Module):
                 len(self.rows), embedding_size, bias=not self.loss.unit_rows, device=device, state=settings.row_format
             )
         )
-        self.scalars = LearnedScalars({name: self.loss.state[name] for name in self.loss.learned}, optimizer_config)
+        self.scalars = LearnedScalars(self.loss.learned, optimizer_config)
         self.auxiliary = Auxiliary(settings, self.shard, embedding_size, device, group)
         self.accumulated = None if update_in_backward else AccumulatedGradient(self.rows)
         self._nonfinite = torch.zeros((), dtype=torch.bool, device=device)
@@ -163,7 +163,8 @@ class ShardedSoftmax(nn.Module):
                 shape=torch.Size([self.num_classes, *by_class.shape[1:]]),
                 stride=by_class.stride(),
             )
-        return state | {f"loss.{name}": tensor for name, tensor in self.loss.state.items()} | self.scalars.tensors()
+        scalars = self.loss.running | self.loss.learned
+        return state | {f"loss.{name}": scalar for name, scalar in scalars.items()} | self.scalars.tensors()
 
     def forward(
         self,
@@ -200,7 +201,7 @@ class ShardedSoftmax(nn.Module):
             norm = torch.linalg.vector_norm(x, dim=1)
             unit = x / norm.clamp(min=1e-12)[:, None]
             seen_x = unit if self.loss.unit_embeddings else x
-            before = {name: value.clone() for name, value in self.loss.state.items()}
+            before = {name: value.clone() for name, value in self.loss.running.items()}
             with torch.no_grad():
                 batch = gather_batch(
                     seen_x.to(self.options.dtype), labels, norm, sizes, classes=self.num_classes, group=self.group

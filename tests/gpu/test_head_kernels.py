@@ -104,7 +104,7 @@ def gradients(
         assert head.accumulated.bias is not None and dense.bias.grad is not None
         found["bias"], expected["bias"] = head.accumulated.bias, dense.bias.grad
     for name, value in dense.state.items():
-        found[name], expected[name] = head.loss.state[name], value
+        found[name], expected[name] = head.loss.running[name], value
     for number, (ours, theirs) in enumerate(zip(head.scalars.gradients, dense.scalars.values(), strict=True)):
         assert theirs.grad is not None
         found[f"scalar {number}"], expected[f"scalar {number}"] = ours, theirs.grad

@@ -96,7 +96,7 @@ def against_reference(
                 found.append(error(whole(head, head.accumulated.weight), dense.weight.grad, order))
                 if dense.bias is not None:
                     found.append(error(whole(head, head.accumulated.bias), dense.bias.grad, order))
-                found += [errors_of_loss(head.loss.state[key], value) for key, value in dense.state.items()]
+                found += [errors_of_loss(head.loss.running[key], value) for key, value in dense.state.items()]
                 for moved, scalar in zip(head.scalars.gradients, dense.scalars.values(), strict=True):
                     found.append(errors_of_loss(moved, scalar.grad))
                 assert output.finite.item()
@@ -121,7 +121,7 @@ def fused_training(name: str, **options: Any) -> dict[str, np.ndarray]:
         for key in ("weight", "momentum", "bias", "bias_momentum")
         if key in head.rows.tensors()
     }
-    found |= {f"loss.{key}": value.numpy() for key, value in head.loss.state.items()}
+    found |= {f"loss.{key}": value.numpy() for key, value in (head.loss.running | head.loss.learned).items()}
     return {"losses": np.array(losses), **found}
 
 

@@ -131,7 +131,7 @@ def loss_scale() -> list[float]:
         assert local.grad is not None
         gradients.append(local.grad / scale)
         rows.append(head.rows.weight.clone())
-        scalars.append(head.loss.state["bias"].clone()[None])
+        scalars.append(head.loss.learned["bias"].clone()[None])
     return [error(second, first.double()) for first, second in (gradients, rows, scalars) if first.numel()]
 
 

@@ -17,7 +17,7 @@ class Auxiliary:
         self, settings: config.Head, shard: range, embedding_size: int, device: torch.device, group: dist.ProcessGroup
     ) -> None:
         self._center, self._triplet, self._contrastive = settings.center, settings.triplet, settings.contrastive
-        self._unit = not isinstance(settings.loss, config.Softmax | config.SphereFace)
+        self._unit = settings.loss.unit_embeddings
         self._shard, self._group = shard, group
         self.centers = None if self._center is None else torch.zeros(len(shard), embedding_size, device=device)
         self._batches: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -1,70 +1,25 @@
-"""From the settings of a loss to the loss."""
+"""Construction of a loss from its settings; no list of losses is kept, neither here nor elsewhere."""
+
+import importlib
+import pkgutil
 
 import torch
-from torch import Tensor
 
 from recognition import config
-from recognition.head.losses import margins
-from recognition.head.losses.base import Loss, Targets
-from recognition.head.losses.logistic import UCE, SphereFace2
-from recognition.head.losses.softmax import (
-    AdaCos,
-    AdaFace,
-    Circle,
-    CurricularFace,
-    DividedNegatives,
-    ElasticFace,
-    MagFace,
-    MVSoftmax,
-    Softmax,
-    SphereFace,
-)
+from recognition.head import losses
+from recognition.head.losses.base import BY_SETTINGS, Loss
+
+for _module in pkgutil.iter_modules(losses.__path__, f"{losses.__name__}."):
+    # Classes of losses make themselves known as they are defined.
+    importlib.import_module(_module.name)
 
 
 def build_loss(settings: config.Loss, num_classes: int, *, seed: int, device: torch.device) -> Loss:
-    """The loss that a `head.loss` section describes."""
-    match settings:
-        case config.Softmax():
-            return Softmax(None, lambda targets: targets.product)
-        case config.NormFace():
-            return Loss(settings.scale, lambda targets: targets.product)
-        case config.CosFace():
-            return Loss(settings.scale, lambda targets: targets.product - targets.margin_scale * settings.margin)
-        case config.ArcFace():
-            bend = margins.arcface_straight_through if settings.straight_through else margins.arcface
-            return Loss(settings.scale, lambda targets: bend(targets.product, targets.margin_scale * settings.margin))
-        case config.Combined():
-            return Loss(settings.scale, lambda targets: _combined(settings, targets))
-        case config.SphereFace():
-            return SphereFace(settings)
-        case config.SphereFaceR(version=2):
-            return DividedNegatives(settings)
-        case config.SphereFaceR():
-            factor = settings.margin - 1
-            return Loss(
-                settings.scale, lambda targets: margins.sphereface_r(targets.product, 1 + targets.margin_scale * factor)
-            )
-        case config.AdaFace():
-            return AdaFace(settings, device)
-        case config.MagFace():
-            return MagFace(settings)
-        case config.ElasticFace():
-            return ElasticFace(settings, seed)
-        case config.AdaCos():
-            return AdaCos(num_classes, device)
-        case config.CurricularFace():
-            return CurricularFace(settings, device)
-        case config.MVSoftmax():
-            return MVSoftmax(settings)
-        case config.Circle():
-            return Circle(settings)
-        case config.SphereFace2():
-            return SphereFace2(settings, num_classes, device)
-        case config.UCE():
-            return UCE(settings, num_classes, device)
+    """Build the loss that a `head.loss` section describes, over `num_classes` classes.
 
-
-def _combined(settings: config.Combined, targets: Targets) -> Tensor:
-    margin_scale = targets.margin_scale
-    m1 = 1 + margin_scale * (settings.m1 - 1)
-    return margins.combined(targets.product, m1, margin_scale * settings.m2, margin_scale * settings.m3)
+    `seed` keys what the loss draws; its scalars lie on `device`. Raises TypeError when no class has such settings.
+    """
+    kind = type(settings)
+    if kind not in BY_SETTINGS:
+        raise TypeError(f"no loss has settings {kind.__name__}: a class of recognition/head/losses must declare them")
+    return BY_SETTINGS[kind](settings, num_classes, seed=seed, device=device)

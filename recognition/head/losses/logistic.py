@@ -1,8 +1,11 @@
-"""Losses without a normaliser: each class is decided by itself, and all share one learned bias."""
+"""Losses without a normaliser: a binary decision for each class, with one learned bias that all classes share.
+
+c is a cosine, s or r the scale, m the margin, b the bias; y is the sample's own class, j any other.
+"""
 
 import math
+from typing import final
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,63 +14,79 @@ from recognition.head.losses.base import Loss, Targets
 from recognition.head.losses.negatives import AffineNegatives, Negatives, SphereFace2Negatives, similarity
 
 
-class Logistic(Loss):
-    """A loss for each class by itself, with a bias that all classes share and that is learned."""
+class BinaryCrossEntropy(Loss):
+    """Binary cross-entropies of all classes, whose logits share a learned bias b.
+
+    Up to weights, `loss = log(1 + exp(-z_y)) + sum_j log(1 + exp(z_j))`.
+    """
 
     logistic = True
 
-    def __init__(self, scale: float, bias: float, device: torch.device) -> None:
-        super().__init__(scale)
-        self.state = {"bias": torch.tensor(bias, device=device)}
-        self.learned = ("bias",)
+    @property
+    def bound(self) -> float | None:
+        return self.scale
 
-    def _others(self, total: Tensor, sign: float) -> Tensor:
-        """The sum over the negatives, to whose logits `sign bias` is added, with its gradient by the bias."""
-        bias = self.state["bias"]
-        return total[:, 0] + sign * (bias - bias.detach()) * total[:, 1].detach()
+    def negatives_loss(self, sums: Tensor, sign: float) -> Tensor:
+        """Return `sum_j log(1 + exp(z_j))` [B], where `z_j` contains `sign b`, with its gradient by b.
+
+        `sums` [B, 2]: its value, and the sum of its derivatives by z_j.
+        """
+        bias = self.learned["bias"]
+        return sums[:, 0] + sign * (bias - bias.detach()) * sums[:, 1].detach()
 
 
-class SphereFace2(Logistic):
-    """SphereFace2: a binary classification for each class."""
+@final
+class SphereFace2Loss(BinaryCrossEntropy):
+    """SphereFace2 (Wen et al. 2022, arXiv 2108.01513): `z_y = r (g(c_y) - m) + b`, `z_j = r (g(c_j) + m) + b` and
+    `loss = w / r (lambda log(1 + exp(-z_y)) + (1 - lambda) sum_j log(1 + exp(z_j)))`.
 
-    def __init__(self, settings: config.SphereFace2, num_classes: int, device: torch.device) -> None:
-        s, r = settings, settings.scale
-        odds = s.balance / ((1 - s.balance) * max(num_classes - 1, 1))
+    `g(c) = 2 ((c + 1) / 2)^t - 1`. b starts where the loss is least if all cosines are 0.
+    """
+
+    settings: config.SphereFace2
+
+    def initial_learned(self) -> dict[str, float]:
+        s, r = self.settings, self.settings.scale
+        odds = s.balance / ((1 - s.balance) * max(self.num_classes - 1, 1))
         positive = r * (2 * 0.5**s.exponent - 1 - s.margin)
         negative = r * (2 * 0.5**s.exponent - 1 + s.margin)
         root = math.sqrt((1 - odds) ** 2 + 4 * odds * math.exp(positive - negative))
-        super().__init__(r, math.log(2 * odds) - negative - math.log(1 - odds + root), device)
-        self._settings = settings
+        return {"bias": math.log(2 * odds) - negative - math.log(1 - odds + root)}
 
     def negatives(self, margin_scale: float) -> Negatives:
-        s = self._settings
-        return SphereFace2Negatives(s.scale, margin_scale * s.margin, s.exponent, self.state["bias"].detach().clone())
+        s = self.settings
+        return SphereFace2Negatives(s.scale, margin_scale * s.margin, s.exponent, self.learned["bias"].detach().clone())
 
     def target(self, targets: Targets) -> Tensor:
-        s = self._settings
+        s = self.settings
         near = similarity(targets.product, s.exponent)
-        return s.scale * (near - targets.margin_scale * s.margin) + self.state["bias"]
+        return s.scale * (near - targets.margin_scale * s.margin) + self.learned["bias"]
 
-    def __call__(self, total: Tensor, targets: Targets) -> Tensor:
-        s = self._settings
+    def __call__(self, sums: Tensor, targets: Targets, /) -> Tensor:
+        s = self.settings
         own = F.softplus(-self.target(targets))
-        return s.weight / s.scale * (s.balance * own + (1 - s.balance) * self._others(total, 1.0))
+        return s.weight / s.scale * (s.balance * own + (1 - s.balance) * self.negatives_loss(sums, 1.0))
 
 
-class UCE(Logistic):
-    """UniFace's unified cross-entropy (Zhou et al. 2023, ICCV): logits `s cos(theta) - b`."""
+@final
+class UCELoss(BinaryCrossEntropy):
+    """Unified cross-entropy of UniFace (Zhou et al. 2023, ICCV): `z_y = s (c_y - m) - b`, `z_j = s c_j - b` and
+    `loss = log(1 + exp(-z_y)) + sum_j log(1 + exp(z_j))`.
 
-    def __init__(self, settings: config.UCE, num_classes: int, device: torch.device) -> None:
-        super().__init__(settings.scale, math.log(10 * num_classes), device)
-        self._settings = settings
+    b starts as `log(10 C)`.
+    """
+
+    settings: config.UCE
+
+    def initial_learned(self) -> dict[str, float]:
+        return {"bias": math.log(10 * self.num_classes)}
 
     def negatives(self, margin_scale: float) -> Negatives:
-        return AffineNegatives(self._settings.scale, -self.state["bias"].detach())
+        return AffineNegatives(self.settings.scale, -self.learned["bias"].detach())
 
     def target(self, targets: Targets) -> Tensor:
-        return (
-            self._settings.scale * (targets.product - targets.margin_scale * self._settings.margin) - self.state["bias"]
-        )
+        cosine, margin = targets.product, targets.margin_scale * self.settings.margin
+        return self.settings.scale * (cosine - margin) - self.learned["bias"]
 
-    def __call__(self, total: Tensor, targets: Targets) -> Tensor:
-        return F.softplus(-self.target(targets)) + self._others(total, -1.0)
+    def __call__(self, sums: Tensor, targets: Targets, /) -> Tensor:
+        return F.softplus(-self.target(targets)) + self.negatives_loss(sums, -1.0)
