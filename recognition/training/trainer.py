@@ -19,7 +19,7 @@ from recognition.distributed.turns import Turns
 from recognition.errors import FailedElsewhere, UserError
 from recognition.evaluation.verification import Verification
 from recognition.files import lock
-from recognition.head import build_head
+from recognition.head import ShardedSoftmax
 from recognition.models.backbone import BackboneEmbedder, average_running_statistics, build_backbone, describe
 from recognition.runs.checkpoint import Checkpoints
 from recognition.runs.folder import Best, RunFolder
@@ -99,7 +99,7 @@ class Trainer:
         self.head_group = None
         if config.distributed.head_group:
             self.head_group = distributed.new_group(config.distributed.init_timeout_seconds)
-        self.head = build_head(
+        self.head = ShardedSoftmax(
             config.head,
             self.index.num_identities,
             config.backbone.embedding_size,
@@ -320,7 +320,7 @@ class Trainer:
         parts = {
             "backbone": self.backbone.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.backbone),
-            "head": self.head.state(),
+            "head": self.head.state_dict_tensors(),
         }
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 

@@ -57,7 +57,7 @@ def options() -> dict[str, list[np.ndarray]]:
                 losses.append(output.loss.item())
                 if head.accumulated is not None:
                     head.apply_gradient(0.1, step=step)
-            head.state()
+            head.state_dict_tensors()
             found[f"{name} {kernels}"] = [np.array(losses), whole(head, head.rows.read(slice(None))).numpy()]
     return found
 
