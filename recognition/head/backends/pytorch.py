@@ -1,7 +1,7 @@
 """The two passes over the class weights in plain PyTorch, on any device.
 
-The backward pass computes the logits anew; where the loss allows it, `pytorch_cached` keeps exponentials instead, within
-a bound. The symbols are those of `problem`.
+The backward pass computes the logits anew; where the loss allows it, `pytorch_cached` keeps exponentials instead, as
+many as there is room for. The symbols are those of `problem`.
 """
 
 import torch
@@ -67,7 +67,7 @@ class PyTorchBackend:
     def chunk_gradient(
         self, problem: LogitProblem, chunk: Chunk, loss: LossGradient, *, rows_wanted: bool
     ) -> tuple[RowGradient, Tensor]:
-        """Compute the chunk's logits anew, and from them its gradient; `kernels.logit_gradient_kernel` has the steps."""
+        """Compute the chunk's logits anew, and their gradient, in the steps of `kernels.logit_gradient_kernel`."""
         weights, options, term = problem.weights, problem.options, problem.term
         part, places = chunk.rows, problem.targets_in(chunk)
         if rows_wanted:
