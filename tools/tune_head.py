@@ -17,14 +17,14 @@ from recognition.cli import program
 
 with program.imports():
     import torch
-    from torch import Tensor
 
     from recognition.cli.argument_types import positive
     from recognition.errors import UserError
     from recognition.files.atomic import write_text
     from recognition.files.outputs import check_output
     from recognition.head.backends import tiles
-    from recognition.head.backends.problem import ActiveClasses, LogitOptions, NegativeTerm
+    from recognition.head.backends.chunk_loop import backward
+    from recognition.head.backends.problem import ActiveClasses, LogitOptions, LogitProblem, LossGradient, NegativeTerm
     from recognition.head.backends.tiles import Kernel, Problem, Section, Tile, Work
     from recognition.head.class_weights.shard import RowFormat, WeightShard
     from recognition.head.losses.negatives import AffineNegatives, CurricularNegatives, FilteredNegatives
@@ -101,7 +101,7 @@ def _tuned(device: torch.device, options: argparse.Namespace) -> tuple[str, Sect
             for batch in options.batch:
                 bench = _Bench(device, work, types, batch, options.classes, options.embedding_size)
                 for kernel, run in bench.kernels.items():
-                    classes = options.classes if kernel == "statistics" else bench.options.chunk
+                    classes = options.classes if kernel == "negative_sums" else bench.options.chunk
                     problem = Problem(work, types, (batch, classes, options.embedding_size))
                     measured[kernel][problem] = _fastest(f"{kernel}, {problem}", run)
     found = {
@@ -116,7 +116,7 @@ def _tuned(device: torch.device, options: argparse.Namespace) -> tuple[str, Sect
     source = f"timed on {called}, torch {torch.__version__}, Triton {triton.__version__}"
     section = replace(old, names=names, source=source, tiles=found)
     bench = _Bench(device, "plain", next(iter(TYPES)), options.batch[0], options.classes, options.embedding_size)
-    return name, replace(section, chunk=bench.best_chunk(options.workspace << 20, found["emit"]))
+    return name, replace(section, chunk=bench.best_chunk(options.workspace << 20, found["logit_gradient"]))
 
 
 class _Bench:
@@ -125,41 +125,44 @@ class _Bench:
     def __init__(
         self, device: torch.device, work: Work, types: tuple[int, int], batch: int, classes: int, size: int
     ) -> None:
+        from recognition.head.backends.triton_backend import TritonBackend
+
         state, dtype = TYPES[types]
         centers = CENTERS if work == "centers" else 1
-        self.rows = WeightShard.initial(range(classes * centers), size, bias=False, seed=0, device=device, state=state)
-        self.x = torch.nn.functional.normalize(torch.randn(batch, size, device=device)).to(dtype)
-        self.active = ActiveClasses(None, torch.randint(classes, (batch,), device=device))
+        rows = WeightShard.initial(range(classes * centers), size, bias=False, seed=0, device=device, state=state)
+        x = torch.nn.functional.normalize(torch.randn(batch, size, device=device)).to(dtype)
+        active = ActiveClasses(None, torch.randint(classes, (batch,), device=device))
         self.options = LogitOptions(unit_rows=True, dtype=dtype, chunk=min(classes, max(CHUNKS) // 4), centers=centers)
         curricular = CurricularNegatives(64.0, torch.tensor(0.1, device=device))
-        negatives = FilteredNegatives(curricular, 0.9, zero=False) if work == "elaborate" else AffineNegatives(64.0)
-        self.vector = torch.full((batch,), 0.1, device=device)
-        self.negative_term = NegativeTerm(negatives, self.vector if work == "elaborate" else None, False, 64.0)
-        self.kernels: dict[Kernel, Callable[[], Any]] = {"statistics": self.negative_sums, "emit": self.backward}
+        negatives = FilteredNegatives(curricular, 0.9, zero=False) if work == "heavy" else AffineNegatives(64.0)
+        vector = torch.full((batch,), 0.1, device=device)
+        term = NegativeTerm(negatives, vector if work == "heavy" else None, False, 64.0)
+        self.problem = LogitProblem(rows, active, x, self.options, term)
+        self.loss = LossGradient(lse=vector, grad_lse=vector, target=vector, grad_target=vector)
+        self.backend = TritonBackend()
+        self.kernels: dict[Kernel, Callable[[], Any]] = {
+            "negative_sums": self.negative_sums,
+            "logit_gradient": self.backward,
+        }
 
     def negative_sums(self) -> None:
-        """The forward pass."""
-        from recognition.head.backends import triton_backend
-
-        triton_backend.negative_sums(self.rows, self.active, self.x, self.options, self.negative_term)
+        """Run the forward pass."""
+        self.backend.negative_sums(self.problem, keep=False)
 
     def backward(self, chunk: int | None = None, *, rows_too: bool = False) -> None:
-        """The backward pass, with the gradient by the rows if wanted."""
-        from recognition.head.backends import triton_backend
-
-        logit_options = replace(self.options, chunk=chunk or self.options.chunk)
-        vectors: list[Tensor] = [self.vector] * 4
+        """Run the backward pass, with the gradient by the rows if wanted."""
+        problem = replace(self.problem, options=replace(self.options, chunk=chunk or self.options.chunk))
         on_rows = (lambda part, gradient: gradient.product()) if rows_too else None
-        triton_backend.backward(self.rows, self.active, self.x, logit_options, self.negative_term, *vectors, on_rows)
+        backward(self.backend, problem, self.loss, on_rows)
 
     def best_chunk(self, workspace: int, known: dict[Problem, Tile]) -> int:
         """Rows per chunk that are fastest, of those that have room, in the tile that is `known` to be best."""
-        batch, size = self.x.shape
+        batch, size = self.problem.x.shape
         problem = Problem("plain", next(iter(TYPES)), (batch, self.options.chunk, size))
         best = known[min(known, key=problem.distance)]
         times = {}
         for chunk in CHUNKS:
-            if chunk <= len(self.rows) and 2 * chunk * (batch + 3 * size) <= workspace:
+            if chunk <= len(self.problem.weights) and 2 * chunk * (batch + 3 * size) <= workspace:
                 with tiles.forced(best):
                     times[chunk] = _milliseconds(lambda chunk=chunk: self.backward(chunk, rows_too=True))
                 print(f"chunk of {chunk}: {times[chunk]:.3f} ms", file=sys.stderr)

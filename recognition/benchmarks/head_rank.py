@@ -20,7 +20,7 @@ from recognition import config
 from recognition.benchmarks.baseline_head import BaselineHead
 from recognition.distributed import shard_rows
 from recognition.hardware import product_type
-from recognition.head.sharded_softmax import build_head
+from recognition.head.sharded_softmax import ShardedSoftmax
 from recognition.planning.head import HeadPlan
 
 _LR = 0.1
@@ -144,7 +144,7 @@ class Bench:
 
 class _Fused:
     def __init__(self, plan: HeadPlan, device: torch.device) -> None:
-        self._head = build_head(
+        self._head = ShardedSoftmax(
             plan.settings, plan.classes, plan.embedding_size, seed=0, device=device, optimizer=plan.optimizer
         )
         # Zeros take no memory before they are written, and sampled steps write only some of them.

@@ -20,7 +20,7 @@ from torch._inductor.utils import fresh_cache
 
 from recognition import config, hardware
 from recognition.distributed import split
-from recognition.head import build_head
+from recognition.head import ShardedSoftmax
 from recognition.models.backbone import build_backbone
 from recognition.models.layers import GroupedConv2d, PReLU
 from recognition.planning.backbone import backbone_cost
@@ -214,7 +214,9 @@ class TrainingLoop:
     def __init__(self, settings: config.Backbone, device: torch.device, batch: int, classes: int) -> None:
         self.device = device
         self.backbone = build_backbone(settings).to(device)
-        self.head = build_head(config.Head(), classes, settings.embedding_size, seed=0, device=device, optimizer=_SGD)
+        self.head = ShardedSoftmax(
+            config.Head(), classes, settings.embedding_size, seed=0, device=device, optimizer=_SGD
+        )
         self.optimizer = self._optimizer()
         generator = torch.Generator().manual_seed(0)
         images = torch.rand(batch, 3, settings.image_size, settings.image_size, generator=generator) * 2 - 1

@@ -18,7 +18,7 @@ from recognition.distributed.coordinator import Coordinator
 from recognition.errors import FailedElsewhere, UserError
 from recognition.evaluation.verification import Verification
 from recognition.files import lock
-from recognition.head import build_head
+from recognition.head import ShardedSoftmax
 from recognition.models.backbone import BackboneEmbedder, average_running_statistics, build_backbone, describe
 from recognition.runs import faults
 from recognition.runs.best import BestBackbone
@@ -137,7 +137,7 @@ class Trainer:
         self.backbone.to(ranks.device)
         scaled = config.backbone.precision == "float16"
         self.loss_scale = LossScale(config.training, ranks.head_device, enabled=scaled)
-        self.head = build_head(
+        self.head = ShardedSoftmax(
             config.head,
             self.index.num_identities,
             config.backbone.embedding_size,
@@ -332,7 +332,7 @@ class Trainer:
         parts = {
             "backbone": self.backbone.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.backbone),
-            "head": self.head.state(),
+            "head": self.head.state_dict_tensors(),
         }
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 

@@ -129,7 +129,7 @@ def test_rules(world: int) -> None:
         assert "label -1 of sample 2" in found["label 1"]
         assert max(found["evaluation"]) <= EXACT
         assert max(found["autocast"]) <= EXACT
-        for name in ("evaluation has no graph", "update=False", "frozen backbone", "no parameters"):
+        for name in ("evaluation has no graph", "a rate of 0", "frozen backbone", "no parameters"):
             assert found[name], name
 
 

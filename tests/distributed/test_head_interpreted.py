@@ -10,7 +10,9 @@ import torch
 
 from recognition import config
 from recognition.distributed import split
-from recognition.head.backends import select, triton_backend
+from recognition.head.backends import select
+from recognition.head.backends.pytorch import PyTorchBackend
+from recognition.head.backends.triton_backend import TritonBackend
 from tests.support.head_checks import against_reference, batches, fused_training
 from tests.support.ranks import run_ranks
 from tests.support.reference_head import data, dense_training, fill, make, run, whole
@@ -57,7 +59,7 @@ def options() -> dict[str, list[np.ndarray]]:
                 losses.append(output.loss.item())
                 if head.accumulated is not None:
                     head.apply_gradient(0.1, step=step)
-            head.state()
+            head.state_dict_tensors()
             found[f"{name} {kernels}"] = [np.array(losses), whole(head, head.rows.read(slice(None))).numpy()]
     return found
 
@@ -96,10 +98,9 @@ def test_options_do_as_with_pytorch(name: str) -> None:
 
 
 def test_who_goes_over_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = select.select_backend("triton", CPU)
-    assert chosen.backward is triton_backend.backward
-    assert select.select_backend("auto", CPU) == select.select_backend("torch", CPU)
-    assert select.select_backend("auto", CPU).backward is not triton_backend.backward
+    assert isinstance(select.select_backend("triton", CPU), TritonBackend)
+    for setting in ("auto", "torch"):
+        assert isinstance(select.select_backend(setting, CPU), PyTorchBackend)
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(config.UserError, match=r"head\.backend is triton, but the device is cpu, not an NVIDIA GPU"):
         select.select_backend("triton", CPU)
@@ -116,11 +117,11 @@ def test_which_gpus_take_the_kernels(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
     gpu = torch.device("cuda")
-    assert (select.select_backend("auto", gpu).backward is triton_backend.backward) == (not lacking)
+    assert isinstance(select.select_backend("auto", gpu), PyTorchBackend if lacking else TritonBackend)
     if lacking:
         with pytest.raises(config.UserError, match=lacking):
             select.select_backend("triton", gpu)
     monkeypatch.setattr(select.importlib.util, "find_spec", lambda name: None)
-    assert select.select_backend("auto", gpu).backward is not triton_backend.backward
+    assert isinstance(select.select_backend("auto", gpu), PyTorchBackend)
     with pytest.raises(config.UserError, match="Triton is not installed"):
         select.select_backend("triton", gpu)

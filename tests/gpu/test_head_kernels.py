@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recognition import config, distributed
-from recognition.head import ShardedSoftmax, build_head
+from recognition.head import ShardedSoftmax
 from recognition.head.sampling import sample_rows
 from tests.support.reference_losses import LOSSES, DenseHead
 
@@ -57,7 +57,7 @@ def build(
 ) -> ShardedSoftmax:
     section = config.Head.model_validate(settings.model_dump() | {"precision": PRECISION} | options)
     optimizer_config = config.SGD(momentum=MOMENTUM, weight_decay=DECAY)
-    return build_head(
+    return ShardedSoftmax(
         section, classes, size, seed=0, device=DEVICE, optimizer=optimizer_config, update_in_backward=update_in_backward
     )
 
@@ -216,7 +216,7 @@ def test_training_in_every_format(name: str) -> None:
             assert error(found_x, grad_x) <= 2e-2, f"gradient by x of step {step}, {kernels}"
     rows = {}
     for kernels, head in heads.items():
-        head.state()
+        head.state_dict_tensors()
         rows[kernels] = head.rows.read(slice(None)).cpu()
         assert error(rows[kernels], reference.weight) <= 1e-2, f"rows, {kernels}"
         if settings.row_format != "bfloat16":
@@ -241,7 +241,7 @@ def test_rows_beyond_the_reach_of_32_bits() -> None:
         head = build(config.Head(loss=config.CosFace(), row_format="bfloat16"), classes, size, backend=kernels)
         before = head.rows.read(labels.to(DEVICE)).cpu()
         loss, grad_x = take_step(head, x, labels)
-        head.state()
+        head.state_dict_tensors()
         found.append([loss, grad_x, head.rows.read(labels.to(DEVICE)).cpu() - before])
         assert found[-1][2].abs().amax(1).min() > 0, "rows of the batch that did not move"
         del head
@@ -292,7 +292,7 @@ def learn(kernels: str, precision: str, *, steps: int = STEPS, classes: int = 20
         output.loss.backward()
         optimizer.step()
         seen.losses[step] = output.loss.detach()
-    head.state()
+    head.state_dict_tensors()
     seen.losses = seen.losses.cpu()
     return seen
 

@@ -10,7 +10,7 @@ from recognition import config
 from recognition.config import Augment, Data, Head
 from recognition.data.index import open_index
 from recognition.data.procedural.dataset import write_faces
-from recognition.head import build_head
+from recognition.head import ShardedSoftmax
 from recognition.training.loss_scale import LossScale
 from tests.support.ranks import launch_ranks, run_ranks
 
@@ -71,7 +71,7 @@ HEADS = {
 def head_steps(device: str, settings: Head) -> list[np.ndarray]:
     generator = torch.Generator().manual_seed(0)
     settings = settings.model_copy(update={"precision": "float32", "chunk": 300})
-    head = build_head(settings, 1000, 64, seed=0, device=torch.device(device), update_in_backward=True)
+    head = ShardedSoftmax(settings, 1000, 64, seed=0, device=torch.device(device), update_in_backward=True)
     head.rows.load(torch.randn(len(head.rows), 64, generator=generator))
     found = []
     for step in range(3):
@@ -81,7 +81,7 @@ def head_steps(device: str, settings: Head) -> list[np.ndarray]:
         output.loss.backward()
         assert embeddings.grad is not None
         found += [output.loss.detach().cpu().numpy(), embeddings.grad.cpu().numpy()]
-    head.state()
+    head.state_dict_tensors()
     return [*found, head.rows.read(slice(None)).cpu().numpy()]
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from recognition import config
-from recognition.head.backends.problem import ActiveClasses, LogitOptions, NegativeTerm
+from recognition.head.backends.problem import ActiveClasses, LogitOptions, LogitProblem, LossGradient, NegativeTerm
 from recognition.head.class_weights.gradient import RowGradient
 from recognition.head.class_weights.shard import RowFormat, WeightShard
 from recognition.head.losses.negatives import (
@@ -78,12 +78,12 @@ ON_A10 = ["linear", "rows in float32", "products in float32"]
 def compile_all(arch: int) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
     """In a process where Triton compiles: device, case and the kernels' resources, of one case after the other."""
 
-    from recognition.head.backends import triton_backend
+    from recognition.head.backends import chunk_loop, triton_backend
 
     torch.set_num_threads(1)
     with (
         compiling(arch) as resources,
-        mock.patch.object(triton_backend, "multiply", lambda a, b: torch.zeros(len(a), len(b.T))),
+        mock.patch.object(chunk_loop, "multiply", lambda a, b, total: total),
     ):
         for device, name in compiled_for(arch):
             resources.clear()
@@ -104,7 +104,8 @@ def compiled_for(arch: int) -> list[tuple[str, str]]:
 
 
 def launch_products(case: Case) -> None:
-    from recognition.head.backends import triton_backend
+    from recognition.head.backends.chunk_loop import backward
+    from recognition.head.backends.triton_backend import TritonBackend
 
     seeds = {"seed": 0, "device": torch.device("cpu"), "state": case.state}
     rows = WeightShard.initial(range(CLASSES * case.centers), SIZE, bias=not case.unit_rows, **seeds)  # type: ignore[arg-type]
@@ -120,9 +121,10 @@ def launch_products(case: Case) -> None:
     )
     hard_boundary = None if isinstance(case.negatives, AffineNegatives) else vector
     negative_term = NegativeTerm(case.negatives, hard_boundary, case.logistic, case.bound)
-    triton_backend.negative_sums(rows, active, x, options, negative_term)
+    problem = LogitProblem(rows, active, x, options, negative_term)
+    TritonBackend().negative_sums(problem, keep=case.cached_exp)
     if not case.cached_exp:
-        triton_backend.backward(rows, active, x, options, negative_term, vector, vector, vector, vector, None)
+        backward(TritonBackend(), problem, LossGradient(vector, vector, vector, vector), None)
 
 
 def launch_update(state: RowFormat, settings: config.SGD | config.AdamW, sampled: bool) -> None:
@@ -167,7 +169,7 @@ BOUNDS = {
     "logistic, sphere2": ((184, 24), (208, 24), (176, 36), (192, 36)),
     "sub-centres, filtered, sampled": ((168, 16), (168, 16), (128, 24), (168, 24)),
 }
-"""Registers per thread and KiB of shared memory, at most: of statistics and of emit, on sm_80, then on sm_90. The
+"""Registers per thread and KiB of shared memory, at most: of negative_sums and of logit_gradient, on sm_80, then on sm_90. The
 larger of what Triton 3.6 and 3.9 make of them."""
 UPDATE_BOUND = (64, 4)
 SPILLED = {(80, "curricular, running maximum, sampled", "logit_gradient_kernel"): 72}

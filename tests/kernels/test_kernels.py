@@ -1,21 +1,33 @@
-"""The kernels in Triton's interpreter, against PyTorch in float64 and against `chunks`."""
+"""The kernels in Triton's interpreter, against autograd on all logits at once in float64."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from recognition.head.backends import pytorch, tiles, triton_backend
-from recognition.head.backends.problem import ActiveClasses, LogitOptions, NegativeTerm, rows_of
+from recognition.head.backends import tiles, triton_backend
+from recognition.head.backends.chunk_loop import backward
+from recognition.head.backends.problem import (
+    ActiveClasses,
+    Chunk,
+    LogitOptions,
+    LogitProblem,
+    LossGradient,
+    NegativeTerm,
+    rows_of,
+)
+from recognition.head.backends.products import target_products
+from recognition.head.backends.triton_backend import TritonBackend
 from recognition.head.class_weights.gradient import RowGradient
 from recognition.head.class_weights.shard import Part, WeightShard
 from recognition.head.losses.negatives import (
     AffineNegatives,
     CurricularNegatives,
     FilteredNegatives,
+    Negatives,
     SphereFaceRNegatives,
 )
 
@@ -50,27 +62,21 @@ def batch(rows: WeightShard, labels: Tensor, centers: int = 1, size: int = BATCH
     return x
 
 
-def expected(
-    rows: WeightShard,
-    active: ActiveClasses,
-    x: Tensor,
-    logit_options: LogitOptions,
-    negative_term: NegativeTerm,
-    vectors: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
+def expected(problem: LogitProblem, loss: LossGradient) -> tuple[Tensor, Tensor, Tensor]:
     """Sums, gradient by x, gradient by the rows that take part: autograd on all logits at once, in float64."""
-    classes = torch.arange(len(rows) // logit_options.centers) if active.classes is None else active.classes
-    part = rows_of(classes, logit_options.centers)
-    w, x = rows.read(part).double().requires_grad_(), x.double().requires_grad_()
-    dots = x @ (F.normalize(w) if logit_options.unit_rows else w).T
+    rows, options, term = problem.weights, problem.options, problem.term
+    classes = torch.arange(problem.count) if problem.active.classes is None else problem.active.classes
+    part = rows_of(classes, options.centers)
+    w, x = rows.read(part).double().requires_grad_(), problem.x.double().requires_grad_()
+    dots = x @ (F.normalize(w) if options.unit_rows else w).T
     if rows.bias is not None:
         dots = dots + rows.bias[part].double()
-    cosine = dots.view(len(x), -1, logit_options.centers).amax(2)
-    hard_boundary = None if negative_term.hard_boundary is None else negative_term.hard_boundary.double()
-    own = torch.arange(len(classes)) == active.columns[:, None]
-    z = negative_term.negatives.logits(cosine, hard_boundary).masked_fill(own, -torch.inf)
-    lse, grad_lse, _, grad_target = (vector.double() for vector in vectors)
-    if negative_term.logistic:
+    cosine = dots.view(len(x), -1, options.centers).amax(2)
+    hard_boundary = None if term.hard_boundary is None else term.hard_boundary.double()
+    own = torch.arange(len(classes)) == problem.active.target_columns[:, None]
+    z = term.negatives.logits(cosine, hard_boundary).masked_fill(own, -torch.inf)
+    lse, grad_lse, grad_target = (vector.double() for vector in (loss.lse, loss.grad_lse, loss.grad_target))
+    if term.logistic:
         sums = torch.stack([F.softplus(z).sum(1), torch.sigmoid(z).sum(1)], 1)
         objective = (grad_lse * sums[:, 0]).sum()
     else:
@@ -142,13 +148,18 @@ def test_against_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     negative_term = NegativeTerm(negatives, hard_boundary, options.get("logistic", False), options.get("bound", 16.0))
     logit_options = LogitOptions(unit_rows=unit, dtype=torch.float32, chunk=29, centers=centers)
     logit_options = replace(logit_options, workspace=options.get("workspace"))
-    target = pytorch.targets(rows, active, x, logit_options)[0]
-    # As of a loss: the gradient by the sum is a share of it.
-    vectors = [torch.full((samples,), 3.0), torch.rand(samples, generator=generator), target]
-    vectors.append(-torch.rand(samples, generator=generator))
-    sums, grad_x, by_w = expected(rows, active, x, logit_options, negative_term, vectors)
+    problem = LogitProblem(rows, active, x, logit_options, negative_term)
+    loss = LossGradient(
+        # As of a loss: the gradient by the sum is a share of it.
+        lse=torch.full((samples,), 3.0),
+        grad_lse=torch.rand(samples, generator=generator),
+        target=target_products(rows, active, x, logit_options)[0],
+        grad_target=-torch.rand(samples, generator=generator),
+    )
+    sums, grad_x, by_w = expected(problem, loss)
 
-    found = triton_backend.negative_sums(rows, active, x, logit_options, negative_term)
+    backend = TritonBackend()
+    found = backend.negative_sums(problem, keep=True)
     scaled = found.sums if negative_term.logistic else found.sums.double() * found.shift.double().exp()[:, None]
     # Of each sample by itself: some sums are tiny beside others.
     assert error(scaled / sums.clamp(min=1e-30), torch.ones_like(sums) * (sums > 0)) < ROUNDING
@@ -158,16 +169,8 @@ def test_against_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         gradients.append((part, gradient.dense(rows.read(part))))
 
     on_embeddings: list[int] = []
-    found_x = triton_backend.backward(
-        rows,
-        active,
-        x,
-        logit_options,
-        negative_term,
-        *vectors,
-        on_rows,
-        lambda _: on_embeddings.append(len(gradients)),
-        found.cached_exp,
+    found_x = backward(
+        backend, problem, loss, on_rows, lambda _: on_embeddings.append(len(gradients)), found.cached_exp
     )
     assert error(found_x, grad_x) < ROUNDING
     assert error(torch.cat([gradient for _, gradient in gradients]), by_w) < ROUNDING
@@ -183,16 +186,15 @@ def test_a_rank_without_classes_has_nothing_to_say(sampled: bool) -> None:
     active = ActiveClasses(torch.empty(0, dtype=torch.int64) if sampled else None, torch.full((5,), -1))
     logit_options = LogitOptions(unit_rows=True, dtype=torch.float32, chunk=29, workspace=1 << 20)
     x, negative_term = F.normalize(torch.ones(5, 32)), NegativeTerm(AffineNegatives(16.0), None, False, 16.0)
-    found, taken, on_embeddings = triton_backend.negative_sums(rows, active, x, logit_options, negative_term), [], []
+    problem, backend = LogitProblem(rows, active, x, logit_options, negative_term), TritonBackend()
+    found, taken, on_embeddings = backend.negative_sums(problem, keep=True), [], []
     assert torch.equal(found.sums, torch.zeros(5, 1))
-    vectors = [torch.ones(5)] * 4
 
     def on_rows(part: Part, gradient: RowGradient) -> None:
         taken.append(part)
 
-    grad_x = triton_backend.backward(
-        rows, active, x, logit_options, negative_term, *vectors, on_rows, on_embeddings.append, found.cached_exp
-    )
+    loss = LossGradient(*[torch.ones(5)] * 4)
+    grad_x = backward(backend, problem, loss, on_rows, on_embeddings.append, found.cached_exp)
     assert torch.equal(grad_x, torch.zeros(5, 32))
     assert len(on_embeddings) == 1 and not taken
 
@@ -207,85 +209,64 @@ def test_rows_beyond_two_to_the_31st_number() -> None:
     rows.weight[some], rows.inverse_norm[some] = few.weight, few.inverse_norm
     x, logit_options = batch(few, torch.arange(3), size=3), LogitOptions(unit_rows=True, dtype=torch.float32, chunk=64)
     negative_term = NegativeTerm(AffineNegatives(16.0), None, False, 16.0)
-    sampled = ActiveClasses(some, torch.tensor([0, 1, 2]))
-    of_few = ActiveClasses(None, torch.tensor([0, 1, 2]))
-    vectors = [torch.zeros(3), torch.ones(3), torch.ones(3), torch.ones(3)]
-    found = triton_backend.negative_sums(rows, sampled, x, logit_options, negative_term)
-    torch.testing.assert_close(
-        found.sums, triton_backend.negative_sums(few, of_few, x, logit_options, negative_term).sums
-    )
-    assert torch.equal(
-        triton_backend.backward(rows, sampled, x, logit_options, negative_term, *vectors, None),
-        triton_backend.backward(few, of_few, x, logit_options, negative_term, *vectors, None),
-    )
+    targets = torch.tensor([0, 1, 2])
+    sampled = LogitProblem(rows, ActiveClasses(some, targets), x, logit_options, negative_term)
+    of_few = LogitProblem(few, ActiveClasses(None, targets), x, logit_options, negative_term)
+    loss, backend = LossGradient(torch.zeros(3), torch.ones(3), torch.ones(3), torch.ones(3)), TritonBackend()
+    found, wanted = (backend.negative_sums(problem, keep=False).sums for problem in (sampled, of_few))
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(backward(backend, sampled, loss, None), backward(backend, of_few, loss, None))
     # A run of rows, as of a whole shard.
     tail = WeightShard(rows.weight[-40:], rows.inverse_norm[-40:])
     tail.weight[:] = tail.weight[37]
-    arguments = (torch.full((3,), -1), None, torch.tensor([16.0, 0.0]), *vectors)
-    numbers, flags = [1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1]
-    far, _ = triton_backend.logit_gradient(
-        x, rows.weight, None, rows.inverse_norm, None, None, *arguments, count - 40, 40, numbers, flags
+    nowhere = ActiveClasses(None, torch.full((3,), -1))
+    far, near = (
+        backend.chunk_gradient(
+            LogitProblem(weights, nowhere, x, logit_options, negative_term),
+            Chunk(start, 40, slice(start, start + 40)),
+            loss,
+            rows_wanted=True,
+        )[0]
+        for weights, start in ((rows, count - 40), (tail, 0))
     )
-    near, _ = triton_backend.logit_gradient(
-        x, tail.weight, None, tail.inverse_norm, None, None, *arguments, 0, 40, numbers, flags
-    )
-    assert torch.equal(far, near)
+    assert torch.equal(far.a, near.a)
 
 
-def of_op(rows: WeightShard, x: Tensor, classes: Tensor | None = None) -> tuple:
-    columns = torch.full((len(x),), -1)
-    columns[0] = 1
-    scale_and_bias = torch.tensor([16.0, 0.0])
-    return (
-        x,
-        rows.weight,
-        rows.low,
-        rows.inverse_norm,
-        None,
-        classes,
-        columns,
-        None,
-        scale_and_bias,
-        [1.0, 0.0, 1.0, 0.0, 0.0],
-        [0, 0, 0, 0, 1, 0],
-    )
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_the_ops_are_what_torch_expects_of_ops() -> None:
     rows = filled(70, 32)
     x = batch(rows, torch.arange(5), size=5)
     for classes in (None, torch.tensor([0, 3, 60])):
-        arguments = of_op(rows, x.clone().requires_grad_(), classes)
-        torch.library.opcheck(triton_backend.sum_negatives, arguments)
+        columns = torch.full((5,), -1)
+        columns[0] = 1
+        tensors = [x, rows.weight, rows.low, rows.inverse_norm, None, classes, columns, None, torch.tensor([16.0, 0.0])]
+        options = {"negatives": "AffineNegatives", "threshold": None, "zero_filtered": False}
+        options |= {"logistic": False, "centers": 1}
+        torch.library.opcheck(triton_backend.negative_sums, tensors, options | {"offset": None, "keep": False})
+        torch.library.opcheck(triton_backend.negative_sums, tensors, options | {"offset": 0.0, "keep": True})
         vectors = [torch.rand(5) for _ in range(4)]
         count = 70 if classes is None else 3
-        torch.library.opcheck(
-            triton_backend.logit_gradient,
-            (*of_op(rows, x, classes)[:9], *vectors, 0, count, [1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1]),
-        )
+        options |= {"first": 0, "count": count, "threshold": 0.5}
+        torch.library.opcheck(triton_backend.logit_gradient, [*tensors, *vectors], options)
 
 
-def test_a_compiled_backbone_and_the_op_are_one_graph() -> None:
-    rows = filled(70, 32)
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Linear(10, 32), nn.BatchNorm1d(32))
-    images = torch.randn(5, 10)
+def test_negatives_without_a_kernel_are_refused() -> None:
+    @dataclass(frozen=True)
+    class Squared(Negatives):
+        scale: float
 
-    def loss(images: Tensor) -> Tensor:
-        sums, *_ = triton_backend.sum_negatives(*of_op(rows, F.normalize(backbone(images))))
-        return sums.log().mean()
+        def logits(self, cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
+            return self.scale * cosine.square()
 
-    def gradients(of: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(of, list(backbone.parameters())))
+        def derivative(self, cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
+            return 2 * self.scale * cosine
 
-    whole = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    found = gradients(whole(images))
-    z = 16 * F.normalize(backbone(images)).double() @ F.normalize(rows.weight.double()).T
-    z = torch.cat([z[:1, :1], z[:1, 2:]], 1).logsumexp(1).sum() + z[1:].logsumexp(1).sum()
-    for ours, theirs in zip(found, gradients(z / 5), strict=True):
-        # Through BatchNorm of five samples, in float32 on both sides but for the head.
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    rows = filled(7, 32)
+    logit_options = LogitOptions(unit_rows=True, dtype=torch.float32, chunk=7)
+    active, x = ActiveClasses(None, torch.zeros(3, dtype=torch.int64)), F.normalize(torch.ones(3, 32))
+    problem = LogitProblem(rows, active, x, logit_options, NegativeTerm(Squared(4.0), None, False, 4.0))
+    with pytest.raises(NotImplementedError, match="Squared has no kernel_code: take the PyTorch backend"):
+        TritonBackend().negative_sums(problem, keep=False)
+    del Negatives.kinds["Squared"]
 
 
 def test_a_workspace_decides_how_large_a_chunk_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,16 +276,11 @@ def test_a_workspace_decides_how_large_a_chunk_is(monkeypatch: pytest.MonkeyPatc
     logit_options = LogitOptions(unit_rows=True, dtype=torch.float32, chunk=7, workspace=1 << 20)
     sizes = []
     monkeypatch.setattr(tiles, "chunk", lambda *_, **options: 64 if options["workspace"] == (1 << 20) // 3 else 1)
-    vectors = [torch.rand(BATCH) for _ in range(4)]
-    arguments = (
-        x,
-        logit_options,
-        NegativeTerm(AffineNegatives(16.0), None, False, 16.0),
-        *vectors,
-        lambda part, _: sizes.append(part),
-    )
-    whole = triton_backend.backward(rows, active, *arguments)
+    loss = LossGradient(*(torch.rand(BATCH) for _ in range(4)))
+    problem = LogitProblem(rows, active, x, logit_options, NegativeTerm(AffineNegatives(16.0), None, False, 16.0))
+    whole = backward(TritonBackend(), problem, loss, lambda part, _: sizes.append(part))
     assert sizes == [slice(0, 64), slice(64, 128), slice(128, 131)]
-    logit_options = replace(logit_options, workspace=None)
-    assert error(triton_backend.backward(rows, active, x, logit_options, *arguments[2:]), whole.double()) < ROUNDING
+    problem = replace(problem, options=replace(logit_options, workspace=None))
+    found = backward(TritonBackend(), problem, loss, lambda part, _: sizes.append(part))
+    assert error(found, whole.double()) < ROUNDING
     assert sizes[3] == slice(0, 7)

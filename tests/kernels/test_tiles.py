@@ -19,13 +19,13 @@ TABLE = """
 names = []
 source = "a test"
 chunk = 8192
-statistics = [
+negative_sums = [
     { work = "plain", bytes = [2, 2], problem = [1024, 1000000, 512], tile = [128, 256, 64], warps = 8, stages = 3 },
     { work = "plain", bytes = [2, 2], problem = [64, 1000000, 512], tile = [64, 256, 64], warps = 8, stages = 3 },
     { work = "plain", bytes = [4, 2], problem = [64, 1000000, 512], tile = [64, 128, 32], warps = 8, stages = 3 },
     { work = "centers", bytes = [2, 2], problem = [64, 1000000, 512], tile = [32, 128, 32], warps = 4, stages = 2 },
 ]
-emit = [
+logit_gradient = [
     { work = "plain", bytes = [2, 2], problem = [1024, 8192, 512], tile = [128, 128, 64], warps = 8, stages = 3 },
 ]
 
@@ -33,10 +33,10 @@ emit = [
 names = ["H100", "H200"]
 source = "a \\"test\\""
 chunk = 16384
-statistics = [
+negative_sums = [
     { work = "plain", bytes = [2, 2], problem = [1024, 1000000, 512], tile = [256, 128, 64], warps = 8, stages = 4 },
 ]
-emit = [
+logit_gradient = [
     { work = "plain", bytes = [2, 2], problem = [1024, 8192, 512], tile = [64, 256, 64], warps = 8, stages = 3 },
 ]
 
@@ -44,10 +44,10 @@ emit = [
 names = ["H100 PCIe"]
 source = "a test"
 chunk = 100
-statistics = [
+negative_sums = [
     { work = "plain", bytes = [2, 2], problem = [1024, 1000000, 512], tile = [16, 16, 16], warps = 1, stages = 1 },
 ]
-emit = [
+logit_gradient = [
     { work = "plain", bytes = [2, 2], problem = [1024, 8192, 512], tile = [64, 256, 64], warps = 8, stages = 3 },
 ]
 """
@@ -70,7 +70,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def found(device: str = "", **changes: Any) -> tuple[int, int, int]:
     sizes = {"batch": 1024, "classes": 1_000_000, "embedding_size": 512, "itemsize": 2}
-    best = tiles.tile("statistics", device, **(sizes | changes))
+    best = tiles.tile("negative_sums", device, **(sizes | changes))
     return best.batch, best.classes, best.depth
 
 
@@ -86,7 +86,7 @@ def test_the_nearest_problem_counts_by_work_then_types_then_doublings(table: Pat
     assert found(batch=1024, itemsize=4, options=2) == (64, 128, 32)
     assert found(batch=1024, itemsize=4, options=4) == (64, 128, 32)
     assert found(batch=1024, itemsize=4, options=2, work="centers") == (32, 128, 32)
-    assert tiles.tile("emit", "", batch=1, classes=1, embedding_size=1, itemsize=4, work="elaborate").warps == 8
+    assert tiles.tile("logit_gradient", "", batch=1, classes=1, embedding_size=1, itemsize=4, work="heavy").warps == 8
 
 
 def test_a_tile_is_no_larger_than_the_problem(table: Path) -> None:
@@ -119,7 +119,11 @@ def test_a_section_is_written_as_it_is_read(table: Path) -> None:
     [
         ("[128, 256, 64]", "[128, 257, 64]", "section fallback: ValueError: .*powers of two"),
         ("[128, 256, 64]", "[8, 256, 64]", "section fallback: ValueError: .*below 16"),
-        ('work = "centers"', 'work = "centres"', "section fallback: ValueError: statistics: no work is called centres"),
+        (
+            'work = "centers"',
+            'work = "centres"',
+            "section fallback: ValueError: negative_sums: no work is called centres",
+        ),
         ("chunk = 100\n", "", "section PCIe: KeyError: 'chunk'"),
         ("[fallback]", "[other]", "no section fallback"),
         ("stages = 1 }", "stages = 0 }", "section PCIe: ValueError: .*stages at least 1"),
@@ -193,7 +197,7 @@ def test_tuning_puts_what_was_fastest_into_the_table(
     launched = []
 
     def milliseconds(run: Callable[[], Any]) -> float:
-        """As if the larger tile was better for statistics, the smaller one for the rest, and small chunks best."""
+        """As if the larger tile was better for negative_sums, the smaller one for the rest, and small chunks best."""
         run()
         best = tiles._forced.get()
         assert best is not None
@@ -210,16 +214,16 @@ def test_tuning_puts_what_was_fastest_into_the_table(
     monkeypatch.setattr(tuner, "TYPES", {(4, 4): ("float32", torch.float32)})
     sizes = ["--batch", "8", "--classes", "96", "--embedding-size", "32"]
     old = tiles.sections()
-    assert tuner.main([*sizes, "--work", "elaborate", "centers", "--write"]) == 0
-    (plain,) = old["NVIDIA H100"].tiles["emit"].values()
+    assert tuner.main([*sizes, "--work", "heavy", "centers", "--write"]) == 0
+    (plain,) = old["NVIDIA H100"].tiles["logit_gradient"].values()
     assert launched == [small, large] * 4 + [plain] * 2
     forget()
     new = tiles.sections()["NVIDIA H100"]
     assert tiles.sections() == old | {"NVIDIA H100": new}
     assert new.names == ("H100", "H200") and new.source.startswith("timed on NVIDIA H200, torch ")
     assert new.chunk == 32
-    for kernel, best in (("statistics", large), ("emit", small)):
-        added = {Problem(work, (4, 4), (8, 96, 32)): best for work in ("elaborate", "centers")}
+    for kernel, best in (("negative_sums", large), ("logit_gradient", small)):
+        added = {Problem(work, (4, 4), (8, 96, 32)): best for work in ("heavy", "centers")}
         assert new.tiles[kernel] == old["NVIDIA H100"].tiles[kernel] | added
 
 

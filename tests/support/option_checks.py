@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recognition import config
 from recognition.distributed import split
-from recognition.head import ShardedSoftmax, build_head
+from recognition.head import ShardedSoftmax
 from recognition.head.sampling import sample_rows
 from tests.support.reference_head import D, data, error, errors_of_loss, fill, make, run, whole
 from tests.support.reference_losses import DenseHead
@@ -47,7 +47,7 @@ def auxiliary() -> dict[str, float]:
             if dense.centers is not None:
                 dense.move_centers(x[half], labels[half])
                 head.apply_gradient(0.0)  # which moves the centres too, and no row
-                centers = head.state()["centers"].full_tensor()
+                centers = head.state_dict_tensors()["centers"].full_tensor()
                 found.append(error(centers, dense.centers))
         errors[name] = max(found)
     return errors
@@ -92,7 +92,7 @@ def lazy() -> list[float]:
     before = error(whole(head, head.rows.weight), weight)
     return [
         float(np.abs(np.subtract(found, losses)).max() / max(losses)),
-        error(head.state()["weight"].full_tensor(), weight),
+        error(head.state_dict_tensors()["weight"].full_tensor(), weight),
         before,
     ]
 
@@ -101,7 +101,7 @@ def adamw() -> list[float]:
     settings = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.2}
     losses, weight = dense_sampled(1.0, torch.optim.AdamW, **settings)
     section = config.Head(loss=config.CosFace(scale=16.0), precision="float32", chunk=4)
-    head = build_head(section, CLASSES, D, seed=0, optimizer=config.AdamW(**settings), device="cpu")
+    head = ShardedSoftmax(section, CLASSES, D, seed=0, optimizer=config.AdamW(**settings), device="cpu")
     fill(head, data(CLASSES, 1)[2])
     found = train(head)
     return [float(np.abs(np.subtract(found, losses)).max() / max(losses)), error(whole(head, head.rows.weight), weight)]

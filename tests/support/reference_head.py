@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recognition import config
 from recognition.distributed import all_gather_rows
-from recognition.head import ShardedSoftmax, build_head
+from recognition.head import ShardedSoftmax
 from recognition.head.losses.build import build_loss
 from tests.support.reference_losses import LOSSES, DenseHead
 
@@ -50,7 +50,7 @@ def make(
     head = config.Head.model_validate(
         head.model_dump() | {"optimizer": config.SGD(**optimizer_config).model_dump()} | given
     )
-    return build_head(head, classes, size, seed=seed, device="cpu", update_in_backward=update_in_backward)
+    return ShardedSoftmax(head, classes, size, seed=seed, device="cpu", update_in_backward=update_in_backward)
 
 
 def fill(head: ShardedSoftmax, weight: Tensor, bias: Tensor | None = None) -> None:

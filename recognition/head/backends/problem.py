@@ -1,33 +1,33 @@
-"""What the passes over the class weights are made of: which rows take part, their products, their logits.
+"""The interface of a backend: the problem it is given, what it returns, and what the chunk loop asks of it.
 
 In the formulas, B is the gathered batch, n the classes that take part on this rank, K the rows of a class, D the
 embedding size, and the product of sample i and class j is
 
     p_ij = max over k of x_i . w_jk / |w_jk|, or, for the textbook softmax, x_i . w_j + b_j,
 
-from which `negatives` makes the logit z_ij.
+from which `negatives` makes the logit z_ij of every class but the sample's own, its target.
 """
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from recognition.head.class_weights.gradient import RowGradient
 from recognition.head.class_weights.shard import Part, WeightShard
-from recognition.head.losses.negatives import AffineNegatives, Negatives
+from recognition.head.losses.negatives import Negatives
 
 _LARGEST_EXPONENT = 64.0
 _LARGEST_BOUND = 120.0
-_FEW = 16  # one in so many, up to which single products are cheaper than a matrix product
 
 OnRows = Callable[[Part, RowGradient], None]
-"""What takes the gradients of some rows."""
+"""Callback that takes the gradient of some rows."""
 OnEmbeddings = Callable[[Tensor], None]
-"""What is told the gradient by the embeddings as soon as it is whole."""
+"""Callback that takes the gradient by the embeddings [B, D] as soon as it is whole."""
 Places = tuple[Tensor | None, Tensor]
 """Where targets are in a matrix [B, n]: samples [t] and columns [t]; on a GPU, of whose columns the host knows nothing,
 None and those of all samples [B], also outside of the matrix."""
@@ -44,34 +44,29 @@ class LogitOptions:
     chunk: int
     """Classes at a time."""
     workspace: int | None = None
-    """Bytes that may be taken for what `backward` needs of the forward pass, and by a chunk of the kernels instead of
-    `chunk`; None: nothing is kept."""
+    """Bytes that may be taken for what the backward pass needs of the forward pass, and by a chunk of the kernels
+    instead of `chunk`; None: nothing is kept."""
     centers: int = 1
     """K"""
     recompute_above: float = 0.25
     """Cosines beyond this are computed anew in float32 where a product comes rounded to bfloat16, as on a CPU. Below,
     the rounding is not larger than that of the operands."""
 
-    @cached_property
-    def spare(self) -> list[Tensor]:
-        """Memory of a former step, to be kept again: on a CPU, to have it mapped anew takes longer than to fill it."""
-        return []
-
 
 @dataclass(frozen=True)
 class NegativeTerm:
-    """What is summed over the negatives: exp(z), or, of a logistic loss, log(1 + exp(z)) and its derivative."""
+    """The summand over the negatives: exp(z), or, of a logistic loss, log(1 + exp(z)) and its derivative."""
 
     negatives: Negatives
     hard_boundary: Tensor | None
-    """[B], what the negatives are held against."""
+    """[B]: the value beyond which a negative is hard."""
     logistic: bool
     bound: float | None
     """Largest possible z."""
 
     @property
     def offset(self) -> float | None:
-        """What is subtracted from z so that exp of 1e8 of them still sums up in float32; None: look for the largest."""
+        """Number subtracted from z so that exp of 1e8 of them still sums up in float32; None: look for the largest."""
         if self.bound is None or self.bound > _LARGEST_BOUND:
             return None
         return max(self.bound - _LARGEST_EXPONENT, 0.0)
@@ -81,60 +76,94 @@ class NegativeTerm:
 class ActiveClasses:
     """The classes that take part, and where among them each sample's target is.
 
-    `classes`: their positions [n] on this rank, ascending, or None for all. `columns` [B]: the target's place among
-    them, -1 where another rank holds it.
+    `classes`: their positions [n] on this rank, ascending, or None for all. `target_columns` [B]: the target's place
+    among them, -1 where another rank holds it.
     """
 
     classes: Tensor | None
-    columns: Tensor
-
-    def targets_in(self, start: int, count: int) -> Places | None:
-        """The targets' places among `count` classes from `start` on; None where the host knows of none there."""
-        if self.columns.is_cuda:
-            return None, self.columns - start
-        samples, columns, known = self._ascending
-        own = slice(bisect_left(known, start), bisect_left(known, start + count))
-        return (samples[own], columns[own] - start) if own.start < own.stop else None
-
-    @cached_property
-    def _ascending(self) -> tuple[Tensor, Tensor, list[int]]:
-        """The samples in the order of their columns, and these, also as the host's."""
-        columns, samples = self.columns.sort()
-        return samples, columns, columns.tolist()
+    target_columns: Tensor
 
     @staticmethod
     def of(labels: Tensor, shard: range, classes: Tensor | None = None) -> "ActiveClasses":
-        """`labels` [B] against the classes of this rank; `classes` has to contain those that are among them."""
+        """Find `labels` [B] among the classes of this rank; `classes` has to contain those that are its own."""
         own = (labels >= shard.start) & (labels < shard.stop)
         local = labels - shard.start
         return ActiveClasses(
             classes, torch.where(own, local if classes is None else torch.searchsorted(classes, local), -1)
         )
 
-    def parts(self, rows: WeightShard, options: LogitOptions) -> Iterator[tuple[int, int, Part]]:
-        """A chunk at a time: the place of its first class, how many classes, and which rows."""
-        total = len(rows) // options.centers if self.classes is None else len(self.classes)
-        for start in range(0, total, options.chunk):
-            stop = min(start + options.chunk, total)
-            if self.classes is None:
-                yield start, stop - start, slice(start * options.centers, stop * options.centers)
-            else:
-                yield start, stop - start, rows_of(self.classes[start:stop], options.centers)
+    def targets_in(self, start: int, count: int) -> Places | None:
+        """Return the targets' places among `count` classes from `start` on; None where the host knows of none there."""
+        if self.target_columns.is_cuda:
+            return None, self.target_columns - start
+        samples, columns, known = self._ascending
+        own = slice(bisect_left(known, start), bisect_left(known, start + count))
+        return (samples[own], columns[own] - start) if own.start < own.stop else None
+
+    @cached_property
+    def _ascending(self) -> tuple[Tensor, Tensor, list[int]]:
+        """Samples in the order of their columns, and these, also as the host's numbers."""
+        columns, samples = self.target_columns.sort()
+        return samples, columns, columns.tolist()
 
 
 @dataclass(frozen=True)
-class CachedExponentials:
-    """What a forward pass of `cached_exp` leaves for the backward pass, of the classes other than the targets."""
+class Chunk:
+    """Some of the active classes, one after the other."""
 
-    pulled: Tensor
-    """[B, D] float32: sum over j of E_ij w_j."""
-    exponentials: list[Tensor]
-    """E [B, n] of each of the first chunks, as many as there is room for."""
+    start: int
+    """Place of the first among the active classes."""
+    count: int
+    rows: Part
+    """Their rows on this rank."""
+
+    @property
+    def span(self) -> slice:
+        """Places of its classes among the active ones."""
+        return slice(self.start, self.start + self.count)
+
+
+@dataclass(frozen=True)
+class LogitProblem:
+    """The logits of a gathered batch and this rank's classes: the input of both passes."""
+
+    weights: WeightShard
+    active: ActiveClasses
+    x: Tensor
+    """[B, D], of type `options.dtype`."""
+    options: LogitOptions
+    term: NegativeTerm
+
+    @property
+    def count(self) -> int:
+        """n"""
+        if self.active.classes is not None:
+            return len(self.active.classes)
+        return len(self.weights) // self.options.centers
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """Divide the active classes into chunks of `size` classes; the last may be smaller."""
+        centers, classes = self.options.centers, self.active.classes
+        for span in spans(self.count, size):
+            if classes is None:
+                rows: Part = slice(span.start * centers, span.stop * centers)
+            else:
+                rows = rows_of(classes[span], centers)
+            yield Chunk(span.start, span.stop - span.start, rows)
+
+    def targets_in(self, chunk: Chunk) -> Places | None:
+        """Return the targets' places in the matrix [B, n] of a chunk, as `ActiveClasses.targets_in`."""
+        return self.active.targets_in(chunk.start, chunk.count)
+
+    @cached_property
+    def packed_fields(self) -> Tensor:
+        """Fields of the (unfiltered) negatives for the kernels, one tensor for all chunks of both passes."""
+        return self.term.negatives.unfiltered.packed_fields(self.x.device)
 
 
 @dataclass(frozen=True)
 class NegativeSums:
-    """This rank's share of what the loss needs.
+    """This rank's share of the sums over the negatives.
 
     `sums` [B, 1] or [B, 2]: over its classes other than the target, of exp(z - shift) or of a logistic loss's two
     summands. `shift` [B]: the fixed offset, or this rank's largest z (-inf without any).
@@ -142,94 +171,88 @@ class NegativeSums:
 
     sums: Tensor
     shift: Tensor
-    cached_exp: CachedExponentials | Tensor | None = None
-    """For `backward`; of the kernels, a tensor."""
+    cached_exp: Any = None
+    """Exponentials that the backend keeps for its own `cached_gradient`; None: there are none."""
+
+
+@dataclass(frozen=True)
+class LossGradient:
+    """The loss as a function of this rank's logits: all that a backward pass needs of it, [B] each, float32."""
+
+    lse: Tensor
+    """Log of the sum of exp(z) over all ranks' negatives; any finite number where there are none, and for a logistic
+    loss."""
+    grad_lse: Tensor
+    """Gradient of the loss by it, or by the sum of log(1 + exp(z))."""
+    target: Tensor
+    """The targets' products, of all ranks."""
+    grad_target: Tensor
+    """Gradient of the loss by them."""
+
+
+class Backend(Protocol):
+    """An implementation of the two passes over the class weights.
+
+    The forward pass is `negative_sums`. The backward pass is `chunk_loop.backward`, which asks for one chunk's gradient
+    after the other, or for `cached_gradient` where the forward pass has kept its exponentials.
+    """
+
+    updates_weights: bool
+    """Whether the row optimizer may update rows by its Triton kernel where this backend runs."""
+    hold_back: int
+    """Chunks whose row gradient waits until the gradient by the embeddings is on its way to the other ranks."""
+
+    def negative_sums(self, problem: LogitProblem, *, keep: bool) -> NegativeSums:
+        """Sum over this rank's classes, each sample's target left out.
+
+        `keep`: whether a backward pass will follow, for which exponentials may be kept, within `options.workspace`.
+        """
+        ...
+
+    def chunk_size(self, problem: LogitProblem) -> int:
+        """Return the number of classes of a chunk of the backward pass."""
+        ...
+
+    def chunk_gradient(
+        self, problem: LogitProblem, chunk: Chunk, loss: LossGradient, *, rows_wanted: bool
+    ) -> tuple[RowGradient, Tensor]:
+        """Return the gradient of the loss by the products of a chunk, and the chunk's rows as the other operand.
+
+        The former is `RowGradient.a` [B, n K]; its other fields are needed only if `rows_wanted`. The latter is
+        [n K, D], in the type of the products, so that `a` times it is the gradient by the embeddings.
+        """
+        ...
+
+    def cached_gradient(
+        self,
+        problem: LogitProblem,
+        cached_exp: Any,
+        loss: LossGradient,
+        on_rows: OnRows | None,
+        on_embeddings: OnEmbeddings | None,
+    ) -> Tensor:
+        """Do as `chunk_loop.backward` from the exponentials that `negative_sums` kept, and use them up."""
+        ...
+
+
+def spans(count: int, size: int) -> Iterator[slice]:
+    """Divide `count` things into runs of `size`; the last may be smaller."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 def rows_of(classes: Tensor, centers: int) -> Tensor:
-    """The positions of the rows of `classes` [n]: [n K]."""
+    """Return the positions of the rows of `classes` [n]: [n K]."""
     if centers == 1:
         return classes
     return (classes[:, None] * centers + torch.arange(centers, device=classes.device)).flatten()
 
 
 def finite_shift(shift: Tensor) -> Tensor:
-    """`shift`, with 0 for the -inf of no logits at all."""
+    """Return `shift`, with 0 for the -inf of no logits at all."""
     return torch.where(shift == -torch.inf, 0, shift)
 
 
 def rescaling(shift: Tensor, other: Tensor) -> Tensor:
-    """What a sum of exp(z - shift) is to be multiplied by to be one of exp(z - other)."""
+    """Return the factor that makes a sum of exp(z - shift) one of exp(z - other)."""
     return torch.exp(shift - finite_shift(other))
-
-
-def similarities(
-    rows: WeightShard, part: Part, operand: Tensor, x: Tensor, options: LogitOptions, places: Places | None
-) -> Tensor:
-    """[B, n K] of some rows, whose `operand` is [n K, D]. With K = 1 those of the targets, `places`, are not
-    meant to be used.
-    """
-    if not options.unit_rows:
-        return _unrounded(x, operand.T) + (0 if rows.bias is None else rows.bias[part])
-    inverse_norm = rows.inverse_norm[part]
-    product = multiply(x, operand.T).mul_(inverse_norm)
-    if options.centers == 1:
-        # Targets are near their rows, and would be computed anew each time, for nothing.
-        put_at(product, places, 0.0)
-    if x.dtype != torch.float32 and not x.is_cuda and product.numel() and product.amax() > options.recompute_above:
-        sample, row = (product > options.recompute_above).nonzero(as_tuple=True)
-        if len(sample) > product.numel() // _FEW:
-            return _unrounded(x, operand.T).mul_(inverse_norm)
-        product[sample, row] = (x[sample].float() * operand[row].float()).sum(1).mul_(inverse_norm[row])
-    return product
-
-
-def logits(
-    rows: WeightShard,
-    part: Part,
-    operand: Tensor,
-    x: Tensor,
-    options: LogitOptions,
-    negative_term: NegativeTerm,
-    places: Places | None,
-) -> Tensor:
-    """z [B, n] of some rows, but for the targets."""
-    cosine = similarities(rows, part, operand, x, options, places)
-    if options.centers > 1:
-        cosine = cosine.view(len(x), -1, options.centers).amax(2)
-    negatives = negative_term.negatives
-    if isinstance(negatives, AffineNegatives):
-        # The most common case, in place.
-        cosine.mul_(negatives.scale)
-        return cosine.add_(negatives.bias) if negative_term.logistic else cosine
-    return negatives.logits(cosine, negative_term.hard_boundary)
-
-
-def multiply(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
-    """Matrix product with float32 sums, added to `total`, if there is one, in place. The result is float32; on a CPU,
-    that of bfloat16 matrices is rounded first.
-    """
-    if total is not None:
-        return total.addmm_(a, b) if a.dtype == torch.float32 else total.add_(multiply(a, b))
-    if a.dtype == torch.float32:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
-
-
-def _unrounded(a: Tensor, b: Tensor) -> Tensor:
-    """Likewise, with a result that is float32 on a CPU, too."""
-    return multiply(a, b) if a.is_cuda else a.float() @ b.float()
-
-
-def put_at(matrix: Tensor, places: Places | None, values: Tensor | float) -> None:
-    """matrix[i, j] = values[i] or the one value, in place, at the places (i, j) that exist. `values` [B]."""
-    if places is None:
-        return
-    samples, columns = places
-    if samples is not None:
-        matrix[samples, columns] = values[samples] if isinstance(values, Tensor) else values
-        return
-    here = (columns >= 0) & (columns < matrix.shape[1])
-    columns = torch.where(here, columns, 0)[:, None]
-    new = values[:, None] if isinstance(values, Tensor) else values
-    matrix.scatter_(1, columns, torch.where(here[:, None], new, matrix.gather(1, columns)))

@@ -1,45 +1,38 @@
-"""Who goes over the class weights: PyTorch (`chunks`), on any device, or Triton's kernels (`triton_backend`)."""
+"""Selection of a backend: PyTorch, on any device, or Triton's kernels, on NVIDIA's GPUs."""
 
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from recognition import config
-from recognition.head.backends import pytorch
-from recognition.head.backends.problem import NegativeSums
+from recognition.errors import UserError
+from recognition.head.backends.problem import Backend
+from recognition.head.backends.pytorch import PyTorchBackend
 
 _AMPERE = (8, 0)
 
 
-@dataclass(frozen=True)
-class Backend:
-    """The two functions, as `chunks` describes them."""
+def select_backend(setting: Literal["auto", "torch", "triton"], device: torch.device) -> Backend:
+    """Return the backend that `head.backend` and `device` ask for; "auto" takes Triton on a GPU where it runs.
 
-    negative_sums: Callable[..., NegativeSums]
-    backward: Callable[..., Tensor]
-    kernels: bool
-    """Whether they are made of Triton's kernels, which then update the rows as well."""
-
-
-def select_backend(kernels: Literal["auto", "torch", "triton"], device: torch.device) -> Backend:
-    """Whoever `head.backend` and the device ask for. Raises UserError where there are to be kernels and cannot be."""
-    lacking = _unavailable_reason(device)
-    if kernels == "torch" or (kernels == "auto" and (lacking or device.type != "cuda")):
-        return Backend(pytorch.negative_sums, pytorch.backward, kernels=False)
-    if lacking:
-        raise config.UserError(f"head.backend is triton, but {lacking}; auto takes them where they run")
-    triton_backend = importlib.import_module("recognition.head.backends.triton_backend")
-    return Backend(triton_backend.negative_sums, triton_backend.backward, kernels=True)
+    Raises UserError if Triton is asked for and unavailable.
+    """
+    reason = _unavailable_reason(device)
+    if setting == "torch" or (setting == "auto" and (reason or device.type != "cuda")):
+        return PyTorchBackend()
+    if reason:
+        raise UserError(
+            f"head.backend is triton, but {reason}; set it to auto, which takes Triton where it runs, or to torch"
+        )
+    # Triton may be missing elsewhere, so nothing else imports this.
+    backend: Backend = importlib.import_module("recognition.head.backends.triton_backend").TritonBackend()
+    return backend
 
 
 def _unavailable_reason(device: torch.device) -> str:
-    """Why the kernels do not run on the device; nothing where they do."""
+    """Return why Triton's kernels do not run on the device; nothing where they do."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cuda":

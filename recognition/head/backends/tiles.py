@@ -18,12 +18,11 @@ from typing import Any, Literal, get_args
 
 from recognition.config import toml
 
-Kernel = Literal["statistics", "emit"]
-"""Those that work in tiles."""
-Work = Literal["plain", "elaborate", "centers"]
-"""What a kernel makes of a product: a logit that is a line or bent by a few operations; one that is filtered, of a
-logistic loss, or a power or an angle, which takes more registers; or the largest of several sub-centres', which takes
-most."""
+Kernel = Literal["negative_sums", "logit_gradient"]
+"""Kernels that work in tiles."""
+Work = Literal["plain", "heavy", "centers"]
+"""Register pressure of what a kernel makes of a product: plain (a line, or a few operations), heavy (a filter, a
+logistic loss, a power or an angle), centers (the largest over sub-centres, which takes most)."""
 
 TABLE = Path(__file__).with_name("tiles.toml")
 FALLBACK = "fallback"
@@ -160,7 +159,7 @@ def chunk(device: str, *, batch: int, embedding_size: int, workspace: int, items
     tiles' classes where there is room for that, and at least 1.
     """
     known = section(device)
-    entries = known.tiles["emit"].values()
+    entries = known.tiles["logit_gradient"].values()
     blocks = -(-batch // min(entry.batch for entry in entries))
     row = itemsize * (batch + embedding_size) + 4 * (embedding_size + blocks + 1)
     most, step = min(known.chunk, workspace // row), max(entry.classes for entry in entries)

@@ -1,11 +1,9 @@
-"""`negative_sums` and `backward` of `chunks`, made of the Triton kernels: one pass each, and no logits in memory.
+"""The two passes over the class weights as Triton kernels, one each, with no logits in memory.
 
 A chunk of the backward pass writes out the gradient by its products, in the products' type, and two matrix products
 (cuBLAS) make of it the gradients by embeddings and by rows. Nothing here makes the host wait for the GPU.
 """
 
-from collections import deque
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,199 +12,129 @@ from torch import Tensor
 
 from recognition.head.backends import kernels, tiles
 from recognition.head.backends.problem import (
-    ActiveClasses,
-    LogitOptions,
+    Chunk,
+    LogitProblem,
+    LossGradient,
     NegativeSums,
-    NegativeTerm,
     OnEmbeddings,
     OnRows,
-    finite_shift,
-    multiply,
     rescaling,
 )
+from recognition.head.backends.products import multiply
 from recognition.head.class_weights.gradient import RowGradient
-from recognition.head.class_weights.shard import Part, WeightShard
-from recognition.head.losses.negatives import (
-    AffineNegatives,
-    CircleNegatives,
-    CurricularNegatives,
-    FilteredNegatives,
-    MVSoftmaxNegatives,
-    Negatives,
-    SphereFace2Negatives,
-    SphereFaceRNegatives,
-)
+from recognition.head.losses.negatives import AffineNegatives, FilteredNegatives, Negatives
 
 _PROCESSORS = 128
-"""Of a GPU whose number is not known; splits are made for twice as many blocks."""
-_HEAVY = kernels.SPHEREFACE_R.value, kernels.SPHEREFACE2.value
-"""Negatives that take many registers."""
-_HELD_BACK = 2
-"""Chunks whose rows' gradient waits until the one by the embeddings is on its way to the other ranks."""
+"""Streaming multiprocessors assumed of a GPU that is not known; the classes are split into twice as many blocks."""
 
 
-@dataclass(frozen=True)
-class _KernelArguments:
-    """What the kernels have to know of `negatives`."""
+class TritonBackend:
+    """A `Backend` of Triton kernels; see there."""
 
-    kind: int
-    scale_and_bias: Tensor
-    """[2] float32 on the device: what is multiplied with and added to; kept there, so that the host need not know."""
-    scale: float = 1.0
-    margin: float = 0.0
-    exponent: float = 1.0
-    threshold: float = 0.0
-    filter: int = 0
+    updates_weights = True
+    hold_back = 2
 
-    @staticmethod
-    def of(negatives: Negatives, device: torch.device) -> "_KernelArguments":
-        threshold, filtering = 0.0, 0
-        if isinstance(negatives, FilteredNegatives):
-            threshold = negatives.threshold
-            filtering = (kernels.ZEROED if negatives.zero else kernels.REMOVED).value
-            negatives = negatives.inner
-        factor: Tensor | float = 1.0
-        addend: Tensor | float = 0.0
-        scale, margin, exponent = 1.0, 0.0, 1.0
-        if isinstance(negatives, AffineNegatives):
-            kind, factor, addend = kernels.AFFINE, negatives.scale, negatives.bias
-        elif isinstance(negatives, CurricularNegatives):
-            kind, scale, factor = kernels.CURRICULAR, negatives.scale, negatives.t
-        elif isinstance(negatives, MVSoftmaxNegatives):
-            kind, scale, margin = kernels.MV_SOFTMAX, negatives.scale, negatives.weight
-        elif isinstance(negatives, CircleNegatives):
-            kind, scale, margin = kernels.CIRCLE, negatives.scale, negatives.margin
-        elif isinstance(negatives, SphereFaceRNegatives):
-            kind, scale, margin = kernels.SPHEREFACE_R, negatives.scale, negatives.margin
-        elif isinstance(negatives, SphereFace2Negatives):
-            kind, scale, margin, exponent = kernels.SPHEREFACE2, negatives.scale, negatives.margin, negatives.exponent
-            addend = negatives.bias
-        else:
-            raise NotImplementedError(f"no kernel for {type(negatives).__name__}")
-        # A tensor made of a number on the host would be copied over, which waits.
-        scale_and_bias = torch.stack([_scalar(factor, device), _scalar(addend, device)])
-        return _KernelArguments(kind.value, scale_and_bias, scale, margin, exponent, threshold, filtering)
-
-
-def negative_sums(
-    rows: WeightShard, active: ActiveClasses, x: Tensor, options: LogitOptions, negative_term: NegativeTerm
-) -> NegativeSums:
-    """As `chunks.negative_sums`."""
-    bent = _KernelArguments.of(negative_term.negatives, x.device)
-    running = not negative_term.logistic and negative_term.offset is None
-    plain = isinstance(negative_term.negatives, AffineNegatives) and options.unit_rows and options.centers == 1
-    numbers = len(x) * (len(rows) if active.classes is None else len(active.classes))
-    fits = options.workspace is not None and 0 < numbers * x.itemsize <= options.workspace
-    keep = plain and fits and not negative_term.logistic and not running
-    sums, shift, cached_exp = sum_negatives(
-        x,
-        rows.weight,
-        rows.low if x.dtype == torch.float32 else None,
-        rows.inverse_norm,
-        rows.bias,
-        active.classes,
-        active.columns,
-        negative_term.hard_boundary,
-        bent.scale_and_bias,
-        [bent.scale, bent.margin, bent.exponent, bent.threshold, negative_term.offset or 0.0],
-        [bent.kind, bent.filter, int(negative_term.logistic), int(running), options.centers, int(keep)],
-    )
-    return NegativeSums(sums, shift, cached_exp if keep else None)
-
-
-def backward(
-    rows: WeightShard,
-    active: ActiveClasses,
-    x: Tensor,
-    options: LogitOptions,
-    negative_term: NegativeTerm,
-    lse: Tensor,
-    grad_lse: Tensor,
-    target: Tensor,
-    grad_target: Tensor,
-    on_rows: OnRows | None,
-    on_embeddings: OnEmbeddings | None = None,
-    cached_exp: Tensor | None = None,
-) -> Tensor:
-    """As `chunks.backward`; from what `negative_sums` kept, where it did, one product is saved."""
-    bent = _KernelArguments.of(negative_term.negatives, x.device)
-    if options.workspace is not None:
-        room = options.workspace // (1 + _HELD_BACK)
-        chunk = tiles.chunk(_name(x), batch=len(x), embedding_size=x.shape[1], workspace=room, itemsize=x.itemsize)
-        options = replace(options, chunk=max(1, chunk // options.centers))
-    gradient = torch.zeros(x.shape, device=x.device)
-    if cached_exp is not None:
-        factor = grad_lse * bent.scale_and_bias[0] * torch.exp((negative_term.offset or 0.0) - lse)
-        return _from_kept(rows, active, x, options, cached_exp, factor, grad_target, gradient, on_rows, on_embeddings)
-    waiting: deque[tuple[Part, RowGradient]] = deque()
-    for start, count, part in active.parts(rows, options):
-        e, summed = logit_gradient(
-            x,
-            rows.weight,
-            rows.low if x.dtype == torch.float32 else None,
-            rows.inverse_norm,
-            rows.bias,
-            None if active.classes is None else active.classes[start : start + count],
-            active.columns - start,
-            negative_term.hard_boundary,
-            bent.scale_and_bias,
-            lse,
-            grad_lse,
-            target,
-            grad_target,
-            start,
-            count,
-            [bent.scale, bent.margin, bent.exponent, bent.threshold],
-            [bent.kind, bent.filter, int(negative_term.logistic), options.centers],
+    def negative_sums(self, problem: LogitProblem, *, keep: bool) -> NegativeSums:
+        """Sum in one launch. Exponentials are kept if all of them find room in the workspace."""
+        options, term, x = problem.options, problem.term, problem.x
+        linear = isinstance(term.negatives, AffineNegatives) and not term.logistic and term.offset is not None
+        size = len(x) * problem.count * x.itemsize
+        keep = keep and linear and options.unit_rows and options.centers == 1
+        keep = keep and options.workspace is not None and 0 < size <= options.workspace
+        sums, shift, cached_exp = negative_sums(
+            **_inputs(problem),
+            classes=problem.active.classes,
+            columns=problem.active.target_columns,
+            offset=0.0 if term.logistic else term.offset,
+            keep=keep,
         )
-        gradient += multiply(e, rows.operand(part, options.dtype))
-        if on_rows is None:
-            continue
-        waiting.append((part, RowGradient(e, x, *((summed, None) if options.unit_rows else (None, summed)))))
-        if len(waiting) > _HELD_BACK:
-            on_rows(*waiting.popleft())
-    if on_embeddings is not None:
-        on_embeddings(gradient)
-    while on_rows is not None and waiting:
-        on_rows(*waiting.popleft())
-    return gradient
+        return NegativeSums(sums, shift, cached_exp if keep else None)
+
+    def chunk_size(self, problem: LogitProblem) -> int:
+        """Return as many classes as the tuned table says, with room in the workspace for those held back, too."""
+        options, x = problem.options, problem.x
+        if options.workspace is None:
+            return options.chunk
+        room = options.workspace // (1 + self.hold_back)
+        rows = tiles.chunk(_name(x), batch=len(x), embedding_size=x.shape[1], workspace=room, itemsize=x.itemsize)
+        return max(1, rows // options.centers)
+
+    def chunk_gradient(
+        self, problem: LogitProblem, chunk: Chunk, loss: LossGradient, *, rows_wanted: bool
+    ) -> tuple[RowGradient, Tensor]:
+        """Compute the chunk's gradient in one launch."""
+        classes = problem.active.classes
+        grad_dots, row_sums = logit_gradient(
+            **_inputs(problem),
+            classes=None if classes is None else classes[chunk.span],
+            columns=problem.active.target_columns - chunk.start,
+            lse=loss.lse,
+            grad_lse=loss.grad_lse,
+            target=loss.target,
+            grad_target=loss.grad_target,
+            first=chunk.start,
+            count=chunk.count,
+        )
+        sums = {"radial" if problem.options.unit_rows else "bias": row_sums}
+        operand = problem.weights.operand(chunk.rows, problem.options.dtype)
+        return RowGradient(grad_dots, problem.x, **sums), operand
+
+    def cached_gradient(
+        self,
+        problem: LogitProblem,
+        cached_exp: Tensor,
+        loss: LossGradient,
+        on_rows: OnRows | None,
+        on_embeddings: OnEmbeddings | None,
+    ) -> Tensor:
+        """Do without the product of the logits: a factor of each sample times E [B, n] is the gradient by the dots."""
+        weights, active, x, term = problem.weights, problem.active, problem.x, problem.term
+        assert isinstance(term.negatives, AffineNegatives)
+        factor = loss.grad_lse * problem.packed_fields[0] * torch.exp((term.offset or 0.0) - loss.lse)
+        here = active.target_columns >= 0
+        columns = torch.where(here, active.target_columns, 0)
+        positions = columns if active.classes is None else active.classes[columns]
+        own = torch.where(factor == 0, 0, loss.grad_target / factor) * weights.inverse_norm[positions]
+        before = cached_exp.gather(1, columns[:, None])
+        cached_exp.scatter_(1, columns[:, None], torch.where(here[:, None], own[:, None].to(cached_exp.dtype), before))
+        chunks = list(problem.chunks(self.chunk_size(problem)))
+        grad_x = torch.zeros(x.shape, device=x.device)
+        for chunk in chunks:
+            operand = weights.operand(chunk.rows, problem.options.dtype)
+            grad_x += multiply(cached_exp[:, chunk.span], operand)
+        grad_x *= factor[:, None]
+        if on_embeddings is not None:
+            on_embeddings(grad_x)
+        weighted = (x * factor[:, None]).to(x.dtype)
+        for chunk in chunks:
+            if on_rows is not None:
+                inverse_norm = weights.inverse_norm[chunk.rows]
+                on_rows(chunk.rows, RowGradient(cached_exp[:, chunk.span], weighted, inverse_norm=inverse_norm))
+        return grad_x
 
 
-def _from_kept(
-    rows: WeightShard,
-    active: ActiveClasses,
-    x: Tensor,
-    options: LogitOptions,
-    cached_exp: Tensor,
-    factor: Tensor,
-    grad_target: Tensor,
-    gradient: Tensor,
-    on_rows: OnRows | None,
-    on_embeddings: OnEmbeddings | None,
-) -> Tensor:
-    """`backward` where `factor` [B] times `cached_exp` [B, n] is the gradient by the products of embeddings and
-    raw rows."""
-    here = active.columns >= 0
-    columns = torch.where(here, active.columns, 0)
-    positions = columns if active.classes is None else active.classes[columns]
-    own = torch.where(factor == 0, 0, grad_target / factor) * rows.inverse_norm[positions]
-    before = cached_exp.gather(1, columns[:, None])
-    cached_exp.scatter_(1, columns[:, None], torch.where(here[:, None], own[:, None].to(cached_exp.dtype), before))
-    parts = [(slice(start, start + count), part) for start, count, part in active.parts(rows, options)]
-    for columns_of, part in parts:
-        gradient += multiply(cached_exp[:, columns_of], rows.operand(part, options.dtype))
-    gradient *= factor[:, None]
-    if on_embeddings is not None:
-        on_embeddings(gradient)
-    weighted = (x * factor[:, None]).to(x.dtype)
-    for columns_of, part in parts:
-        if on_rows is not None:
-            on_rows(part, RowGradient(cached_exp[:, columns_of], weighted, inverse_norm=rows.inverse_norm[part]))
-    return gradient
+def _inputs(problem: LogitProblem) -> dict[str, Any]:
+    """Return what both operators are told of the problem, but for its classes."""
+    weights, term = problem.weights, problem.term
+    filtered = term.negatives if isinstance(term.negatives, FilteredNegatives) else None
+    return {
+        "x": problem.x,
+        "weight": weights.weight,
+        "low": weights.low if problem.x.dtype == torch.float32 else None,
+        "inverse_norm": weights.inverse_norm,
+        "bias": weights.bias,
+        "hard_boundary": term.hard_boundary,
+        "negatives": type(term.negatives.unfiltered).__name__,
+        "fields": problem.packed_fields,
+        "threshold": None if filtered is None else filtered.threshold,
+        "zero_filtered": filtered is not None and filtered.zero,
+        "logistic": term.logistic,
+        "centers": problem.options.centers,
+    }
 
 
-@torch.library.custom_op("recognition::sum_negatives", mutates_args=())
-def sum_negatives(
+@torch.library.custom_op("recognition::negative_sums", mutates_args=())
+def negative_sums(
     x: Tensor,
     weight: Tensor,
     low: Tensor | None,
@@ -215,93 +143,72 @@ def sum_negatives(
     classes: Tensor | None,
     columns: Tensor,
     hard_boundary: Tensor | None,
-    scale_and_bias: Tensor,
-    numbers: list[float],
-    flags: list[int],
+    fields: Tensor,
+    *,
+    negatives: str,
+    threshold: float | None,
+    zero_filtered: bool,
+    logistic: bool,
+    centers: int,
+    offset: float | None,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`NegativeSums` as tensors, differentiable by `x` [B, D]: sums [B, 1] (logistic: [B, 2]), shift [B], and kept
-    [B, n] in the type of `x`, which is empty unless it is wanted.
+    """Launch `kernels.negative_sums_kernel`, whose arguments these are.
 
-    `numbers`: scale, margin, exponent, threshold, offset; `flags`: kind of the negatives, filter, logistic, running
-    maximum, centres, keep; `low`: `WeightShard.low` where products are of float32. The rest is as in `chunks`; the
-    second of
-    two sums is a constant in the gradient.
+    `low` is given where products are of float32. `negatives`: the name in `Negatives.kinds`, and `fields` its packed
+    fields. Returns the sums [B, 1] (logistic: [B, 2]), their shift [B], and the exponentials [B, n] in the type of `x`,
+    which are empty unless `keep`.
     """
-    scale, margin, exponent, threshold, offset = numbers
-    bent, filtering, logistic, running, centers, keep = flags
-    batch, size = x.shape
-    count = len(weight) // centers if classes is None else len(classes)
-    x, columns, hard_boundary, scale_and_bias = _dense(x, columns, hard_boundary, scale_and_bias)
-    tile = _tile("statistics", x, weight, count, _work(bent, filtering, logistic, centers))
+    batch, count = len(x), _count(weight, classes, centers)
+    tile = _tile("negative_sums", x, weight, count, _work(negatives, threshold, logistic, centers))
     blocks, wide = triton.cdiv(batch, tile.batch), triton.cdiv(count, tile.classes)
     splits = max(1, min(wide, triton.cdiv(2 * _processors(x.device), max(blocks, 1))))
     sums = x.new_zeros(splits, 1 + logistic, batch, dtype=torch.float32)
     cached_exp = x.new_empty(batch, count if keep else 0)
-    shifts = x.new_full((splits, batch), -torch.inf if running else offset, dtype=torch.float32)
+    shifts = x.new_full((splits, batch), -torch.inf if offset is None else offset, dtype=torch.float32)
     if batch and count:
-        kernels.negative_sums_kernel[(blocks, splits)](
-            x, weight, low, inverse_norm, bias, classes, columns, hard_boundary, scale_and_bias, sums, shifts,
-            cached_exp if keep else None,
-            batch, count, triton.cdiv(wide, splits), scale, margin, exponent, threshold, offset,
-            KIND=bent, FILTER=filtering, LOGISTIC=logistic, RUNNING=running, UNIT=bias is None,
-            GATHER=classes is not None, HARD_BOUNDARY=hard_boundary is not None, CENTERS=centers, UPCAST=x.dtype ==
-            torch.float32,
-            SIZE=size, BLOCK_B=tile.batch, BLOCK_N=tile.classes, BLOCK_D=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-        )  # fmt: skip
-    if not running:
+        _launch(
+            kernels.negative_sums_kernel,
+            (blocks, splits),
+            tile,
+            x=x,
+            weight=weight,
+            low=low,
+            inverse_norm=inverse_norm,
+            bias=bias,
+            classes=classes,
+            columns=columns,
+            hard_boundary=hard_boundary,
+            fields=fields,
+            threshold=threshold,
+            sums=sums,
+            max_logits=shifts,
+            cached_exp=cached_exp if keep else None,
+            batch=batch,
+            count=count,
+            tiles_per_split=triton.cdiv(wide, splits),
+            offset=offset,
+            KIND=_code(negatives),
+            ZERO_FILTERED=zero_filtered,
+            LOGISTIC=logistic,
+            CENTERS=centers,
+        )
+    if offset is not None:
         return sums.sum(0).T.contiguous(), shifts[0].clone(), cached_exp
     shift = shifts.amax(0)
     return (sums[:, 0] * rescaling(shifts, shift)).sum(0)[:, None], shift, cached_exp
 
 
-@sum_negatives.register_fake
-def _(x, weight, low, inverse_norm, bias, classes, columns, hard_boundary, scale_and_bias, numbers, flags):  # type: ignore[no-untyped-def]
-    count = len(weight) // flags[4] if classes is None else len(classes)
-    sums = x.new_empty(len(x), 1 + flags[2], dtype=torch.float32)
-    return sums, x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), count if flags[5] else 0)
+@negative_sums.register_fake
+def _(
+    x: Tensor, weight: Tensor, low: Any, inverse_norm: Any, bias: Any, classes: Tensor | None, *_: Any, **given: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = x.new_empty(len(x), 1 + given["logistic"], dtype=torch.float32)
+    kept = _count(weight, classes, given["centers"]) if given["keep"] else 0
+    return sums, x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), kept)
 
 
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.numbers, ctx.flags = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(True)
-
-
-def _differentiate(ctx, grad_sums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    x, weight, low, inverse_norm, bias, classes, columns, hard_boundary, scale_and_bias, shift = ctx.saved_tensors
-    bent, filtering, logistic, _, centers, _ = ctx.flags
-    count = len(weight) // centers if classes is None else len(classes)
-    nothing = torch.zeros_like(shift)
-    e, _ = logit_gradient(
-        x,
-        weight,
-        low,
-        inverse_norm,
-        bias,
-        classes,
-        columns,
-        hard_boundary,
-        scale_and_bias,
-        finite_shift(shift),
-        grad_sums[:, 0].contiguous(),
-        nothing,
-        nothing,
-        0,
-        count,
-        ctx.numbers[:4],
-        [bent, filtering, logistic, centers],
-    )
-    rows = weight if low is None else (weight.float().view(torch.int32) + low).view(torch.float32)
-    if classes is not None:
-        rows = rows.view(-1, centers * x.shape[1])[classes].view(-1, x.shape[1])
-    return multiply(e, rows.to(x.dtype)).to(x.dtype), *(None,) * 10
-
-
-sum_negatives.register_autograd(_differentiate, setup_context=_keep)
-
-
-@torch.library.custom_op("recognition::emit", mutates_args=())
+@torch.library.custom_op("recognition::logit_gradient", mutates_args=())
 def logit_gradient(
     x: Tensor,
     weight: Tensor,
@@ -311,69 +218,100 @@ def logit_gradient(
     classes: Tensor | None,
     columns: Tensor,
     hard_boundary: Tensor | None,
-    scale_and_bias: Tensor,
+    fields: Tensor,
     lse: Tensor,
     grad_lse: Tensor,
     target: Tensor,
     grad_target: Tensor,
+    *,
+    negatives: str,
+    threshold: float | None,
+    zero_filtered: bool,
+    logistic: bool,
+    centers: int,
     first: int,
     count: int,
-    numbers: list[float],
-    flags: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """The gradient by the products of `x` [B, D] and the raw rows of `count` classes [B, n K], in the type of `x`, and
-    `RowGradient.radial` of these rows, or where they have a bias the gradient by it [n K], float32.
+    """Launch `kernels.logit_gradient_kernel`, whose arguments these are; those of both as in `negative_sums`.
 
-    `classes` [n]: their positions, or None for those from `first` on; `columns` [B]: the targets' places among them.
-    `numbers`: scale, margin, exponent, threshold; `flags`: kind of the negatives, filter, logistic, centres.
+    `count` classes: `classes`, or those from `first` on. Returns the gradient by the dots of `x` and their raw rows
+    [B, n K], in the type of `x`, and `RowGradient.radial` of these rows, or where they have a bias the gradient by it
+    [n K], float32.
     """
-    scale, margin, exponent, threshold = numbers
-    bent, filtering, logistic, centers = flags
-    batch, size = x.shape
-    x, columns, hard_boundary, scale_and_bias, lse, grad_lse, target, grad_target = _dense(
-        x, columns, hard_boundary, scale_and_bias, lse, grad_lse, target, grad_target
-    )
-    tile = _tile("emit", x, weight, count, _work(bent, filtering, logistic, centers))
+    batch = len(x)
+    tile = _tile("logit_gradient", x, weight, count, _work(negatives, threshold, logistic, centers))
     blocks = triton.cdiv(batch, tile.batch)
-    e = x.new_empty(batch, count * centers)
-    summed = x.new_empty(blocks, count * centers, dtype=torch.float32)
+    grad_dots = x.new_empty(batch, count * centers)
+    row_sums = x.new_empty(blocks, count * centers, dtype=torch.float32)
     if batch and count:
-        kernels.logit_gradient_kernel[(blocks, triton.cdiv(count, tile.classes))](
-            x, weight, low, inverse_norm, bias, classes, columns, hard_boundary, scale_and_bias,
-            lse, grad_lse, target, grad_target, e, summed, batch, count, first, scale, margin, exponent, threshold,
-            KIND=bent, FILTER=filtering, LOGISTIC=logistic, UNIT=bias is None,
-            GATHER=classes is not None, HARD_BOUNDARY=hard_boundary is not None, CENTERS=centers, UPCAST=x.dtype ==
-            torch.float32,
-            SIZE=size, BLOCK_B=tile.batch, BLOCK_N=tile.classes, BLOCK_D=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-        )  # fmt: skip
-    return e, summed.sum(0)
+        _launch(
+            kernels.logit_gradient_kernel,
+            (blocks, triton.cdiv(count, tile.classes)),
+            tile,
+            x=x,
+            weight=weight,
+            low=low,
+            inverse_norm=inverse_norm,
+            bias=bias,
+            classes=classes,
+            columns=columns,
+            hard_boundary=hard_boundary,
+            fields=fields,
+            threshold=threshold,
+            lse=lse,
+            grad_lse=grad_lse,
+            target=target,
+            grad_target=grad_target,
+            grad_dots=grad_dots,
+            row_sums=row_sums,
+            batch=batch,
+            count=count,
+            first=first,
+            KIND=_code(negatives),
+            ZERO_FILTERED=zero_filtered,
+            LOGISTIC=logistic,
+            CENTERS=centers,
+        )
+    return grad_dots, row_sums.sum(0)
 
 
 @logit_gradient.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x, weight, low, inverse_norm, bias, classes, columns, hard_boundary, scale_and_bias,
-    lse, grad_lse, target, grad_target, first, count, numbers, flags,
-):  # fmt: skip
-    width = count * flags[3]
+def _(x: Tensor, *_: Any, **given: Any) -> tuple[Tensor, Tensor]:
+    width = given["count"] * given["centers"]
     return x.new_empty(len(x), width), x.new_empty(width, dtype=torch.float32)
 
 
-def _dense(*tensors: Any) -> list[Any]:
-    """The tensors, or None, without gaps: the kernels know of no strides."""
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+def _launch(kernel: Any, grid: tuple[int, int], tile: tiles.Tile, **arguments: Any) -> None:
+    """Launch a kernel in the tile. The kernels know of no strides, so tensors are made contiguous."""
+    given = {name: value.contiguous() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    kernel[grid](
+        **given,
+        SIZE=arguments["x"].shape[1],
+        BLOCK_B=tile.batch,
+        BLOCK_N=tile.classes,
+        BLOCK_D=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=True,
+    )
 
 
-def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach().to(torch.float32)
-    return torch.full((), value, dtype=torch.float32, device=device)
+def _code(negatives: str) -> Any:
+    """Return the Triton function of a kind of negatives. Raises NotImplementedError where it has none."""
+    code = Negatives.kinds[negatives].kernel_code
+    if code is None:
+        raise NotImplementedError(f"{negatives} has no kernel_code: take the PyTorch backend")
+    return code
 
 
-def _work(bent: int, filtering: int, logistic: int, centers: int) -> tiles.Work:
+def _count(weight: Tensor, classes: Tensor | None, centers: int) -> int:
+    return len(weight) // centers if classes is None else len(classes)
+
+
+def _work(negatives: str, threshold: float | None, logistic: bool, centers: int) -> tiles.Work:
     if centers > 1:
         return "centers"
-    return "elaborate" if filtering or logistic or bent in _HEAVY else "plain"
+    return "heavy" if threshold is not None or logistic or Negatives.kinds[negatives].heavy else "plain"
 
 
 def _tile(kernel: tiles.Kernel, x: Tensor, weight: Tensor, count: int, work: tiles.Work) -> tiles.Tile:

@@ -1,31 +1,59 @@
-"""What becomes of the other classes' cosines: the logits that stand in the loss, element by element.
+"""Logits of the negative classes as functions of their cosines, element by element: in PyTorch and for a kernel.
 
-Each maps cosines [B, n] between embeddings and rows of other classes to logits [B, n], and gives the derivative of
-the one by the other. `hard_boundary` [B] is what a negative of that sample is held against, for the losses that
-have one.
+Each class maps cosines [B, n] between embeddings and rows of other classes to logits [B, n], and gives the derivative
+of the one by the other. `hard_boundary` [B] is the value beyond which a negative of that sample counts as hard, for the
+losses that have one.
+
+`kernel_code` says the same in Triton, for a tile of cosines and the boundaries of its samples: it returns logits and
+derivative, and reads the class's fields, in their order, from the address `fields`. A new way to bend negatives is a
+class here and nothing in the kernels.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-
-class Negatives(Protocol):
-    """Logits of the other classes."""
-
-    def logits(self, cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
-        """[B, n] from `cosine` [B, n], which stays as it is."""
-        ...
-
-    def derivative(self, cosine: Tensor, hard_boundary: Tensor | None) -> Tensor | float:
-        """Derivative of the logits by the cosines: [B, n], or one number."""
-        ...
+from recognition.head.losses.triton_code import Pointer, Tile, arccosine, jit, sine_and_cosine, tl
 
 
 @dataclass(frozen=True)
-class AffineNegatives:
+class Negatives(ABC):
+    """Logits of the negative classes. A subclass is a frozen dataclass whose fields are numbers or scalar tensors."""
+
+    kinds: ClassVar[dict[str, type["Negatives"]]] = {}
+    """All subclasses by name: how an operator, whose arguments are tensors, numbers and strings, is told of one."""
+    heavy: ClassVar[bool] = False
+    """Whether the kernel code takes many registers (powers, angles), so that a smaller tile is faster."""
+    kernel_code: ClassVar[Callable[..., Any] | None] = None
+    """Triton function of (cosine, boundary, fields); None where there is no kernel."""
+
+    def __init_subclass__(cls) -> None:
+        Negatives.kinds[cls.__name__] = cls
+
+    @abstractmethod
+    def logits(self, cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
+        """Return the logits [B, n] of `cosine` [B, n], which stays as it is."""
+
+    @abstractmethod
+    def derivative(self, cosine: Tensor, hard_boundary: Tensor | None) -> Tensor | float:
+        """Return the derivative of the logits by the cosines: [B, n], or one number."""
+
+    @property
+    def unfiltered(self) -> "Negatives":
+        """The negatives whose kernel code counts: these, or those that a filter is around."""
+        return self
+
+    def packed_fields(self, device: torch.device) -> Tensor:
+        """Return the fields, in their order, as float32 numbers [k] on `device`, without making the host wait."""
+        return torch.stack([_scalar(getattr(self, field.name), device) for field in fields(self)])
+
+
+@dataclass(frozen=True)
+class AffineNegatives(Negatives):
     """`scale cosine + bias`."""
 
     scale: Tensor | float
@@ -38,10 +66,16 @@ class AffineNegatives:
     def derivative(self, cosine: Tensor, hard_boundary: Tensor | None) -> Tensor | float:
         return self.scale
 
+    @staticmethod
+    @jit
+    def kernel_code(cosine: Tile, boundary: Tile, fields: Pointer) -> tuple[Tile, Tile]:
+        scale, bias = tl.load(fields), tl.load(fields + 1)
+        return cosine * scale + bias, tl.zeros_like(cosine) + scale
+
 
 @dataclass(frozen=True)
-class CurricularNegatives:
-    """CurricularFace (Huang et al. 2020, arXiv 2004.00288): beyond the anchor `s c (t + c)`, else `s c`."""
+class CurricularNegatives(Negatives):
+    """CurricularFace (Huang et al. 2020, arXiv 2004.00288): beyond the boundary `s c (t + c)`, else `s c`."""
 
     scale: float
     t: Tensor
@@ -52,10 +86,18 @@ class CurricularNegatives:
     def derivative(self, cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
         return self.scale * torch.where(_beyond(cosine, hard_boundary), self.t + 2 * cosine, 1.0)
 
+    @staticmethod
+    @jit
+    def kernel_code(cosine: Tile, boundary: Tile, fields: Pointer) -> tuple[Tile, Tile]:
+        scale, t = tl.load(fields), tl.load(fields + 1)
+        hard = cosine > boundary[:, None]
+        z = scale * tl.where(hard, cosine * (t + cosine), cosine)
+        return z, scale * tl.where(hard, t + 2 * cosine, 1.0)
+
 
 @dataclass(frozen=True)
-class MVSoftmaxNegatives:
-    """MV-Softmax (Wang et al. 2020, arXiv 1912.00833): beyond the anchor `s (w c + w - 1)`, else `s c`."""
+class MVSoftmaxNegatives(Negatives):
+    """MV-Softmax (Wang et al. 2020, arXiv 1912.00833): beyond the boundary `s (w c + w - 1)`, else `s c`."""
 
     scale: float
     weight: float
@@ -67,9 +109,17 @@ class MVSoftmaxNegatives:
     def derivative(self, cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
         return self.scale * torch.where(_beyond(cosine, hard_boundary), self.weight, 1.0)
 
+    @staticmethod
+    @jit
+    def kernel_code(cosine: Tile, boundary: Tile, fields: Pointer) -> tuple[Tile, Tile]:
+        scale, weight = tl.load(fields), tl.load(fields + 1)
+        hard = cosine > boundary[:, None]
+        z = scale * tl.where(hard, weight * cosine + (weight - 1), cosine)
+        return z, scale * tl.where(hard, weight, 1.0)
+
 
 @dataclass(frozen=True)
-class CircleNegatives:
+class CircleNegatives(Negatives):
     """Circle loss (Sun et al. 2020, arXiv 2002.10857): `s [c + m]+ (c - m)`, the weight in brackets a constant."""
 
     scale: float
@@ -81,10 +131,19 @@ class CircleNegatives:
     def derivative(self, cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
         return self.scale * (cosine + self.margin).clamp(min=0)
 
+    @staticmethod
+    @jit
+    def kernel_code(cosine: Tile, boundary: Tile, fields: Pointer) -> tuple[Tile, Tile]:
+        scale, margin = tl.load(fields), tl.load(fields + 1)
+        derivative = scale * tl.maximum(cosine + margin, 0.0)
+        return derivative * (cosine - margin), derivative
+
 
 @dataclass(frozen=True)
-class SphereFaceRNegatives:
+class SphereFaceRNegatives(Negatives):
     """SphereFace-R v2 (Liu et al. 2022, arXiv 2109.05565): `s cos(theta / m)`."""
+
+    heavy = True
 
     scale: float
     margin: float
@@ -96,10 +155,24 @@ class SphereFaceRNegatives:
         angle = _angle(cosine)
         return self.scale / self.margin * torch.sin(angle / self.margin) / torch.sin(angle)
 
+    @staticmethod
+    @jit
+    def kernel_code(cosine: Tile, boundary: Tile, fields: Pointer) -> tuple[Tile, Tile]:
+        scale, margin = tl.load(fields), tl.load(fields + 1)
+        edge = 0.99999988079071044921875  # 1 - 2^-23, as `_angle` has it
+        edged = tl.minimum(tl.maximum(cosine, -edge), edge)
+        angle = arccosine(edged) / margin
+        # Of half the angle, which stays below pi / 2: cos a = 1 - 2 sin^2(a / 2) and sin a = 2 sin(a / 2) cos(a / 2).
+        sine, cosine_of_half = sine_and_cosine(angle / 2)
+        z = scale * (1 - 2 * sine * sine)
+        return z, scale / margin * (2 * sine * cosine_of_half) / tl.sqrt((1 - edged) * (1 + edged))
+
 
 @dataclass(frozen=True)
-class SphereFace2Negatives:
+class SphereFace2Negatives(Negatives):
     """SphereFace2 (Wen et al. 2022, arXiv 2108.01513): `r (g(c) + m) + b` with `g(c) = 2 ((c + 1) / 2)^t - 1`."""
+
+    heavy = True
 
     scale: float
     margin: float
@@ -112,17 +185,32 @@ class SphereFace2Negatives:
     def derivative(self, cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
         return self.scale * self.exponent * _half(cosine) ** (self.exponent - 1)
 
+    @staticmethod
+    @jit
+    def kernel_code(cosine: Tile, boundary: Tile, fields: Pointer) -> tuple[Tile, Tile]:
+        scale, margin = tl.load(fields), tl.load(fields + 1)
+        exponent, bias = tl.load(fields + 2), tl.load(fields + 3)
+        half = tl.maximum((cosine + 1) / 2, 1.1754943508222875e-38)
+        power = tl.exp2((exponent - 1) * tl.log2(half))
+        z = scale * (2 * half * power - 1 + margin) + bias
+        return z, scale * exponent * power
+
 
 @dataclass(frozen=True)
-class FilteredNegatives:
+class FilteredNegatives(Negatives):
     """Inter-class filtering (An et al. 2022, arXiv 2203.15565) of cosines beyond `threshold`.
 
-    They are left out of the sum, or with `zero`, as in InsightFace's arcface_torch, count as cosines of 0.
+    They are left out of the sum, or with `zero`, as in InsightFace's arcface_torch, count as cosines of 0. The kernels
+    filter themselves, around the code of `inner`.
     """
 
     inner: Negatives
     threshold: float
     zero: bool
+
+    @property
+    def unfiltered(self) -> Negatives:
+        return self.inner
 
     def logits(self, cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
         near = cosine > self.threshold
@@ -135,17 +223,17 @@ class FilteredNegatives:
 
 
 def similarity(cosine: Tensor, exponent: float) -> Tensor:
-    """SphereFace2's g(c) = 2 ((c + 1) / 2)^t - 1."""
+    """Return SphereFace2's g(c) = 2 ((c + 1) / 2)^t - 1."""
     return 2 * _half(cosine) ** exponent - 1
 
 
 def _half(cosine: Tensor) -> Tensor:
-    """(c + 1) / 2, where rounding may have brought c below -1."""
+    """Return (c + 1) / 2, where rounding may have brought c below -1."""
     return ((cosine + 1) / 2).clamp(min=torch.finfo(cosine.dtype).tiny)
 
 
 def _angle(cosine: Tensor) -> Tensor:
-    """The angle, kept off 0 and pi, where its sine divides."""
+    """Return the angle, kept off 0 and pi, where its sine divides."""
     edge = 1 - torch.finfo(cosine.dtype).eps
     return torch.acos(cosine.clamp(-edge, edge))
 
@@ -154,3 +242,10 @@ def _beyond(cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
     if hard_boundary is None:
         raise ValueError("the targets' cosines are needed before the negatives'")
     return cosine > hard_boundary[:, None]
+
+
+def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(torch.float32)
+    # A tensor made of a number on the host would be copied over, which waits; this is launched with the number.
+    return torch.full((), value, dtype=torch.float32, device=device)

@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recognition.head.backends import pytorch
-from recognition.head.backends.problem import ActiveClasses, CachedExponentials, LogitOptions, NegativeTerm
+from recognition.head.backends.chunk_loop import backward
+from recognition.head.backends.problem import ActiveClasses, LogitOptions, LogitProblem, LossGradient, NegativeTerm
+from recognition.head.backends.products import target_products
+from recognition.head.backends.pytorch import PyTorchBackend
+from recognition.head.backends.pytorch_cached import CachedExponentials
 from recognition.head.class_weights.gradient import RowGradient
 from recognition.head.class_weights.shard import Part, WeightShard
 from recognition.head.losses.negatives import AffineNegatives, CurricularNegatives
@@ -47,16 +50,17 @@ def run(
     """Both passes of a loss whose gradients by the sum's logarithm and the targets' products are given."""
     grad_lse, grad_target = torch.linspace(0.1, 1, len(x)), torch.linspace(-1, -0.1, len(x))
     x = x.to(options.dtype)
-    target = pytorch.targets(rows, active, x.float(), options)[0]
-    found = pytorch.negative_sums(rows, active, x, options, negative_term)
+    target = target_products(rows, active, x.float(), options)[0]
+    problem, backend = LogitProblem(rows, active, x, options, negative_term), PyTorchBackend()
+    found = backend.negative_sums(problem, keep=True)
     lse = found.sums[:, 0].log() + found.shift
     gradients = torch.zeros_like(rows.weight)
 
     def on_rows(part: Part, gradient: RowGradient) -> None:
         gradients[part] = gradient.dense(rows.read(part))
 
-    vectors = lse, grad_lse, target, grad_target
-    grad_x = pytorch.backward(rows, active, x, options, negative_term, *vectors, on_rows, None, found.cached_exp)  # type: ignore[arg-type]
+    loss = LossGradient(lse, grad_lse, target, grad_target)
+    grad_x = backward(backend, problem, loss, on_rows, None, found.cached_exp)
     return {"log_sum": lse, "by_x": grad_x, "by_rows": gradients}
 
 
@@ -64,7 +68,7 @@ def expected(rows: WeightShard, active: ActiveClasses, x: Tensor, scale: float =
     classes = torch.arange(CLASSES) if active.classes is None else active.classes
     w, x = rows.weight.double().requires_grad_(), x.double().requires_grad_()
     cosine = x @ F.normalize(w[classes]).T
-    own = torch.arange(len(classes)) == active.columns[:, None]
+    own = torch.arange(len(classes)) == active.target_columns[:, None]
     lse = (scale * cosine).masked_fill(own, -torch.inf).logsumexp(1)
     grad_lse, grad_target = torch.linspace(0.1, 1, len(x)), torch.linspace(-1, -0.1, len(x))
     objective = (grad_lse * lse).sum() + (grad_target[:, None] * cosine * own).sum()
@@ -107,7 +111,8 @@ def test_bfloat16_products_are_as_close_as_without(where: str) -> None:
 @pytest.mark.parametrize(("room", "chunks_kept"), [("nothing", 0), ("two chunks", 2), ("all", 5)])
 def test_what_is_kept_stays_within_its_room(room: str, chunks_kept: int) -> None:
     rows, active, x = case("anywhere")
-    cached_exp = pytorch.negative_sums(rows, active, x, replace(PRODUCTS, workspace=ROOM[room]), SUMMAND).cached_exp
+    problem = LogitProblem(rows, active, x, replace(PRODUCTS, workspace=ROOM[room]), SUMMAND)
+    cached_exp = PyTorchBackend().negative_sums(problem, keep=True).cached_exp
     assert isinstance(cached_exp, CachedExponentials)
     assert len(cached_exp.exponentials) == chunks_kept
     assert sum(each.nbytes for each in cached_exp.exponentials) <= ROOM[room]
@@ -130,7 +135,16 @@ def test_other_losses_keep_nothing(options: LogitOptions, negative_term: Negativ
     rows, active, x = case("anywhere")
     if negative_term.negatives is not SUMMAND.negatives:
         negative_term = replace(negative_term, hard_boundary=torch.zeros(BATCH))
-    assert pytorch.negative_sums(rows, active, x, options, negative_term).cached_exp is None
+    problem = LogitProblem(rows, active, x, options, negative_term)
+    assert PyTorchBackend().negative_sums(problem, keep=True).cached_exp is None
+
+
+def test_without_a_backward_pass_nothing_is_kept() -> None:
+    rows, active, x = case("anywhere")
+    problem = LogitProblem(rows, active, x, replace(PRODUCTS, workspace=1 << 20), SUMMAND)
+    kept, found = (PyTorchBackend().negative_sums(problem, keep=keep) for keep in (True, False))
+    assert found.cached_exp is None
+    torch.testing.assert_close(found.sums, kept.sums, rtol=TOLERANCE, atol=0)
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -138,9 +152,10 @@ def test_a_rank_without_classes_has_nothing_to_say(sampled: bool) -> None:
     rows = WeightShard.initial(range(7 if sampled else 0), SIZE, bias=False, seed=1, device=torch.device("cpu"))
     active = ActiveClasses(torch.empty(0, dtype=torch.int64) if sampled else None, torch.full((5,), -1))
     options, x = replace(PRODUCTS, workspace=1 << 20), F.normalize(torch.ones(5, SIZE))
-    found = pytorch.negative_sums(rows, active, x, options, SUMMAND)
+    problem, backend = LogitProblem(rows, active, x, options, SUMMAND), PyTorchBackend()
+    found = backend.negative_sums(problem, keep=True)
     assert torch.equal(found.sums, torch.zeros(5, 1))
     zeros = torch.zeros(5)
     cached_exp = found.cached_exp
     assert isinstance(cached_exp, CachedExponentials)
-    assert not pytorch.backward(rows, active, x, options, SUMMAND, *[zeros] * 4, None, None, cached_exp).any()
+    assert not backward(backend, problem, LossGradient(*[zeros] * 4), None, None, cached_exp).any()
