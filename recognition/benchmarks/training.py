@@ -214,7 +214,9 @@ class Training:
     def __init__(self, settings: config.Backbone, device: torch.device, batch: int, classes: int) -> None:
         self.device = device
         self.backbone = build_backbone(settings).to(device)
-        self.head = ShardedSoftmax(config.Head(), classes, settings.embedding_size, seed=0, device=device, optimizer=_SGD)
+        self.head = ShardedSoftmax(
+            config.Head(), classes, settings.embedding_size, seed=0, device=device, optimizer=_SGD
+        )
         self.optimizer = self._optimizer()
         generator = torch.Generator().manual_seed(0)
         images = torch.rand(batch, 3, settings.image_size, settings.image_size, generator=generator) * 2 - 1
