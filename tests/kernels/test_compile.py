@@ -169,8 +169,8 @@ BOUNDS = {
     "logistic, sphere2": ((184, 24), (208, 24), (176, 36), (192, 36)),
     "sub-centres, filtered, sampled": ((168, 16), (168, 16), (128, 24), (168, 24)),
 }
-"""Registers per thread and KiB of shared memory, at most: of negative_sums and of logit_gradient, on sm_80, then on sm_90. The
-larger of what Triton 3.6 and 3.9 make of them."""
+"""Registers per thread and KiB of shared memory, at most: of negative_sums and of logit_gradient, on sm_80, then on
+sm_90. The larger of what Triton 3.6 and 3.9 make of them."""
 UPDATE_BOUND = (64, 4)
 SPILLED = {(80, "curricular, running maximum, sampled", "logit_gradient_kernel"): 72}
 """Bytes per thread that are in memory, not in registers, where there are any: here with Triton 3.6 alone."""

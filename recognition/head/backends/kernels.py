@@ -1,8 +1,8 @@
 """Triton kernels that go over the class weights: tiles of logits that live in registers and are never written out.
 
 The symbols are those of `problem`; `pytorch` says the same in PyTorch, and the kernels are tested against it. A tile is
-BLOCK_B samples times BLOCK_N classes. Rows are read raw, in the type they are kept in, and their inverse norms scale the
-columns of a tile: no normalised copy exists. How products become logits is `KIND`, the `kernel_code` of the loss's
+BLOCK_B samples times BLOCK_N classes. Rows are read raw, in the type they are kept in, and their inverse norms scale a
+tile's columns: no normalised copy exists. How products become logits is `KIND`, the `kernel_code` of the loss's
 negatives. Offsets into the rows are 64-bit: 4.2 million rows of 512 numbers are 2^31.
 """
 
@@ -239,15 +239,16 @@ def _products(
 @triton.jit
 def _logits(cosine, boundary, fields, threshold, KIND: tl.constexpr, ZERO_FILTERED: tl.constexpr):
     """Return the logits of the negatives and their derivatives by the cosines, filtered as `FilteredNegatives` does."""
-    if threshold is None:
-        return KIND(cosine, boundary, fields)
-    near = cosine > threshold
-    if ZERO_FILTERED:
-        cosine = tl.where(near, 0.0, cosine)
+    if threshold is not None:
+        near = cosine > threshold
+        if ZERO_FILTERED:
+            cosine = tl.where(near, 0.0, cosine)
     z, derivative = KIND(cosine, boundary, fields)
-    if not ZERO_FILTERED:
-        z = tl.where(near, float("-inf"), z)
-    return z, tl.where(near, 0.0, derivative)
+    if threshold is not None:
+        if not ZERO_FILTERED:
+            z = tl.where(near, float("-inf"), z)
+        derivative = tl.where(near, 0.0, derivative)
+    return z, derivative
 
 
 @triton.jit

@@ -68,7 +68,7 @@ class AffineNegatives(Negatives):
 
     @staticmethod
     @jit
-    def kernel_code(cosine: Tile, boundary: Tile, fields: Pointer) -> tuple[Tile, Tile]:
+    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Pointer") -> "tuple[Tile, Tile]":
         scale, bias = tl.load(fields), tl.load(fields + 1)
         return cosine * scale + bias, tl.zeros_like(cosine) + scale
 
@@ -88,7 +88,7 @@ class CurricularNegatives(Negatives):
 
     @staticmethod
     @jit
-    def kernel_code(cosine: Tile, boundary: Tile, fields: Pointer) -> tuple[Tile, Tile]:
+    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Pointer") -> "tuple[Tile, Tile]":
         scale, t = tl.load(fields), tl.load(fields + 1)
         hard = cosine > boundary[:, None]
         z = scale * tl.where(hard, cosine * (t + cosine), cosine)
@@ -111,7 +111,7 @@ class MVSoftmaxNegatives(Negatives):
 
     @staticmethod
     @jit
-    def kernel_code(cosine: Tile, boundary: Tile, fields: Pointer) -> tuple[Tile, Tile]:
+    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Pointer") -> "tuple[Tile, Tile]":
         scale, weight = tl.load(fields), tl.load(fields + 1)
         hard = cosine > boundary[:, None]
         z = scale * tl.where(hard, weight * cosine + (weight - 1), cosine)
@@ -133,7 +133,7 @@ class CircleNegatives(Negatives):
 
     @staticmethod
     @jit
-    def kernel_code(cosine: Tile, boundary: Tile, fields: Pointer) -> tuple[Tile, Tile]:
+    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Pointer") -> "tuple[Tile, Tile]":
         scale, margin = tl.load(fields), tl.load(fields + 1)
         derivative = scale * tl.maximum(cosine + margin, 0.0)
         return derivative * (cosine - margin), derivative
@@ -157,7 +157,7 @@ class SphereFaceRNegatives(Negatives):
 
     @staticmethod
     @jit
-    def kernel_code(cosine: Tile, boundary: Tile, fields: Pointer) -> tuple[Tile, Tile]:
+    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Pointer") -> "tuple[Tile, Tile]":
         scale, margin = tl.load(fields), tl.load(fields + 1)
         edge = 0.99999988079071044921875  # 1 - 2^-23, as `_angle` has it
         edged = tl.minimum(tl.maximum(cosine, -edge), edge)
@@ -187,7 +187,7 @@ class SphereFace2Negatives(Negatives):
 
     @staticmethod
     @jit
-    def kernel_code(cosine: Tile, boundary: Tile, fields: Pointer) -> tuple[Tile, Tile]:
+    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Pointer") -> "tuple[Tile, Tile]":
         scale, margin = tl.load(fields), tl.load(fields + 1)
         exponent, bias = tl.load(fields + 2), tl.load(fields + 3)
         half = tl.maximum((cosine + 1) / 2, 1.1754943508222875e-38)

@@ -25,7 +25,7 @@ Pointer = Any
 
 
 @jit
-def arccosine(c: Tile) -> Tile:
+def arccosine(c: "Tile") -> "Tile":
     """Return the arc cosine to 2e-8: Abramowitz and Stegun 1964, 4.4.46, since Triton's interpreter has none."""
     u = tl.abs(c)
     p = 0.0066700901 - 0.0012624911 * u
@@ -37,7 +37,7 @@ def arccosine(c: Tile) -> Tile:
 
 
 @jit
-def sine_and_cosine(u: Tile) -> tuple[Tile, Tile]:
+def sine_and_cosine(u: "Tile") -> "tuple[Tile, Tile]":
     """Return both for 0 <= u <= pi / 2, by Taylor series: `tl.sin` keeps a table in memory for angles of any size."""
     square = u * u
     sine = 1 / 120 + square * (-1 / 5040 + square * (1 / 362880 - square / 39916800))
