@@ -1,38 +1,42 @@
 """Runs and an ONNX file that were written before settings and tensors were renamed: they are read as they ever were.
 
 `tests/fixtures/run_before` has them, the script that made them and, in `expected.json`, what is to come back, under the
-names of then. Where something has another name today, `TODAY` says which.
+names of then.
 """
 
 import hashlib
 import json
+import os
 import tarfile
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from recognition import config
-from recognition.deploy.embedder import OnnxEmbedder
+from recognition.config.renamed import RENAMED, to_current
+from recognition.deploy.onnx_embedder import OnnxEmbedder
+from recognition.errors import UserError
 from recognition.runs.folder import load_backbone
 from recognition.training import trainer
+from tests.support.faults import fault
 from tests.support.ranks import launch_ranks
 
 BEFORE = Path(__file__).resolve().parents[1] / "fixtures" / "run_before"
 
-# Today's names of what has another name than then: of settings, and of tensors in what a trainer saves.
-TODAY: dict[str, str] = {}
 RANKS = {"fused": 1, "split": 2, "lazy": 1}
 # Two steps more, in today's names: a run that is complete gets more epochs.
-PLACES = ("data.path={folder}/faces", "run.folder={folder}/{name}", "evaluation.pairs=[]", "evaluation.images={folder}")
+PLACES = ("data.path={folder}/faces", "run.folder={folder}/{name}", "evaluation.pairs=[]", "evaluation.image_folder={folder}")
 GOING_ON = {
-    "fused": ("training.epochs=1.5", "training.extend=stretch", "export.enabled=false"),
+    "fused": ("training.epochs=1.5", "training.more_epochs=stretch", "export.enabled=false"),
     "split": (),
     "lazy": (),
 }
@@ -54,20 +58,24 @@ def whole(tensor: DTensor) -> Tensor:
     return torch.cat(shards)
 
 
+def today(run: Path) -> Path:
+    """Write a run's settings under the names of today, as its user has to; returns the file."""
+    path = run / f"today-{os.environ.get('RANK', '0')}.toml"
+    path.write_text(tomli_w.dumps(to_current(tomllib.loads((run / "config.toml").read_text()))))
+    return path
+
+
 def go_on(name: str, folder: str) -> dict[str, Any]:
     """Train the run `name` in `folder` to its end on this rank; returns what was there before the first step."""
     loaded: dict[str, Any] = {}
-    step = trainer.Trainer._train_step
 
-    def watched(self: trainer.Trainer, number: int) -> Any:
-        if not loaded:
-            for key, tensor in self._tensors().items():
-                loaded[key] = digest(whole(tensor) if isinstance(tensor, DTensor) else tensor)
-        return step(self, number)
+    def look(*, trainer: trainer.Trainer, **_: Any) -> None:
+        for key, tensor in trainer.state_tensors().items():
+            loaded[key] = digest(whole(tensor) if isinstance(tensor, DTensor) else tensor)
 
-    trainer.Trainer._train_step = watched
     overrides = [override.format(folder=folder, name=name) for override in (*PLACES, *GOING_ON[name])]
-    complete = trainer.train(config.load(Path(folder) / name / "config.toml", overrides))
+    with fault("step", look, times=1):
+        complete = trainer.train(config.load(today(Path(folder) / name), overrides))
     return {"complete": complete, "tensors": loaded}
 
 
@@ -88,7 +96,7 @@ def leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
 
 def settings(run: Path) -> dict[str, Any]:
     """The settings that a run's config.toml gives."""
-    return dict(leaves(json.loads(config.load(run / "config.toml", check_paths=False).model_dump_json())))
+    return dict(leaves(json.loads(config.load(today(run), check_paths=False).model_dump_json())))
 
 
 def probe() -> np.ndarray:
@@ -115,7 +123,7 @@ def test_a_run_goes_on_from_all_that_it_has_saved(name: str, expected: dict[str,
     of_run, before = expected[name], curve(folder / name)
     for rank in launch_ranks(go_on, RANKS[name], name, str(folder)):
         assert rank["complete"]
-        assert rank["tensors"] == {TODAY.get(key, key): value for key, value in of_run["tensors"].items()}
+        assert rank["tensors"] == of_run["tensors"]
     found = curve(folder / name)
     assert found.keys() == of_run["curve"].keys() and len(found) == len(before) + 2
     assert {number: found[number] for number in before} == before
@@ -123,21 +131,34 @@ def test_a_run_goes_on_from_all_that_it_has_saved(name: str, expected: dict[str,
         assert found[number] == pytest.approx(values, rel=TOLERANCE), number
 
 
+def test_a_users_file_with_old_names_is_refused_with_the_new_ones(folder: Path) -> None:
+    written = folder / "split" / "config.toml"
+    old = {key for key, _ in leaves(tomllib.loads(written.read_text()))} & RENAMED.keys()
+    assert len(old) > 8
+    with pytest.raises(UserError) as error:
+        config.load(written, check_paths=False)
+    for key in old:
+        said = f"is called {RENAMED[key]} now" if RENAMED[key] else "is no setting any more"
+        assert f"{key} {said}" in str(error.value)
+
+
 @pytest.mark.parametrize("name", RANKS)
 def test_its_settings_and_its_backbone_are_read(name: str, expected: dict[str, Any], folder: Path) -> None:
     found = settings(folder / name)
-    for key, value in expected[name]["settings"].items():
-        assert found[TODAY.get(key, key)] == value, key
+    for old, value in expected[name]["settings"].items():
+        key = RENAMED.get(old, old)
+        if key is not None:
+            assert found[key] == ("refuse" if (old, value) == ("training.extend", "no") else value), old
     for which in ("last", "best") if name == "fused" else ("last",):
         backbone, facts = load_backbone(folder / name, which)
         state = {f"backbone.{key}": digest(tensor) for key, tensor in backbone.state_dict().items()}
         assert facts["step"] == expected[name][which]
         saved = {key: value for key, value in expected[name]["tensors"].items() if key.startswith("backbone.")}
-        assert state == {TODAY.get(key, key): value for key, value in saved.items()}
+        assert state == saved
 
 
 def test_its_onnx_file_embeds_as_it_did(expected: dict[str, Any], folder: Path) -> None:
-    embedder = OnnxEmbedder(folder / "fused/model.onnx", threads=1)
+    embedder = OnnxEmbedder(folder / "fused/model.onnx")
     embeddings = np.array(expected["embeddings"])
     length = np.linalg.norm(embeddings, axis=1, keepdims=True)
     np.testing.assert_allclose(embedder(probe()) / length, embeddings / length, rtol=0, atol=1e-5)

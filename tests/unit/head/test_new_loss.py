@@ -11,7 +11,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from recognition import config
-from recognition.head import build_head
+from recognition.head import ShardedSoftmax
 from recognition.head.losses.base import BY_SETTINGS, CrossEntropy, Loss, Targets
 from recognition.head.losses.build import build_loss
 from tests.support.ranks import run_ranks
@@ -78,7 +78,7 @@ def step_with_a_new_loss(path: str) -> dict[str, float | str]:
     assert config.load(_written(path, settings.to_toml()), check_paths=False) == settings
 
     x, labels, weight, _ = data(CLASSES, BATCH, size=SIZE)
-    head = build_head(
+    head = ShardedSoftmax(
         settings.head, CLASSES, SIZE, seed=0, optimizer=config.SGD(momentum=0.0, weight_decay=0.0), device="cpu"
     )
     fill(head, weight)
