@@ -61,7 +61,7 @@ class ScaledLoss(Loss):
     """Base of the losses on cosines that a constant scale makes large enough for a softmax."""
 
     scale: PositiveFloat = 64.0
-    """s, what the cosines are multiplied by."""
+    """s, factor on the cosines."""
 
 
 class Softmax(Loss):
@@ -107,7 +107,7 @@ class SphereFaceR(ScaledLoss):
     margin: AngleFactor = 1.5
     """m, factor on the angle"""
     version: Literal[1, 2] = 1
-    """Which of the two angles m changes."""
+    """1: m changes the target's angle; 2: the others'."""
 
 
 class CosFace(ScaledLoss):
@@ -125,7 +125,7 @@ class ArcFace(ScaledLoss):
     margin: Angle = 0.5
     """m, in radians"""
     straight_through: bool = False
-    """As in arcface_torch: without the gradient's factor sin(theta + m) / sin(theta), and theta + m not guarded."""
+    """Whether to do as arcface_torch: no factor sin(theta + m) / sin(theta) in the gradient, no guard of theta + m."""
 
 
 class Combined(ScaledLoss):
@@ -147,7 +147,7 @@ class AdaFace(ScaledLoss):
     margin: Angle = 0.4
     """m"""
     concentration: PositiveFloat = 0.333
-    """h, how many standard deviations of the norm span the range of the margin."""
+    """h; norms within 1 / h standard deviations of the mean span the range of the margin."""
     momentum: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Weight of a batch in the running mean and deviation of the norms."""
 
@@ -179,7 +179,7 @@ class ElasticFace(ScaledLoss):
 
     name: Literal["elasticface"] = "elasticface"
     base: Literal["arcface", "cosface"] = "arcface"
-    """What the margin is added to: the angle, or the cosine."""
+    """Target's margin, on the angle or on the cosine."""
     margin: Angle = 0.5
     """Mean of the margins."""
     deviation: NonNegativeFloat = 0.05
@@ -211,7 +211,7 @@ class MVSoftmax(ScaledLoss):
     scale: PositiveFloat = 32.0
     """s"""
     base: Literal["arcface", "cosface"] = "cosface"
-    """The target's margin, beyond which a negative is hard."""
+    """Target's margin, on the angle or on the cosine; a negative beyond it is hard."""
     margin: Angle = 0.35
     """m"""
     weight: Annotated[float, Field(ge=1)] = 1.12
@@ -258,16 +258,16 @@ class Filter(Section):
     threshold: Annotated[float, Field(gt=-1, lt=1)]
     """Cosine beyond which a negative is filtered."""
     zero: bool = False
-    """As in arcface_torch: its cosine counts as 0, instead of being left out of the sum."""
+    """Whether its cosine counts as 0, as in arcface_torch, instead of being left out of the sum."""
 
 
 class Center(Section):
     """Center loss (Wen et al. 2016): half the squared distance of an embedding from its class's centre."""
 
     weight: PositiveFloat = 0.003
-    """lambda, beside the loss over classes."""
+    """lambda, factor on this loss beside the one over classes."""
     rate: Fraction = 0.5
-    """alpha, how far a centre moves towards its embeddings in a step."""
+    """alpha, fraction of the way to its embeddings that a centre moves in a step."""
 
 
 class Triplet(Section):
@@ -277,9 +277,9 @@ class Triplet(Section):
     """
 
     weight: PositiveFloat = 1.0
-    """Beside the loss over classes."""
+    """Factor on this loss beside the one over classes."""
     margin: NonNegativeFloat = 0.2
-    """By how much the nearest impostor is to be further away than the furthest genuine image."""
+    """Distance by which the nearest impostor is to be further away than the furthest genuine image."""
 
 
 class Contrastive(Section):
@@ -289,6 +289,6 @@ class Contrastive(Section):
     """
 
     weight: PositiveFloat = 1.0
-    """Beside the loss over classes."""
+    """Factor on this loss beside the one over classes."""
     margin: PositiveFloat = 1.0
     """Euclidean distance beyond which an impostor pair counts no more."""

@@ -97,7 +97,14 @@ little BatchNorm; of a ResNet on these faces the same differences made some perc
 def render(folder: Path) -> None:
     """Draw the faces to train on."""
     write_faces(
-        folder, identities=IDENTITIES, images_per_identity=IMAGES, pairs=20, image_size=32, seed=5, workers=1, progress=False
+        folder,
+        identities=IDENTITIES,
+        images_per_identity=IMAGES,
+        pairs=20,
+        image_size=32,
+        seed=5,
+        workers=1,
+        progress=False,
     )
 
 

@@ -34,7 +34,12 @@ BEFORE = Path(__file__).resolve().parents[1] / "fixtures" / "run_before"
 
 RANKS = {"fused": 1, "split": 2, "lazy": 1}
 # Two steps more, in today's names: a run that is complete gets more epochs.
-PLACES = ("data.path={folder}/faces", "run.folder={folder}/{name}", "evaluation.pairs=[]", "evaluation.image_folder={folder}")
+PLACES = (
+    "data.path={folder}/faces",
+    "run.folder={folder}/{name}",
+    "evaluation.pairs=[]",
+    "evaluation.image_folder={folder}",
+)
 GOING_ON = {
     "fused": ("training.epochs=1.5", "training.more_epochs=stretch", "export.enabled=false"),
     "split": (),

@@ -1,1 +1,1 @@
-"""The losses: functions on vectors that know nothing of shards or chunks."""
+"""Losses over classes and on embeddings: functions of vectors that know nothing of shards or chunks."""

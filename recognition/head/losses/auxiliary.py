@@ -11,7 +11,7 @@ from recognition.distributed import reduce_scatter_rows
 
 
 class Auxiliary:
-    """Those of them that `settings` ask for; the centres are sharded as the class weights are."""
+    """Weighted sum of the losses on embeddings that `settings` ask for; centres are sharded as class weights are."""
 
     def __init__(
         self, settings: config.Head, shard: range, embedding_size: int, device: torch.device, group: dist.ProcessGroup
@@ -23,17 +23,17 @@ class Auxiliary:
         self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, by classes."""
+        """Return the tensors of a checkpoint, one row a class."""
         return {} if self.centers is None else {"centers": self.centers}
 
     def __call__(
         self, x: Tensor, unit: Tensor, labels: Tensor, gathered: Tensor, norm: Tensor, sizes: Sequence[int]
     ) -> Tensor:
-        """Their weighted sum, a scalar equal on all ranks, with gradients as the head's: those of the mean over the
-        gathered batch, times the number of ranks.
+        """Return the sum, a scalar equal on all ranks. Its gradient is that of the mean over the gathered batch, times
+        the number of ranks, as the head's is.
 
-        `x` [b, D], and `unit` [b, D] with length 1: this rank's embeddings; of the gathered batch `labels` [B], the
-        embeddings as the head gathered them [B, D], and their `norm` [B]; `sizes`: b of every rank.
+        `x` [b, D]: this rank's embeddings, and `unit` [b, D] with length 1. `labels` [B], `gathered` [B, D] and
+        `norm` [B]: the gathered batch, with embeddings as the head gathered them. `sizes`: b of every rank.
         """
         loss = x.new_zeros(())
         if self._center is not None:
@@ -55,7 +55,7 @@ class Auxiliary:
         return loss + _times(pairs, dist.get_world_size(self._group))
 
     def add(self, gathered: Tensor, labels: Tensor, norm: Tensor) -> None:
-        """Keep a batch that the centres are to be moved by."""
+        """Keep a gathered batch for `apply`."""
         if self.centers is not None and len(self.centers):
             self._batches.append((gathered, labels, norm))
 
@@ -81,7 +81,7 @@ class Auxiliary:
         )
 
     def _center_loss(self, x: Tensor, labels: Tensor, sizes: Sequence[int]) -> Tensor:
-        """`|x - c|^2 / 2`, mean over the gathered batch."""
+        """Return the mean of `|x - c|^2 / 2` over the gathered batch."""
         if self.centers is None:
             raise AssertionError
         with torch.no_grad():
@@ -101,10 +101,10 @@ class Auxiliary:
 
 
 def batch_hard(squared: Tensor, same: Tensor, margin: float) -> Tensor:
-    """Batch-hard triplet loss (Hermans et al. 2017, arXiv 1703.07737): a scalar.
+    """Return the batch-hard triplet loss (Hermans et al. 2017, arXiv 1703.07737), a scalar.
 
-    `squared` [B, B]: squared distances; `same` [B, B]: whether a pair is of one identity. Mean of `[margin + furthest
-    genuine - nearest impostor]+` over the anchors that have both; 0 without any.
+    It is the mean of `[margin + furthest genuine - nearest impostor]+` over the anchors that have both; 0 without any.
+    `squared` [B, B]: squared distances; `same` [B, B]: whether a pair is of one identity.
     """
     distance = _root(squared)
     genuine = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
@@ -116,8 +116,10 @@ def batch_hard(squared: Tensor, same: Tensor, margin: float) -> Tensor:
 
 
 def contrastive(squared: Tensor, same: Tensor, margin: float) -> Tensor:
-    """Contrastive loss (Hadsell et al. 2006): the mean of `d^2` over the genuine pairs and that of `[margin - d]+^2`
-    over the impostor pairs; a mean over none is 0. Arguments as `batch_hard`'s.
+    """Return the contrastive loss (Hadsell et al. 2006), a scalar.
+
+    It is the mean of `d^2` over the genuine pairs plus that of `[margin - d]+^2` over the impostor pairs; a mean over
+    none is 0. `squared` [B, B]: squared distances; `same` [B, B]: whether a pair is of one identity.
     """
     pair = torch.ones_like(same).triu(1)
     genuine, impostor = same & pair, ~same & pair
@@ -127,11 +129,11 @@ def contrastive(squared: Tensor, same: Tensor, margin: float) -> Tensor:
 
 
 def _root(squared: Tensor) -> Tensor:
-    """The square root, with a gradient of 0 at 0."""
+    """Return the square root, with a gradient of 0 at 0."""
     positive = squared > 0
     return torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
 
 
 def _times(x: Tensor, factor: int) -> Tensor:
-    """`x`, with its gradient multiplied by `factor`."""
+    """Return `x`, with its gradient multiplied by `factor`."""
     return x * factor - (x * (factor - 1)).detach()
