@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import tomli_w
 from pydantic import BaseModel
 
 from recognition.config import renamed
@@ -89,7 +90,7 @@ def _apply(tree: dict[str, Any], override: str, root: type[BaseModel]) -> str | 
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
             return f"{override}: {'.'.join(keys[:depth])} is a value, not a section"
-    if keys[-1] == "name" and len(_models_at(keys[:-1], root)) > 1 and tree.get("name") != value:
+    if keys[-1] == "name" and len(models_at(keys[:-1], root)) > 1 and tree.get("name") != value:
         tree.clear()
     tree[keys[-1]] = value
     return None
@@ -109,7 +110,7 @@ def _value(text: str, annotation: Any) -> Any:
 
 def _annotation(keys: list[str], root: type[BaseModel]) -> Any:
     """The type of the field that the keys lead to; None where there is no such field."""
-    fields = (model.model_fields.get(keys[-1]) for model in _models_at(keys[:-1], root))
+    fields = (model.model_fields.get(keys[-1]) for model in models_at(keys[:-1], root))
     return next((field.annotation for field in fields if field is not None), None)
 
 
@@ -141,7 +142,7 @@ def explain(error: Any, root: type[BaseModel]) -> str:
         case "extra_forbidden":
             if (said := renamed.advice(path)) is not None:
                 return f"{path} {said}"
-            known = [name for model in _models_at(location[:-1], root) for name in model.model_fields]
+            known = [name for model in models_at(location[:-1], root) for name in model.model_fields]
             near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             return f"{path}: unknown key; {hint}"
@@ -185,25 +186,11 @@ def _along(location: list[str], root: type[BaseModel]) -> tuple[list[str], list[
     return keys, models
 
 
-def _models_at(keys: list[str], root: type[BaseModel]) -> list[type[BaseModel]]:
+def models_at(keys: list[str], root: type[BaseModel]) -> list[type[BaseModel]]:
+    """Return the models that a section can be, to which `keys` lead from `root`."""
     return _along(keys, root)[1]
 
 
 def dump(tree: dict[str, Any]) -> str:
-    """The tree as TOML. Values are strings, numbers, booleans, arrays of them, or tables."""
-    lines: list[str] = []
-    for path, table in _tables(tree):
-        lines += ["", f"[{path}]"] if lines else [f"[{path}]"]
-        # JSON's strings, numbers, booleans and arrays of them are TOML too.
-        lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _tables(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """The tables of a tree in TOML's order: a table's own values first, then its sub-tables."""
-    values = {key: value for key, value in tree.items() if not isinstance(value, dict)}
-    if path:
-        yield path, values
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _tables(value, f"{path}.{key}" if path else key)
+    """Return the tree as TOML. Values are strings, numbers, booleans, arrays of them, or tables."""
+    return tomli_w.dumps(tree)

@@ -118,7 +118,8 @@ def curve(name: str, faces: Path, run: Path, *overrides: str) -> dict[str, list[
     world, settings = RECIPES[name]
     places = (f"data.path={faces}", f"run.folder={run}")
     assert all(launch_ranks(train, world, [*BOTH, *settings, *places, *overrides]))
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [line for line in lines if "loss" in line]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     return {key: [record[key] for record in records] for key in RECORDED}
 

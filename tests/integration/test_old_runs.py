@@ -169,5 +169,5 @@ def test_its_onnx_file_embeds_as_it_did(expected: dict[str, Any], folder: Path) 
     np.testing.assert_allclose(embedder(probe()) / length, embeddings / length, rtol=0, atol=1e-5)
     card = json.loads((folder / "fused/model.json").read_text())
     for key in ("input_color", "input_size", "embedding_size", "step", "fingerprint", "backbone", "loss"):
-        assert embedder.facts[key] == str(card[key])
+        assert embedder.metadata[key] == str(card[key])
     assert hashlib.sha256((folder / "fused/model.onnx").read_bytes()).hexdigest() == card["sha256"]

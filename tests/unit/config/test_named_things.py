@@ -80,7 +80,7 @@ def is_setting(name: str) -> bool:
     *section, key = name.split(".")
     if section == ["backbone", "options"]:  # those of timm's models
         return True
-    return any(key in model.model_fields for model in toml._models_at(section, Config))
+    return any(key in model.model_fields for model in toml.models_at(section, Config))
 
 
 def wrong_names(text: str, own: set[str], known: dict[str, set[str]]) -> list[str]:
