@@ -6,8 +6,9 @@ READY := .venv/.ready
 STARTED := $(shell date +%s)
 
 # What `make soak` runs: kills (ROUNDS=20), fuzzing (SECONDS=60 for each kind of file), faces; SEED=0 for the first two.
+# On request: golden, which trains as another commit did (GOLDEN_BASE=HEAD~1).
 SOAK ?= kills fuzzing faces
-export ROUNDS SECONDS SEED
+export ROUNDS SECONDS SEED GOLDEN_BASE
 
 .PHONY: setup demo test soak lint format pins clean
 
