@@ -116,23 +116,27 @@ def _graph(
 
     DALI rewrites this function, so that an `if` on what is in the graph decides for each image by itself.
     """
-    encoded, numbers = _sources(source, inputs)
+    encoded, parameters = _sources(source, inputs)
     images = _decoded(encoded, decoder)
-    if numbers["resize"]:
+    if parameters["resize"]:
         if crop:
             images = _square(images)
         images = fn.resize(images, size=[image_size, image_size])
-    if "matrix" in numbers:
-        images = fn.warp_affine(images, matrix=numbers["matrix"])  # beyond the border, the border's pixels go on
-    if "color" in numbers:
-        images = fn.coord_transform(images, MT=numbers["color"], dtype=types.UINT8)
-    if "erase_shape" in numbers:
+    if "matrix" in parameters:
+        images = fn.warp_affine(images, matrix=parameters["matrix"])  # beyond the border, the border's pixels go on
+    if "color" in parameters:
+        images = fn.coord_transform(images, MT=parameters["color"], dtype=types.UINT8)
+    if "erase_shape" in parameters:
         images = fn.erase(
-            images, anchor=numbers["erase_anchor"], shape=numbers["erase_shape"], axis_names="HW", fill_value=MEAN_GRAY
+            images,
+            anchor=parameters["erase_anchor"],
+            shape=parameters["erase_shape"],
+            axis_names="HW",
+            fill_value=MEAN_GRAY,
         )
     return fn.crop_mirror_normalize(
         images,
-        mirror=numbers.get("flip", 0),
+        mirror=parameters.get("flip", 0),
         mean=[127.5] * 3,
         std=[127.5] * 3,
         dtype=types.FLOAT,

@@ -82,26 +82,26 @@ def _make(inputs: EncodedBatch, part: slice, how: str, images: Tensor) -> None:
     """Fill `images` [n, 3, S, S] with those of `part`. Runs in a worker's thread."""
     size = images.shape[-1]
     decoded = np.empty((len(images), size, size, 3), np.uint8)
-    numbers = {name: array[part] for name, array in inputs.arrays.items()}
+    parameters = {name: array[part] for name, array in inputs.arrays.items()}
     for place, encoded in zip(decoded, inputs.encoded[part], strict=True):
         place[:] = fit(decode(encoded), size, how)
-    images.copy_(changed(torch.from_numpy(decoded).permute(0, 3, 1, 2), numbers))
+    images.copy_(changed(torch.from_numpy(decoded).permute(0, 3, 1, 2), parameters))
     images.sub_(_HALF_RANGE).div_(_HALF_RANGE)
 
 
-def changed(levels: Tensor, numbers: Mapping[str, NDArray[Any]]) -> Tensor:
+def changed(levels: Tensor, parameters: Mapping[str, NDArray[Any]]) -> Tensor:
     """`levels` [n, 3, S, S] of 0..255, changed by what there is of the fields of `AugmentNumbers`."""
-    if "matrix" in numbers:
-        levels = warped(levels.float().contiguous(), torch.from_numpy(numbers["matrix"]))
-    if "color" in numbers:
-        levels = colored(levels.float(), torch.from_numpy(numbers["color"]))
-    if "erase_shape" in numbers:
-        rectangles = np.concatenate([numbers["erase_anchor"], numbers["erase_shape"]], axis=1).astype(int)
+    if "matrix" in parameters:
+        levels = warped(levels.float().contiguous(), torch.from_numpy(parameters["matrix"]))
+    if "color" in parameters:
+        levels = colored(levels.float(), torch.from_numpy(parameters["color"]))
+    if "erase_shape" in parameters:
+        rectangles = np.concatenate([parameters["erase_anchor"], parameters["erase_shape"]], axis=1).astype(int)
         gray = torch.tensor(int(MEAN_GRAY))  # rounded as DALI does
         for image, (top, left, height, width) in zip(levels, rectangles.tolist(), strict=True):
             functional.erase(image, top, left, height, width, gray, inplace=True)
-    if "flip" in numbers:
-        flips = torch.from_numpy(numbers["flip"].astype(bool))
+    if "flip" in parameters:
+        flips = torch.from_numpy(parameters["flip"].astype(bool))
         levels[flips] = functional.horizontal_flip(levels[flips])
     return levels
 
