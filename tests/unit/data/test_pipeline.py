@@ -283,7 +283,7 @@ def test_a_batch_stays_what_it_was(images: Images, opened: Open) -> None:
 def operators(pipeline: Pipeline) -> set[str]:
     """Of DALI's graph."""
     next(pipeline)
-    return {name.decode() for name in re.findall(rb"__([A-Z][A-Za-z]+)_\d", pipeline._maker._graph.serialize())}
+    return {name.decode() for name in re.findall(rb"__([A-Z][A-Za-z]+)_\d", pipeline._loader._graph.serialize())}
 
 
 @pytest.mark.parametrize("loader", ["dali"], indirect=True)
@@ -366,7 +366,7 @@ def test_a_failure_that_is_no_images_fault_is_not_hidden(images: Images, opened:
     quarantine = tmp_path / "quarantine.jsonl"
     pipeline = opened(images, quarantine=quarantine)
     next(pipeline)
-    pipeline._maker.next = broken  # type: ignore[method-assign,assignment]
+    pipeline._loader.next_images = broken  # type: ignore[method-assign,assignment]
     with pytest.raises(RuntimeError, match="out of memory"):
         next(pipeline)
     assert not quarantine.exists()
