@@ -1,7 +1,8 @@
 """Recipes that extend others: `extends = "other.toml"` at the top of a file, beside which the other is looked for.
 
 Tables are merged key by key, and a value of the file itself wins. A section that comes in variants, such as
-`head.loss`, is replaced whole where the file gives it another `name`, as the settings of one variant mean nothing to another.
+`head.loss`, is replaced whole where the file gives it another `name`, as the settings of one variant mean nothing to
+another.
 """
 
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Samples: byte-range index, order, augmentation numbers and the DALI pipeline."""
+"""Training data: the byte-range index, the order of samples, augmentation, and batches by DALI or torchvision."""

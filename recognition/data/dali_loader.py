@@ -1,6 +1,6 @@
-"""Images by NVIDIA DALI: encoded bytes and augmentation numbers go into its graph, normalised tensors come out.
+"""Loader by NVIDIA DALI: encoded bytes and augmentation parameters go into its graph, normalised tensors come out.
 
-DALI does not exist for every system: this module is imported only where it makes the images.
+DALI does not exist for every system, so this module is imported only where `data.loader` is "dali".
 """
 
 from collections.abc import Iterator
@@ -19,52 +19,52 @@ from recognition.images import png_is_intact, read_jpeg_header
 
 
 class DaliLoader:
-    """See `Maker`. Images are decoded on the GPU where `making.device` is one, else by `making.threads` CPU threads."""
+    """Loader (see `loader.Loader`) that decodes on the GPU where `options.device` is one, else in CPU threads."""
 
-    def __init__(self, inputs: Iterator[EncodedBatch], making: LoaderOptions) -> None:
-        first = next(inputs)
-        self._inputs, self._making = chain([first], inputs), making
+    def __init__(self, batches: Iterator[EncodedBatch], options: LoaderOptions) -> None:
+        first = next(batches)
+        self._batches, self._options = chain([first], batches), options
         self._copied: tuple[Any, torch.cuda.Event] | None = None
         self._probe: _Probe | None = None
         self._graph: Any = _graph(
             self._source,
             {name: (_DALI_TYPES[array.dtype.name], array.ndim - 1) for name, array in first.arrays.items()},
             decoder=self._decoder,
-            image_size=making.image_size,
-            crop=making.fit == "crop",
-            layout="HWC" if making.channels_last else "CHW",
-            **self._resources(making.batch, making.ahead),
+            image_size=options.image_size,
+            crop=options.fit == "crop",
+            layout="HWC" if options.channels_last else "CHW",
+            **self._resources(options.batch, options.prefetch),
         )
 
-    def next(self) -> torch.Tensor:
-        """The next step's images."""
+    def next_images(self) -> torch.Tensor:
+        """Return the images of the next step [b, 3, H, W]."""
         (images,) = self._graph.run()
-        # DALI's buffer is a batch's own for as long as someone refers to it, so on the CPU nothing is copied.
+        # DALI does not reuse a buffer that something refers to, so on the CPU nothing is copied.
         tensor = torch.utils.dlpack.from_dlpack(images.as_tensor())
-        if self._making.device.type == "cuda":
-            # A GPU may get to the copy long after the host has moved on: the buffer is held until it has.
+        if self._options.device.type == "cuda":
+            # The GPU may copy long after the host has moved on: the buffer is held until it has.
             if self._copied:
                 self._copied[1].synchronize()
             tensor, source = tensor.clone(), tensor
             event = torch.cuda.Event()
             event.record()
             self._copied = (source, event)
-        return tensor.permute(0, 3, 1, 2) if self._making.channels_last else tensor
+        return tensor.permute(0, 3, 1, 2) if self._options.channels_last else tensor
 
-    def decodes(self, encoded: bytes) -> bool:
-        """Whether an image can be decoded."""
+    def can_decode(self, encoded: bytes) -> bool:
+        """Tell whether DALI decodes an image, with a graph of its own."""
         if self._probe is None:
-            self._graph = None  # whose memory may be needed
+            self._graph = None  # its memory may be needed
             self._probe = _Probe(self._decoder, self._resources(1, 1))
-        return self._probe.decodes(encoded)
+        return self._probe.can_decode(encoded)
 
     @staticmethod
     def decodes_identically(encoded: bytes) -> bool:
-        """True of the common kinds: 8-bit JPEG of YCbCr or grey, PNG of up to 8 bits, WebP without metadata.
+        """Return true for common kinds: 8-bit JPEG of YCbCr or grey, PNG of up to 8 bits, WebP without metadata.
 
-        Of the others DALI rounds 16 bits otherwise, does not read text PNM, 1-bit TIFF and WebP's EXIF, turns by other
-        rules where EXIF is broken, and its GPU decoders may treat each CMYK, TIFF and JPEG 2000 in their own way. An
-        image whose header it cannot read ends the process in a large batch, so it gets none that is unusual.
+        DALI rounds 16-bit levels differently, does not read text PNM, 1-bit TIFF and the EXIF of WebP, and turns images
+        with broken EXIF by other rules; its GPU decoders may differ on CMYK, TIFF and JPEG 2000. In a large batch an
+        image whose header it cannot read ends the process, so it gets no unusual ones.
         """
         if encoded.startswith(b"\xff\xd8"):
             frame = read_jpeg_header(encoded)
@@ -75,29 +75,29 @@ class DaliLoader:
         return encoded[8:16] in (b"WEBPVP8 ", b"WEBPVP8L")
 
     def close(self) -> None:
-        """Free the graph."""
+        """Free the graph and its memory."""
         if self._copied:
             self._copied[1].synchronize()
         self._graph = self._copied = self._probe = None
 
     @property
     def _decoder(self) -> str:
-        return "mixed" if self._making.device.type == "cuda" else "cpu"
+        return "mixed" if self._options.device.type == "cuda" else "cpu"
 
     def _resources(self, batch: int, depth: int) -> dict[str, Any]:
-        device = self._making.device
+        device = self._options.device
         on_gpu = device.type == "cuda"
         current = torch.cuda.current_device() if on_gpu and device.index is None else device.index
         return {
             "batch_size": batch,
-            "num_threads": self._making.threads,
+            "num_threads": self._options.threads,
             "device_id": current if on_gpu else None,
             "prefetch_queue_depth": depth,
         }
 
     def _source(self) -> list[Any]:
-        inputs = next(self._inputs)
-        return [[np.frombuffer(each, np.uint8) for each in inputs.encoded], *inputs.arrays.values()]
+        batch = next(self._batches)
+        return [[np.frombuffer(each, np.uint8) for each in batch.encoded], *batch.arrays.values()]
 
 
 _DALI_TYPES = {"bool": types.BOOL, "int32": types.INT32, "float32": types.FLOAT}
@@ -112,27 +112,31 @@ def _graph(
     crop: bool,
     layout: str,
 ) -> Any:
-    """The graph. `inputs` are the arrays that come with the encoded images, name: (type, number of axes).
+    """Build the graph. `inputs` describe the arrays that come with the encoded images, as name: (type, number of axes).
 
-    DALI rewrites this function, so that an `if` on what is in the graph decides for each image by itself.
+    DALI rewrites this function: an `if` on a value within the graph decides for each image separately.
     """
-    encoded, numbers = _sources(source, inputs)
+    encoded, parameters = _sources(source, inputs)
     images = _decoded(encoded, decoder)
-    if numbers["resize"]:
+    if parameters["resize"]:
         if crop:
             images = _square(images)
         images = fn.resize(images, size=[image_size, image_size])
-    if "matrix" in numbers:
-        images = fn.warp_affine(images, matrix=numbers["matrix"])  # beyond the border, the border's pixels go on
-    if "color" in numbers:
-        images = fn.coord_transform(images, MT=numbers["color"], dtype=types.UINT8)
-    if "erase_shape" in numbers:
+    if "matrix" in parameters:
+        images = fn.warp_affine(images, matrix=parameters["matrix"])  # beyond the border, the border's pixels go on
+    if "color" in parameters:
+        images = fn.coord_transform(images, MT=parameters["color"], dtype=types.UINT8)
+    if "erase_shape" in parameters:
         images = fn.erase(
-            images, anchor=numbers["erase_anchor"], shape=numbers["erase_shape"], axis_names="HW", fill_value=MEAN_GRAY
+            images,
+            anchor=parameters["erase_anchor"],
+            shape=parameters["erase_shape"],
+            axis_names="HW",
+            fill_value=MEAN_GRAY,
         )
     return fn.crop_mirror_normalize(
         images,
-        mirror=numbers.get("flip", 0),
+        mirror=parameters.get("flip", 0),
         mean=[127.5] * 3,
         std=[127.5] * 3,
         dtype=types.FLOAT,
@@ -142,13 +146,13 @@ def _graph(
 
 @do_not_convert
 def _decoded(encoded: Any, decoder: str) -> Any:
-    # JPEG's colours are then scaled up as libjpeg does it, which the GPU's decoder does not do by itself.
+    # The GPU's decoder then scales JPEG's chroma up as libjpeg does.
     return fn.decoders.image(encoded, device=decoder, output_type=types.RGB, jpeg_fancy_upsampling=True)
 
 
 @do_not_convert
 def _square(images: Any) -> Any:
-    """The largest square in the middle, as `recognition.images.fit` cuts it."""
+    """Crop the largest square in the middle, as `recognition.images.fit` does."""
     shape = images.shape()
     side = fn.cast(math.min(shape[0], shape[1]), dtype=types.FLOAT)
     return fn.crop(images, crop_h=side, crop_w=side, rounding="truncate")
@@ -166,21 +170,21 @@ def _sources(source: Any, inputs: dict[str, tuple[Any, int]]) -> tuple[Any, dict
 
 
 class _Probe:
-    """Decodes images one at a time to tell whether they can be."""
+    """Graph that decodes one image at a time, to find those that do not decode."""
 
     def __init__(self, decoder: str, resources: dict[str, Any]) -> None:
         self._decoder, self._resources = decoder, resources
         self._encoded = b""
         self._graph: Any = None
 
-    def decodes(self, encoded: bytes) -> bool:
+    def can_decode(self, encoded: bytes) -> bool:
         self._encoded = encoded
         if self._graph is None:
             self._graph = _decoding_graph(self._source, self._decoder, **self._resources)
         try:
             self._graph.run()
         except RuntimeError:
-            self._graph = None  # a graph that failed once is of no more use
+            self._graph = None  # a graph that failed once does not run again
             return False
         return True
 

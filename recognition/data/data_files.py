@@ -1,4 +1,4 @@
-"""Data files by number: their names in little memory, and bytes of them, for any number of threads."""
+"""Data files by number: compact storage of their names, and thread-safe reading of byte ranges."""
 
 import os
 import threading
@@ -13,9 +13,10 @@ _KEPT_OPEN = 64
 
 
 class PackedNames(Sequence[str]):
-    """Many names in few bytes: a text with a line for each, and where each line ends.
+    """Sequence of names in one text with a line for each, which takes far less memory than Python strings.
 
-    text: bytes or uint8 array. ends: int64 [N], past each line's final newline. A name may itself hold a newline.
+    text: bytes or uint8 array. ends: int64 [N], the end of each line, past its final newline. A name may itself hold a
+    newline.
     """
 
     def __init__(self, text: bytes | np.ndarray, ends: np.ndarray) -> None:
@@ -23,7 +24,7 @@ class PackedNames(Sequence[str]):
 
     @classmethod
     def of(cls, names: Sequence[str]) -> "PackedNames":
-        """From strings."""
+        """Pack strings."""
         lines = [os.fsencode(name) + b"\n" for name in names]
         return cls(b"".join(lines), np.cumsum([len(line) for line in lines], dtype=np.int64))
 
@@ -43,10 +44,10 @@ class PackedNames(Sequence[str]):
 
 
 class DataFiles(Sequence[Path]):
-    """The data files: names under one or more roots, and bytes of them.
+    """Sequence of the paths of data files under one or more root folders, with reading of their bytes.
 
-    roots: (folder, number of its first file) in order. A few files are kept open; where there are many, as in a
-    folder of images, each is opened for the moment of reading. Reading is safe from several threads.
+    roots: (folder, number of its first file) in order. Up to 64 files are kept open; where there are more, as in a
+    folder of images, each is opened for one read. Reading is safe from several threads.
     """
 
     def __init__(self, roots: Sequence[tuple[Path, int]], names: PackedNames) -> None:
@@ -69,7 +70,7 @@ class DataFiles(Sequence[Path]):
         return next(root for root, first in reversed(self.roots) if first <= number) / self.names[number]
 
     def read(self, number: int, offset: int, length: int) -> bytes:
-        """`length` bytes of a file, or fewer where it ends before. Raises OSError."""
+        """Read `length` bytes of file `number` at `offset`, or fewer where it ends before. Raises OSError."""
         if len(self) > _KEPT_OPEN:
             with self[number].open("rb", buffering=0) as file:
                 return os.pread(file.fileno(), length, offset)

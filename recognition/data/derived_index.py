@@ -16,7 +16,10 @@ from recognition.files.paths import shown
 
 
 def filter_index(index: Index, keep: np.ndarray, output: Path) -> Index:
-    """Save at `output` an index of the samples where `keep`, bool [N], is true; labels are made contiguous again."""
+    """Save at `output` an index of the samples where `keep`, bool [N], is true, with labels made contiguous again.
+
+    Raises UserError if `keep` has another shape or type, keeps nothing, or `output` holds something else.
+    """
     keep = np.asarray(keep)
     if keep.shape != index.labels.shape or keep.dtype != np.bool_:
         raise UserError(f"keep must be {len(index)} booleans, not {keep.dtype} {keep.shape}")
@@ -38,10 +41,10 @@ def filter_index(index: Index, keep: np.ndarray, output: Path) -> Index:
 
 
 def merge_indexes(indexes: Sequence[Index], output: Path, *, same_identities: bool = False) -> Index:
-    """Save at `output` an index of all samples of `indexes`, in order.
+    """Save at `output` an index of all samples of `indexes`, one index after another.
 
-    Every index's identities are other people, and identity `name` of the i-th index is called `i/name`; or, with
-    `same_identities`, equal names mean the same person.
+    Identities of different indexes are different people, and identity `name` of index `i` is called `i/name`. With
+    `same_identities`, equal names mean the same person. Raises UserError if `output` holds something else.
     """
     if not indexes:
         raise UserError("nothing to merge")
@@ -61,8 +64,8 @@ def merge_indexes(indexes: Sequence[Index], output: Path, *, same_identities: bo
     new_labels: dict[str, int] = {}
     labels = []
     for number, index in enumerate(indexes):
-        called = index.identities if same_identities else (f"{number}/{name}" for name in index.identities)
-        labels.append(np.array([new_labels.setdefault(name, len(new_labels)) for name in called])[index.labels])
+        names_here = index.identities if same_identities else (f"{number}/{name}" for name in index.identities)
+        labels.append(np.array([new_labels.setdefault(name, len(new_labels)) for name in names_here])[index.labels])
     content = IndexContent(
         starts=range_starts(np.concatenate([np.diff(index.starts) for index in indexes])),
         ranges=ranges,
@@ -77,7 +80,7 @@ def merge_indexes(indexes: Sequence[Index], output: Path, *, same_identities: bo
 
 
 def _save_derived(output: Path, content: IndexContent) -> Index:
-    """Saving replaces the whole folder, so it must not be one that holds anything else."""
+    """Save `content` at `output`, which must not hold anything else, as saving replaces the whole folder."""
     if (
         output.exists()
         and not (output / index_store.METADATA_FILE).is_file()

@@ -1,6 +1,6 @@
-"""Image files in one folder per identity, found without decoding them; what is not taken is counted.
+"""Image files in one folder per identity, found without decoding them; files that are left out are counted.
 
-A file is an image by its suffix; one without a suffix is by its first bytes.
+The suffix decides whether a file is an image, and the first bytes if there is no suffix.
 """
 
 import os
@@ -26,10 +26,10 @@ _FIRST_BYTES = re.compile(
     rb"|\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
     re.DOTALL,
 )
-_LOOKED_INTO = 1000
+_MOST_SEARCHED = 1000
 _KINDS_NAMED = 8
 _SUFFIX_SHOWN = 16
-_FILES_BETWEEN_SIGNS = 1000
+_FILES_PER_UPDATE = 1000
 
 _HIDDEN = "hidden file or folder", "hidden files or folders"
 _LEADS_NOWHERE = "link that leads nowhere", "links that lead nowhere"
@@ -42,10 +42,12 @@ _GONE = "file that went away", "files that went away"
 
 @dataclass(frozen=True)
 class Listing:
-    """F image files: their paths from the folder, sizes in bytes, modification times in ns and labels, int64 [F] each.
+    """List of F image files.
 
-    identities: names of the identity folders; label `i` means the i-th. notes: what the user should know of what was
-    not taken or may be a mistake, a sentence each.
+    names: paths below the folder. sizes: int64 [F], bytes. mtimes: int64 [F], ns. labels: int64 [F]. identities:
+    names of
+    the identity folders; label `i` means the i-th. notes: sentences for the user on files that are left out and on
+    possible mistakes.
     """
 
     names: PackedNames
@@ -57,62 +59,61 @@ class Listing:
 
 
 def scan(folder: Path) -> Listing:
-    """The images one level below `folder`, ordered by name; what begins with a dot is not taken.
+    """List the images one level below `folder`, ordered by name, without names that begin with a dot.
 
-    Folders without images are no identities. Raises UserError where there are no identity folders, or no images in
-    them.
+    Folders without images are no identities. Raises UserError if there are no identity folders, or no images in them.
     """
-    passed = _Passed()
+    skipped = _Skipped()
     people: list[os.DirEntry[str]] = []
     loose = 0
-    for entry in _entries(folder, passed):
+    for entry in _entries(folder, skipped):
         if _kind(entry) == "folder":
             people.append(entry)
-        elif _is_image(entry, passed):
+        elif _is_image(entry, skipped):
             loose += 1
-            passed.add(_LOOSE, entry.name)
+            skipped.add(_LOOSE, entry.name)
     if not people:
         raise UserError(_no_folders(folder, loose))
     text = bytearray()
     ends, sizes, mtimes, labels = array("q"), array("q"), array("q"), array("q")
     identities: list[str] = []
-    deeper = _Deeper(folder)
+    nested = _NestedFolders(folder)
     with task("indexing", total=len(people), unit="folders") as advance:
         for done, person in enumerate(people):
             before = len(ends)
-            for entry in _entries(Path(person.path), passed, below := f"{person.name}/"):
-                where = below + entry.name
+            for entry in _entries(Path(person.path), skipped, below := f"{person.name}/"):
+                name = below + entry.name
                 if _kind(entry) == "folder":
-                    deeper.look_into(where)
-                elif _is_image(entry, passed, below):
+                    nested.count(name)
+                elif _is_image(entry, skipped, below):
                     try:
-                        facts = entry.stat()
+                        status = entry.stat()
                     except OSError:
-                        passed.add(_GONE, where)
+                        skipped.add(_GONE, name)
                         continue
-                    text += os.fsencode(where + "\n")
+                    text += os.fsencode(name + "\n")
                     ends.append(len(text))
-                    sizes.append(facts.st_size)
-                    mtimes.append(facts.st_mtime_ns)
+                    sizes.append(status.st_size)
+                    mtimes.append(status.st_mtime_ns)
                     labels.append(len(identities))
-                    if len(ends) % _FILES_BETWEEN_SIGNS == 0:
+                    if len(ends) % _FILES_PER_UPDATE == 0:
                         advance(done)
             if len(ends) > before:
                 identities.append(person.name)
             else:
-                passed.add(_EMPTY, person.name)
+                skipped.add(_EMPTY, person.name)
             advance(done + 1)
     if not identities:
-        raise UserError(_no_images(folder, len(people), passed))
-    notes = passed.notes() + deeper.notes() + _doubled(folder, people) + _alike(identities)
+        raise UserError(_no_images(folder, len(people), skipped))
+    notes = skipped.notes() + nested.notes() + _note_shared_folders(folder, people) + _note_similar_names(identities)
     columns = (np.frombuffer(column, np.int64) for column in (ends, sizes, mtimes, labels))
     end_column, size_column, mtime_column, label_column = columns
     names = PackedNames(bytes(text), end_column)
     return Listing(names, size_column, mtime_column, label_column, PackedNames.of(identities), notes)
 
 
-class _Passed:
-    """What is not taken: how many of each kind, and the first of each."""
+class _Skipped:
+    """Counter of the files and folders that are left out, by kind, with the first name of each kind."""
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, str]] = Counter()
@@ -132,39 +133,39 @@ class _Passed:
         return (f"not taken: {self}",) if self._counts else ()
 
 
-class _Deeper:
-    """Folders inside the identity folders, whose images are not taken."""
+class _NestedFolders:
+    """Counter of folders inside the identity folders, whose images are left out."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._folders = self._with_images = self._images = 0
         self._first = ""
 
-    def look_into(self, where: str) -> None:
+    def count(self, name: str) -> None:
         self._folders += 1
-        if self._folders > _LOOKED_INTO:
+        if self._folders > _MOST_SEARCHED:
             return
         try:
-            images = sum(_is_image(entry) for entry in _entries(self._folder / where))
+            images = sum(_is_image(entry) for entry in _entries(self._folder / name))
         except UserError:
             return
         if images:
             self._images += images
             self._with_images += 1
-            self._first = self._first or where
+            self._first = self._first or name
 
     def notes(self) -> tuple[str, ...]:
         if not self._with_images:
             return ()
-        least = "at least " if self._folders > _LOOKED_INTO else ""
+        least = "at least " if self._folders > _MOST_SEARCHED else ""
         return (
             f"not taken: {least}{self._images:,} images that lie a level deeper, in {self._with_images:,} folders "
             f"inside the identity folders ({shown(self._first)}): move them up into the identity's own folder",
         )
 
 
-def _entries(folder: Path, passed: _Passed | None = None, below: str = "") -> Iterator[os.DirEntry[str]]:
-    """What is in a folder, ordered by name, but for hidden things."""
+def _entries(folder: Path, skipped: _Skipped | None = None, below: str = "") -> Iterator[os.DirEntry[str]]:
+    """Yield the entries of a folder, ordered by name, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
@@ -173,23 +174,23 @@ def _entries(folder: Path, passed: _Passed | None = None, below: str = "") -> It
     for entry in listed:
         if not entry.name.startswith("."):
             yield entry
-        elif passed is not None and entry.name != INDEX_FOLDER:
-            passed.add(_HIDDEN, below + entry.name)
+        elif skipped is not None and entry.name != INDEX_FOLDER:
+            skipped.add(_HIDDEN, below + entry.name)
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Of what an entry is or its link leads to: "folder", "file" or "other", or "nowhere" for a broken link."""
+    """Classify an entry, or the target of its link: "folder", "file", "other", or "nowhere" for a broken link."""
     try:
         if entry.is_dir():
             return "folder"
         if entry.is_file():
             return "file"
-    except OSError:  # links that lead to one another, or into a folder that may not be entered
+    except OSError:  # a circle of links, or a target in a folder without permission
         pass
     return "nowhere" if entry.is_symlink() else "other"
 
 
-def _is_image(entry: os.DirEntry[str], passed: _Passed | None = None, below: str = "") -> bool:
+def _is_image(entry: os.DirEntry[str], skipped: _Skipped | None = None, below: str = "") -> bool:
     kind = _kind(entry)
     if kind == "file" and entry.name.lower().endswith(SUFFIXES):
         return True
@@ -201,8 +202,8 @@ def _is_image(entry: os.DirEntry[str], passed: _Passed | None = None, below: str
         reason = _NO_IMAGE if suffix in ("", ".") else (f"{known} file", f"{known} files")
     else:
         reason = _LEADS_NOWHERE if kind == "nowhere" else _NO_FILE
-    if passed is not None and kind != "folder":
-        passed.add(reason, below + entry.name)
+    if skipped is not None and kind != "folder":
+        skipped.add(reason, below + entry.name)
     return False
 
 
@@ -223,10 +224,10 @@ def _no_folders(folder: Path, loose: int) -> str:
     return f"{shown(folder)}: holds neither train.rec nor a folder per identity"
 
 
-def _no_images(folder: Path, people: int, passed: _Passed) -> str:
+def _no_images(folder: Path, people: int, skipped: _Skipped) -> str:
     found = _first_image(folder)
     if found is None:
-        return f"{shown(folder)}: no images ({', '.join(SUFFIXES)}) in its {people} folders; not taken: {passed}"
+        return f"{shown(folder)}: no images ({', '.join(SUFFIXES)}) in its {people} folders; not taken: {skipped}"
     above = shown(found.parent.parent)
     return (
         f"{shown(folder)}: its {people} folders hold no images themselves; the first one lies deeper, {shown(found)}. "
@@ -236,26 +237,26 @@ def _no_images(folder: Path, people: int, passed: _Passed) -> str:
 
 
 def _first_image(folder: Path) -> Path | None:
-    """The first image at any depth, looked for in a limited number of folders."""
+    """Return the first image at any depth, within a limited number of folders, or None."""
     for number, (place, folders, files) in enumerate(os.walk(folder, followlinks=True)):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         images = [name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
         if images:
             return Path(place, min(images))
-        if number > _LOOKED_INTO:
+        if number > _MOST_SEARCHED:
             break
     return None
 
 
-def _doubled(folder: Path, people: Sequence[os.DirEntry[str]]) -> tuple[str, ...]:
-    """Links to a folder that is another identity's already: one person then counts as two."""
+def _note_shared_folders(folder: Path, people: Sequence[os.DirEntry[str]]) -> tuple[str, ...]:
+    """Return a note on links to the folder of another identity, through which one person counts as two."""
     links = {entry.name: entry.stat() for entry in people if entry.is_symlink()}
     if not links:
         return ()
-    targets = Counter((facts.st_dev, facts.st_ino) for facts in links.values())
+    targets = Counter((status.st_dev, status.st_ino) for status in links.values())
     here = folder.stat().st_dev
     targets.update((here, entry.inode()) for entry in people if (here, entry.inode()) in targets)
-    twice = [name for name, facts in links.items() if targets[facts.st_dev, facts.st_ino] > 1]
+    twice = [name for name, status in links.items() if targets[status.st_dev, status.st_ino] > 1]
     if not twice:
         return ()
     return (
@@ -264,9 +265,9 @@ def _doubled(folder: Path, people: Sequence[os.DirEntry[str]]) -> tuple[str, ...
     )
 
 
-def _alike(identities: Sequence[str]) -> tuple[str, ...]:
-    """Identities whose names differ by case or by Unicode's normal form alone, as copies between systems leave them."""
-    keys = np.fromiter((hash(_plain(name)) for name in identities), np.int64, len(identities))
+def _note_similar_names(identities: Sequence[str]) -> tuple[str, ...]:
+    """Return a note on identities whose names differ only in case or Unicode's normal form, a trace of copying."""
+    keys = np.fromiter((hash(_normalise(name)) for name in identities), np.int64, len(identities))
     order = np.argsort(keys, kind="stable")
     again = order[1:][keys[order[1:]] == keys[order[:-1]]]
     if not len(again):
@@ -278,7 +279,7 @@ def _alike(identities: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _plain(name: str) -> str:
+def _normalise(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 

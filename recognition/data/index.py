@@ -1,8 +1,10 @@
-"""The byte-range index of a training set: which bytes of which file are sample `i`, and whose face that is.
+"""The byte-range index of a training set: the bytes of each sample, in one file or another, and its identity.
 
-A saved index is a folder of .npy files and name lists, memory-mapped, with `recognition-index.json`, and lies in
-`.recognition-index` beside the data, or in a cache folder where the data is read-only. The images stay where they
-are: `filter` and `merge` write a new index over the same files.
+An index is saved (see `index_store`) in the folder `.recognition-index` beside the data, or in a cache folder where the
+data is read-only. Images are never copied. Indexes made from others are in `derived_index`.
+
+A run may lose files of a folder of images while it trains. When it resumes, its samples must keep their numbers, so an
+index that differs from the data by lost files alone is used as it is, and is put aside when another run indexes anew.
 """
 
 import errno
@@ -21,15 +23,15 @@ from recognition.data.source import Source, file_stamp
 from recognition.errors import UserError
 from recognition.files.paths import shown
 
-_NO_PLACE = (IndexError, OverflowError, StopIteration, ValueError)
-"""What numbers that are no place in any file lead to: opening does not go through all of an index to find them."""
-_NOT_THE_FILES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_BAD_RANGE = (IndexError, OverflowError, StopIteration, ValueError)
+"""Exceptions that reading raises for a range outside all files; opening an index does not check every range."""
+_MACHINE_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 _log = logging.getLogger(__name__)
 
 
 class LostFile(UserError):
-    """A sample that cannot be read, as its file is gone, unreadable or shorter than it was; `reason` says which."""
+    """A sample that cannot be read: its file is gone, unreadable or shorter than it was; `reason` says which."""
 
     def __init__(self, where: str, reason: str) -> None:
         super().__init__(f"{where}: {reason}")
@@ -38,13 +40,13 @@ class LostFile(UserError):
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """N samples of C identities in R >= N byte ranges.
+    """Index of N samples of C identities in R >= N byte ranges of F files.
 
-    path: the data, as given. folder: where the index lies. starts: int64 [N+1], first range of each sample.
-    ranges: RANGE [R]. labels: int64 [N] in 0..C-1. identities: folder names, or the labels in the .rec file.
-    sizes: int64 [F], bytes of each file when indexed. fingerprint: SHA-256 over file names (below the data's root)
-    and sizes, ranges and labels, the same wherever the data lies. notes: what the user should know of the data, such
-    as what of it is not taken, a sentence each. Pickled, it is the folder's path.
+    path: the data, as given. folder: the folder of the index. starts: int64 [N+1], first range of each sample. ranges:
+    RANGE [R]. labels: int64 [N] in 0..C-1. identities: C folder names, or labels of the .rec file. sizes: int64 [F],
+    bytes of each file when indexed. fingerprint: SHA-256 over file names (below the data's root) and sizes, ranges and
+    labels, which does not depend on the place of the data. notes: sentences for the user about the data, such as files
+    that are left out.
     """
 
     path: Path
@@ -60,26 +62,26 @@ class Index:
 
     @property
     def num_images(self) -> int:
-        """N"""
+        """Number of samples, N."""
         return len(self.labels)
 
     @property
     def num_identities(self) -> int:
-        """C"""
+        """Number of identities, C."""
         return len(self.identities)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, sample: int) -> bytes:
-        """The encoded image. Raises Lost, naming the sample, where its file is gone or has become shorter."""
+        """Read the encoded image of `sample`. Raises LostFile, naming the sample, if its file is gone or was cut."""
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)}")
         try:
             return self._read(sample)
         except UserError:
             raise
-        except _NO_PLACE as error:
+        except _BAD_RANGE as error:
             raise UserError(
                 f"{shown(self.folder)}: the index is damaged at sample {sample} ({error}): delete it, and make it anew"
             ) from None
@@ -92,7 +94,7 @@ class Index:
                 piece = self.files.read(number, offset, length)
             except OSError as error:
                 reason = error.strerror or str(error)
-                if error.errno in _NOT_THE_FILES_FAULT:
+                if error.errno in _MACHINE_LIMITS:
                     raise UserError(f"{self.describe(sample)}: {reason}") from None
                 raise LostFile(self.describe(sample), reason) from None
             if len(piece) != length:
@@ -101,7 +103,7 @@ class Index:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def describe(self, sample: int) -> str:
-        """Where a sample is and whose, for messages."""
+        """Name a sample in a message: its number, file, byte offset and identity."""
         number, offset, _ = self.ranges[self.starts[sample]].item()
         identity = shown(self.identities[int(self.labels[sample])])
         return f"sample {sample} ({shown(self.files[number])} at byte {offset}, identity {identity})"
@@ -113,25 +115,25 @@ def build_index(path: Path, cache: Path | None = None) -> Index:
     The index goes beside the data, or under `cache` (by default the user's cache folder) where that is read-only.
     Raises UserError for data that cannot be used.
     """
-    return _build(path, Source.at(path, cache))
+    return _build(path, Source.find(path, cache))
 
 
 def open_index(path: Path, cache: Path | None = None, *, resumed_fingerprint: str = "") -> Index:
     """Open the index of the data at `path`; build it first if there is none, it is damaged or the data has changed.
 
-    `path` may also be a folder that `filter` or `merge` wrote. `resumed_fingerprint`: the fingerprint of the index that a run
-    began with; an index that has it stays as it is where all that has changed is that files were lost or cut, whose
-    samples `read` raises Lost for. Raises UserError as `build` does.
+    `path` may also be a folder that `filter_index` or `merge_indexes` wrote. `resumed_fingerprint` is the fingerprint
+    of the index that a resumed run began with: an index that has it is used as it is if all that has changed is that
+    files were lost or cut; `read` raises LostFile for their samples. Raises UserError as `build_index` does.
     """
     if (path / index_store.METADATA_FILE).is_file():
         return _open_derived(path, resumed_fingerprint)
-    source = Source.at(path, cache)
+    source = Source.find(path, cache)
     saved = [(place, content) for place in source.places if (content := _load(place))]
     for place, content in saved + _set_aside(source, resumed_fingerprint):
         if content.fingerprint == resumed_fingerprint and content.stamp != source.stamp():
-            losses = _losses_of(source, content)
+            losses = _count_losses_of(source, content)
             if losses is not None:
-                return make_index(path, place, content, (*source.notes(content), *_lost(losses, content)))
+                return make_index(path, place, content, (*source.notes(content), *_note_losses(losses, content)))
     for place, content in saved:
         if content.stamp == source.stamp():
             return make_index(path, place, content, source.notes(content))
@@ -139,7 +141,7 @@ def open_index(path: Path, cache: Path | None = None, *, resumed_fingerprint: st
 
 
 def check_trainable(index: Index) -> None:
-    """Raise UserError where there is nothing to learn from `index`."""
+    """Raise UserError unless `index` has two identities or more."""
     if index.num_identities < 2:
         raise UserError(
             f"data.path: {shown(index.path)} has {index.num_images:,} images of 1 identity "
@@ -170,7 +172,7 @@ def _build(path: Path, source: Source) -> Index:
 
 
 def _load(place: Path, log: Callable[..., None] = _log.warning) -> IndexContent | None:
-    """The index that is saved in a place; None where there is none, or a damaged one, which is logged."""
+    """Load the index saved at `place`; return None if there is none, or it is damaged, which is logged."""
     if not place.is_dir():
         return None
     try:
@@ -181,7 +183,7 @@ def _load(place: Path, log: Callable[..., None] = _log.warning) -> IndexContent 
 
 
 def _set_aside(source: Source, resumed_fingerprint: str) -> list[tuple[Path, IndexContent]]:
-    """The indexes that `_keep_if_only_losses` put aside, if a run goes on."""
+    """Load the indexes that `_keep_if_only_losses` has put aside, if a run is resumed."""
     places = map(_before_losses, source.places) if resumed_fingerprint else ()
     return [(place, content) for place in places if (content := _load(place))]
 
@@ -191,14 +193,14 @@ def _before_losses(place: Path) -> Path:
 
 
 def _keep_if_only_losses(source: Source, place: Path) -> None:
-    """Put an index aside that a run may have begun with and go on with: all that has changed is that files were lost.
+    """Put an index aside, instead of replacing it, if the data differs from it by lost files alone.
 
-    The first such index stays, though more files are lost.
+    A run that began with it may then still resume. The first such index stays, even if more files are lost later.
     """
     aside = _before_losses(place)
     for folder in (aside, place):
         content = _load(folder, _log.debug)
-        if content is not None and _losses_of(source, content):
+        if content is not None and _count_losses_of(source, content):
             if folder == place:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.parent.mkdir(exist_ok=True)
@@ -206,11 +208,12 @@ def _keep_if_only_losses(source: Source, place: Path) -> None:
             return
 
 
-def _losses_of(source: Source, content: IndexContent) -> int | None:
-    return None if source.recs else _losses(content.files, content.sizes, source.present())
+def _count_losses_of(source: Source, content: IndexContent) -> int | None:
+    return None if source.recs else _count_losses(content.files, content.sizes, source.present())
 
 
 def make_index(path: Path, folder: Path, content: IndexContent, notes: tuple[str, ...]) -> Index:
+    """Make an index of `content`, loaded from `folder`, over the data at `path`."""
     return Index(
         path=path,
         folder=folder,
@@ -233,21 +236,22 @@ def _open_derived(path: Path, resumed_fingerprint: str) -> Index:
     index = make_index(path, path, content, content.notes)
     losses = None
     if content.fingerprint == resumed_fingerprint:
-        losses = _losses(content.files, content.sizes, _present(index.files))
+        losses = _count_losses(content.files, content.sizes, _present(index.files))
     if losses:
-        return replace(index, notes=(*content.notes, *_lost(losses, content)))
+        return replace(index, notes=(*content.notes, *_note_losses(losses, content)))
     if content.stamp != file_stamp(index.files):
         raise UserError(f"{shown(path)}: the data that it was made from has changed: filter or merge again")
     return index
 
 
 def note_single_images(content: IndexContent) -> tuple[str, ...]:
+    """Return a note on the identities that have one image only, if there are any."""
     singles = int((np.bincount(content.labels) == 1).sum())
     return (f"{singles:,} of {len(content.identities):,} identities have one image only",) if singles else ()
 
 
-def _losses(names: Iterable[str], sizes: np.ndarray, present: Iterator[tuple[str, int]]) -> int | None:
-    """How many of the files `names` are not `present` any more, or shorter; None if anything else has changed."""
+def _count_losses(names: Iterable[str], sizes: np.ndarray, present: Iterator[tuple[str, int]]) -> int | None:
+    """Count the files `names` that are not `present` any more or are shorter; None if anything else has changed."""
     losses = 0
     name_now, size_now = next(present, ("", 0))
     for name, size in zip(names, sizes.tolist(), strict=True):
@@ -269,8 +273,8 @@ def _present(files: DataFiles) -> Iterator[tuple[str, int]]:
             continue
 
 
-def _lost(losses: int, content: IndexContent) -> tuple[str, ...]:
-    """The note on files that went away or were cut; none where only modification times have changed."""
+def _note_losses(losses: int, content: IndexContent) -> tuple[str, ...]:
+    """Return the note on lost or cut files; none if only modification times have changed."""
     if not losses:
         return ()
     return (

@@ -1,7 +1,7 @@
-"""A saved index: a folder of .npy files and name lists, memory-mapped when opened, and a JSON file of facts.
+"""The file format of an index: a folder of .npy files and name lists, memory-mapped when loaded, and a JSON file.
 
-It is written under a name of its own and renamed, so that a reader sees all of it or nothing, and of two processes
-that build it at once the last one's stays.
+The folder is written under a temporary name and renamed, so that a reader sees all of it or nothing. If two processes
+write the same index at once, the last one wins.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ FORMAT = 1
 _REPLACED_WITHIN_SECONDS = 1.0
 METADATA_FILE = "recognition-index.json"
 INDEX_FOLDER = ".recognition-index"
-"""Where indexes lie beside the data."""
+"""Name of the folder beside the data that holds indexes."""
 RANGE = np.dtype([("file", "<u4"), ("offset", "<u8"), ("length", "<u4")])
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, EOFError)
-"""What `load` raises."""
+"""Exceptions that `load` raises."""
 
 _ARRAYS = {"starts": np.dtype("<i8"), "ranges": RANGE, "labels": np.dtype("<i8"), "sizes": np.dtype("<i8")}
 _NAMES = ("files", "identities")
@@ -35,12 +35,12 @@ _NAMES = ("files", "identities")
 
 @dataclass(frozen=True)
 class IndexContent:
-    """What an index holds: N samples of C identities in R >= N byte ranges of F files.
+    """Content of an index: N samples of C identities in R >= N byte ranges of F files.
 
     starts: int64 [N+1], first range of each sample. ranges: RANGE [R]. labels: int64 [N] in 0..C-1. sizes: int64 [F],
-    bytes. files: F names below the roots. identities: C names. stamp: changes when the data files do. roots:
-    (folder, number of its first file), absolute; none where the index belongs to the one folder it was made from.
-    notes: what the user should know of the data, a sentence each.
+    bytes. files: F names below the roots. identities: C names. stamp: text that changes when the data files do. roots:
+    (folder, number of its first file), absolute; empty if the index belongs to the one folder that it was made from.
+    notes: sentences for the user about the data.
     """
 
     starts: np.ndarray
@@ -55,12 +55,12 @@ class IndexContent:
     notes: tuple[str, ...] = ()
 
     def compute_fingerprint(self) -> str:
-        """SHA-256 over file names and sizes, ranges and labels."""
+        """Compute the SHA-256 over file names and sizes, ranges and labels."""
         return digest(self.files.text, self.files.ends, self.sizes, self.ranges, self.starts, self.labels)
 
 
 def digest(*parts: bytes | np.ndarray) -> str:
-    """SHA-256 over the parts, each with its length."""
+    """Compute the SHA-256 over the parts, each with its length in front."""
     sha = hashlib.sha256()
     for part in parts:
         data = np.frombuffer(part, np.uint8) if isinstance(part, bytes) else np.ascontiguousarray(part)
@@ -70,10 +70,10 @@ def digest(*parts: bytes | np.ndarray) -> str:
 
 
 def save(folder: Path, content: IndexContent) -> None:
-    """Put `content` in the place of what is at `folder`. Raises OSError."""
+    """Write `content` to `folder`, replacing any index there. Raises OSError."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(8)
-    # Without the folder's own name, which may be as long as names can be.
+    # Temporary names do not contain the folder's own, which may be as long as the file system allows.
     new, old = (folder.with_name(f".{token}.{kind}") for kind in ("new", "old"))
     new.mkdir()
     try:
@@ -83,7 +83,7 @@ def save(folder: Path, content: IndexContent) -> None:
             names: PackedNames = getattr(content, name)
             _write(new / f"{name}.npy", names.ends)
             _write(new / f"{name}.txt", bytes(names.text))
-        facts = {
+        metadata = {
             "format": FORMAT,
             "images": len(content.labels),
             "identities": len(content.identities),
@@ -92,7 +92,7 @@ def save(folder: Path, content: IndexContent) -> None:
             "roots": [[str(root), first] for root, first in content.roots],
             "notes": content.notes,
         }
-        _write(new / METADATA_FILE, (json.dumps(facts, indent=1) + "\n").encode())
+        _write(new / METADATA_FILE, (json.dumps(metadata, indent=1) + "\n").encode())
         _swap(new, folder, old)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -116,36 +116,36 @@ def _swap(new: Path, folder: Path, old: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        with contextlib.suppress(FileNotFoundError):  # another process may have moved it away just now
+        with contextlib.suppress(FileNotFoundError):  # another process may have moved it in the meantime
             folder.rename(old)
             shutil.rmtree(old, ignore_errors=True)
 
 
 def load(folder: Path) -> IndexContent:
-    """Open what `save` wrote, memory-mapped. Raises one of DAMAGE where it is not whole."""
+    """Load the index at `folder`, memory-mapped. Raises one of LOAD_ERRORS if it is missing or damaged."""
     deadline = time.monotonic() + _REPLACED_WITHIN_SECONDS
     while True:
         try:
-            facts = _facts(folder)
-            content = _read(folder, facts)
-            if facts == _facts(folder):
+            metadata = _metadata(folder)
+            content = _read(folder, metadata)
+            if metadata == _metadata(folder):
                 return content
         except FileNotFoundError:
-            if time.monotonic() > deadline:  # before it, another process may just be replacing the folder
+            if time.monotonic() > deadline:  # until then, another process may be replacing the folder
                 raise
         if time.monotonic() > deadline:
             raise FileNotFoundError(errno.ENOENT, "keeps changing", str(folder))
         time.sleep(0.02)
 
 
-def _facts(folder: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
-    if facts["format"] != FORMAT:
-        raise ValueError(f"format {facts['format']}, not {FORMAT}")
-    return facts
+def _metadata(folder: Path) -> dict[str, Any]:
+    metadata: dict[str, Any] = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
+    if metadata["format"] != FORMAT:
+        raise ValueError(f"format {metadata['format']}, not {FORMAT}")
+    return metadata
 
 
-def _read(folder: Path, facts: dict[str, Any]) -> IndexContent:
+def _read(folder: Path, metadata: dict[str, Any]) -> IndexContent:
     arrays = {name: _map(folder / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()}
     files, identities = (
         PackedNames(
@@ -155,10 +155,10 @@ def _read(folder: Path, facts: dict[str, Any]) -> IndexContent:
     )
     starts, ranges, labels, sizes = (arrays[name] for name in _ARRAYS)
     lengths = {
-        "starts": (len(starts), facts["images"] + 1),
-        "labels": (len(labels), facts["images"]),
+        "starts": (len(starts), metadata["images"] + 1),
+        "labels": (len(labels), metadata["images"]),
         "ranges": (len(ranges), int(starts[-1])),
-        "identities": (len(identities), facts["identities"]),
+        "identities": (len(identities), metadata["identities"]),
         "sizes": (len(sizes), len(files)),
         "files.txt": (len(files.text), int(files.ends[-1])),
         "identities.txt": (len(identities.text), int(identities.ends[-1])),
@@ -166,10 +166,10 @@ def _read(folder: Path, facts: dict[str, Any]) -> IndexContent:
     for name, (found, expected) in lengths.items():
         if found != expected:
             raise ValueError(f"{name} has length {found}, not {expected}")
-    roots = tuple((Path(root), int(first)) for root, first in facts["roots"])
-    notes = tuple(map(str, facts.get("notes", ())))  # which earlier versions did not write
+    roots = tuple((Path(root), int(first)) for root, first in metadata["roots"])
+    notes = tuple(map(str, metadata.get("notes", ())))  # absent in files of earlier versions
     return IndexContent(
-        starts, ranges, labels, sizes, files, identities, facts["stamp"], roots, facts["fingerprint"], notes
+        starts, ranges, labels, sizes, files, identities, metadata["stamp"], roots, metadata["fingerprint"], notes
     )
 
 
@@ -178,7 +178,7 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise
-    except Exception as error:  # NumPy lets the errors of Python's own parser through, which reads its headers
+    except Exception as error:  # NumPy parses headers with Python's parser, whose errors pass through
         raise ValueError(f"{path.name}: {error}") from None
     if array.dtype != dtype or array.ndim != 1 or not len(array):
         raise ValueError(f"{path.name} holds {array.dtype} {array.shape}")

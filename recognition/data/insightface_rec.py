@@ -1,9 +1,9 @@
-"""Images in MXNet RecordIO without MXNet: find their byte ranges and labels, and write such files.
+"""Face images in RecordIO, as InsightFace and im2rec write them: byte ranges and labels of the images, and a writer.
 
 The payload of an image is `uint32 flag, float32 label, uint64 id, uint64 id2`, then `flag` float32 labels where flag is
-positive, then the encoded image. InsightFace adds records without an image and with two labels: key 0 holds (end of
-the image keys, end of the identity keys), and each identity key the range of the image keys that belong to it. Files
-made by im2rec have none of these.
+positive, then the encoded image. InsightFace adds records with two labels and no image: key 0 holds (end of the
+image keys, end of the identity keys), and each identity key the range of its image keys. Files by im2rec have no such
+records.
 """
 
 import struct
@@ -24,24 +24,24 @@ from recognition.files.atomic import write_text
 from recognition.files.paths import shown
 
 EXACT_LABELS = 1 << 24
-"""float32 holds every integer below this."""
+"""Bound below which float32 holds every integer."""
 
 _HEADER = struct.Struct("<IfQQ")
 _WRONG_FILE = "Is this a file of face images?"
 
 
 def scan(rec: Path) -> tuple[Records, np.ndarray]:
-    """The encoded images of `rec` and their labels, int64 [N]; header and identity records are left out.
+    """Find the encoded images of `rec` and their labels, int64 [N]; header and identity records are left out.
 
-    Of a record with several labels, the first is the identity. Raises UserError as `read_records` does, and for a
-    record that is no image's or whose label is not a whole number from 0.
+    The first of several labels is the identity. Raises UserError as `read_records` does, and for a record that holds no
+    image or has a label that is not a whole number from 0.
     """
     found, heads = read_records(rec)
     first = found.starts[:-1]
     flags, labels = heads[:, 0].copy(), heads[:, 1].copy().view("<f4")
     several = flags > 0
     labels[several] = heads[several, 2].copy().view("<f4")
-    # Pieces too short to hold all of the header: cut by a magic number, or a tiny image.
+    # The header is not within the first piece of a tiny image, or where a magic number divides it.
     for row in np.flatnonzero(found.lengths[first] < _HEADER.size + 4).tolist():
         head = _beginning(rec, found, row, _HEADER.size + 4)
         if len(head) < _HEADER.size:
@@ -68,21 +68,21 @@ def scan(rec: Path) -> tuple[Records, np.ndarray]:
             f"only below {EXACT_LABELS}: identities may have been merged when the file was written"
         )
         found = replace(found, notes=(*found.notes, note))
-    found.skip(header)
+    found.skip_bytes(header)
     return found.select(~no_image), labels[~no_image].astype(np.int64)
 
 
 def pack_image(label: float | Sequence[float], id: int, image: bytes, id2: int = 0) -> bytes:
-    """An image record's payload: one label is stored in the header, a sequence of labels behind it."""
+    """Pack an image record's payload: one label goes into the header, a sequence of labels behind it."""
     if isinstance(label, Sequence):
         return _HEADER.pack(len(label), 0.0, id, id2) + struct.pack(f"<{len(label)}f", *label) + image
     return _HEADER.pack(0, label, id, id2) + image
 
 
 class InsightFaceWriter:
-    """Writes a training set in InsightFace's layout, streaming: `train.rec`, `train.idx` and `property`.
+    """Writer of a training set in InsightFace's layout, image by image: `train.rec`, `train.idx` and `property`.
 
-    Keys: 0 the header, then the images from 1 in the order in which they come, then one key per identity.
+    Key 0 is the header, the images follow from 1 in the order of writing, then one key per identity.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -96,7 +96,7 @@ class InsightFaceWriter:
         self._size = (0, 0)
 
     def add(self, label: int, image: bytes) -> None:
-        """Append an encoded image. Labels ascend from 0; raises UserError where one is skipped or comes back."""
+        """Append an encoded image. Labels ascend from 0; raises UserError if one is skipped or comes back."""
         if label not in (self._label, self._label + 1) or label < 0:
             raise UserError(f"identity {label} after identity {self._label}: labels must count up from 0, grouped")
         if label != self._label:
@@ -108,7 +108,7 @@ class InsightFaceWriter:
         self._next_key += 1
 
     def close(self) -> None:
-        """Write the identity records and the header, and move the files to their names."""
+        """Write the identity records and the header, and give the files their names."""
         end = self._next_key
         for number, first in enumerate(self._first_keys):
             after = self._first_keys[number + 1] if number + 1 < len(self._first_keys) else end
@@ -139,7 +139,7 @@ def _image_size(image: bytes) -> tuple[int, int]:
 
 
 def _beginning(rec: Path, found: Records, row: int, count: int) -> bytes:
-    """The first `count` bytes of a payload, or as many as there are."""
+    """Read the first `count` bytes of a payload, or as many as there are."""
     beginning = b""
     with rec.open("rb") as file:
         for piece in range(found.starts[row], found.starts[row + 1]):
@@ -149,7 +149,7 @@ def _beginning(rec: Path, found: Records, row: int, count: int) -> bytes:
 
 
 def _check_count(rec: Path, found: Records, no_image: np.ndarray, labels: np.ndarray) -> None:
-    """Hold InsightFace's header record against the .idx, whose last lines are easily lost."""
+    """Check InsightFace's header record against the .idx, whose last lines are easily lost. Raises UserError."""
     header = np.flatnonzero(no_image & (found.keys == 0))
     idx = rec.with_suffix(".idx")
     if not idx.is_file() or len(header) != 1 or labels[header[0]] >= EXACT_LABELS:

@@ -1,4 +1,4 @@
-"""What makes images of bytes and numbers: the interface, which DALI and torchvision stand behind."""
+"""Interface of the loaders that decode and augment a batch of images: DALI and torchvision (`data.loader`)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,57 +12,59 @@ from recognition.randomness import Integers
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What one rank's images of a step are made of."""
+    """One rank's images of a step before they are decoded, and the parameters of their augmentation."""
 
     samples: Integers
-    """[b] int64: which images of the index these are."""
+    """[b] int64: numbers of the images in the index."""
     encoded: list[bytes]
-    """b encoded images, whose headers are in order."""
+    """b encoded images with valid headers."""
     arrays: dict[str, NDArray[Any]]
-    """`resize`, bool [b]: which images have another size than the wanted one; and the fields of `AugmentNumbers` that
-    something is switched on for."""
+    """`resize`, bool [b]: true for images of another size than the model's; and the fields of `AugmentParameters` that
+    are not None."""
 
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How the images are wanted."""
+    """Options that hold for all batches of a loader."""
 
     batch: int
-    """Images of a step, on this rank."""
+    """Number of images in a step, on this rank."""
     image_size: int
-    """Pixels a side."""
+    """Height and width of the images that come out, in pixels."""
     fit: str
-    """What becomes of images of another size, "resize" or "crop": see `recognition.images.fit`."""
+    """Treatment of images of another size, "resize" or "crop": see `recognition.images.fit`."""
     channels_last: bool
-    """Whether a pixel's channels stand together in memory."""
+    """Memory format of the images: channels last, or contiguous."""
     device: torch.device
-    """Where the images go."""
+    """Device of the images that come out."""
     threads: int
-    """CPU threads that decode and change images."""
-    ahead: int
-    """Steps whose images are made ahead of the one that is asked for."""
+    """Number of CPU threads that decode and augment."""
+    prefetch: int
+    """Number of steps that are made ahead of the one that is asked for."""
 
 
 class Loader(Protocol):
-    """Makes the images of one step after another, ahead of the one that is asked for.
+    """Decoder and augmenter of one batch after another, some steps ahead of the one that is asked for.
 
-    `inputs` is endless: one per step, taken in the caller's thread, from within the constructor and `next`.
+    `batches` is endless, with one encoded batch per step; it is consumed in the caller's thread, within the
+    constructor and `next_images`.
     """
 
-    def __init__(self, inputs: Iterator[EncodedBatch], making: LoaderOptions) -> None: ...
+    def __init__(self, batches: Iterator[EncodedBatch], options: LoaderOptions) -> None: ...
 
-    def next(self) -> torch.Tensor:
-        """The next step's images [b, 3, H, W] float32, RGB, (x - 127.5) / 127.5.
+    def next_images(self) -> torch.Tensor:
+        """Return the images of the next step, float32 [b, 3, H, W], RGB, (x - 127.5) / 127.5.
 
-        They stay what they are. Raises RuntimeError where one does not decode, and is then of no more use.
+        Later calls do not overwrite them. Raises RuntimeError where an image does not decode; the loader cannot go on
+        after that.
         """
 
-    def decodes(self, encoded: bytes) -> bool:
-        """Whether an image can be decoded; it can also be asked after `next` has failed."""
+    def can_decode(self, encoded: bytes) -> bool:
+        """Tell whether an image decodes; works after `next_images` has failed, too."""
 
     @staticmethod
     def decodes_identically(encoded: bytes) -> bool:
-        """Whether an image whose header is in order is of a kind that becomes the same pixels as by `images.decode`."""
+        """Tell whether an image with a valid header is of a kind that decodes to the pixels of `images.decode`."""
 
     def close(self) -> None:
-        """Stop working ahead and free what that needs."""
+        """Stop working ahead and free memory and threads."""

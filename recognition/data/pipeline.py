@@ -1,7 +1,7 @@
-"""Batches by number: what a step's images are, in which order, read ahead; a maker decodes and changes them.
+"""Batches by step number: select the samples, read their bytes ahead, and have a loader decode and augment them.
 
-The content of a step's batch is a function of the data, the seed, the step and the global batch. What is prepared
-ahead, and on how many ranks, changes nothing, so a run resumes by starting at its step.
+The content of a step's global batch is a function of the data, the seed, the step and the batch size. Neither the
+number of ranks nor the number of batches read ahead changes it, so a run resumes by starting at its step.
 """
 
 import io
@@ -39,20 +39,20 @@ class Batch:
     labels: torch.Tensor
     """[b] int64, on the pipeline's device."""
     samples: torch.Tensor
-    """[b] int64, on the CPU: which images of the index these are."""
+    """[b] int64, on the CPU: numbers of the images in the index."""
 
 
 class Pipeline:
-    """An endless iterator over this rank's batches of steps start_step, start_step + 1, ...
+    """Endless iterator over this rank's batches of steps start_step, start_step + 1, ...
 
-    `batch` is the global batch (of one forward pass), split over the `world` ranks as evenly as possible. Images of
-    another size than `image_size` pixels a side are treated as `config.fit` says, and rank 0 tells how many of its own
-    had one. An image that cannot be read or decoded is listed in the file `quarantine` and replaced by the next one of
-    the index that can, with its own label: of `config.images_per_identity` images that stand together it may then be
-    another identity's. Threads read ahead, and `config.loader` makes the images of `config.prefetch` batches ahead.
+    `batch` is the global batch of one forward pass, split over the `world` ranks as evenly as possible. Images of
+    another size than `image_size` pixels a side are treated as `config.fit` says, and rank 0 logs how many of its
+    images had one. An image that cannot be read or decoded is recorded in the file `quarantine` and replaced by the
+    next usable one of the index, with that one's label; so a group of `config.images_per_identity` images may then
+    contain another identity. Threads read ahead, and the loader makes the images of `config.prefetch` batches ahead.
 
-    Raises UserError when a rank has no image or DALI is asked for where it is not, and from `__next__` when too many
-    images are bad, or an image has another size and `config.fit` is "exact".
+    Raises UserError if a rank has no image or DALI is requested but not installed, and in `__next__` if too many images
+    are unusable, or an image has another size and `config.fit` is "exact".
     """
 
     def __init__(
@@ -75,21 +75,21 @@ class Pipeline:
         self.step = start_step
         self._index, self._config, self._seed = index, config, seed
         self._batch, self._rank, self._world = batch, rank, world
-        self._make = _maker(hardware.loader(config.loader))
-        self._making = LoaderOptions(
+        self._loader_type = _loader_type(hardware.loader(config.loader))
+        self._options = LoaderOptions(
             batch=len(self._positions(start_step)),
             image_size=image_size,
             fit=config.fit,
             channels_last=channels_last,
             device=device,
             threads=config.threads,
-            ahead=config.prefetch,
+            prefetch=config.prefetch,
         )
         self._order = sample_order(index.labels, config.images_per_identity, seed)
         self._quarantine = Quarantine(index, quarantine, resumed=start_step > 0)
         self._sizes = SizeCounter(image_size, config.fit) if rank == 0 else None
         self._epoch_ends = start_step + -(-index.num_images // batch)
-        self._decode_here: set[int] = set()
+        self._decoded_here: set[int] = set()
         self._readers = ThreadPoolExecutor(config.prefetch, thread_name_prefix="read")
         self._reading: deque[Future[EncodedBatch]] = deque()
         self._handed_over: deque[EncodedBatch] = deque()
@@ -99,10 +99,10 @@ class Pipeline:
         return self
 
     def __next__(self) -> Batch:
-        """The batch of the next step."""
+        """Return the batch of the next step."""
         while True:
             try:
-                images = self._maker.next()
+                images = self._loader.next_images()
                 break
             except RuntimeError as error:
                 self._recover(error)
@@ -116,21 +116,21 @@ class Pipeline:
         return Batch(images, labels.to(images.device, non_blocking=labels.is_pinned()), torch.from_numpy(samples))
 
     def close(self) -> None:
-        """Stop reading and decoding ahead and free what that needs. Batches handed out stay valid."""
+        """Stop reading and decoding ahead, and free memory and threads. Batches that were returned stay valid."""
         self._readers.shutdown(cancel_futures=True)
         self._report_sizes()
         self._reading.clear()
         self._handed_over.clear()
-        self._maker.close()
+        self._loader.close()
 
     def _start(self) -> None:
-        """Begin to read ahead at `self.step`, with a maker for it."""
+        """Start to read ahead at `self.step`, with a new loader."""
         self._ahead = self.step
         self._reading.clear()
         self._handed_over.clear()
         for _ in range(self._config.prefetch):
             self._read_another()
-        self._maker = self._make(iter(self._hand_over, None), self._making)
+        self._loader = self._loader_type(iter(self._hand_over, None), self._options)
 
     def _positions(self, step: int) -> range:
         return batch_positions(step, self._batch, self._rank, self._world)
@@ -140,10 +140,10 @@ class Pipeline:
         self._ahead += 1
 
     def _prepare(self, step: int) -> EncodedBatch:
-        """A step's inputs. Runs in a reader's thread."""
-        positions = np.arange(self._positions(step).start, self._positions(step).stop)
-        occasions, ordered = self._order(positions)
-        samples, size = self._quarantine.replace(ordered), self._making.image_size
+        """Select and read this rank's samples of a step, and draw their augmentation, in a reader's thread."""
+        positions = np.arange(self._positions(step).start, self._positions(step).stop)  # positions: [b]
+        occasions, ordered = self._order(positions)  # occasions, ordered: [b]
+        samples, size = self._quarantine.replace(ordered), self._options.image_size
         encoded, resize = [b""] * len(samples), np.zeros(len(samples), np.bool_)
         for i in range(len(samples)):
             samples[i], encoded[i], resize[i] = self._read(int(samples[i]))
@@ -151,31 +151,34 @@ class Pipeline:
         return EncodedBatch(samples, encoded, {"resize": resize} | parameters.arrays())
 
     def _read(self, sample: int) -> tuple[int, bytes, bool]:
-        """A sample, or the next one that can be used; what the maker gets for it, and whether it is to resize that."""
-        while True:
+        """Read a sample, or the next usable one; return it, its image for the loader, and whether that needs a
+        resize.""" while True:
             try:
                 encoded = self._index.read(sample)
                 height, width = check_header(encoded)
                 if (sizes := self._sizes) is not None:
-                    sizes.note(height, width)
-                return sample, *self._fitted(sample, encoded, height, width)
+                    sizes.add(height, width)
+                return sample, *self._fit(sample, encoded, height, width)
             except BadImage as error:
                 self._quarantine.add(sample, str(error))
             except LostFile as error:
                 self._quarantine.add(sample, error.reason, lost=True)
             sample = int(self._quarantine.replace(np.array([sample]))[0])
 
-    def _fitted(self, sample: int, encoded: bytes, height: int, width: int) -> tuple[bytes, bool]:
-        """What the maker gets for an image, and whether it is to resize that. Raises BadImage."""
-        size, how = self._making.image_size, self._making.fit
-        other = (height, width) != (size, size)
-        if other and how == "exact":
+    def _fit(self, sample: int, encoded: bytes, height: int, width: int) -> tuple[bytes, bool]:
+        """Return an image for the loader, and whether that needs resizing; decode it here where the loader cannot.
+
+        Raises BadImage if it does not decode, and UserError for another size where `data.fit` is "exact".
+        """
+        size, how = self._options.image_size, self._options.fit
+        other_size = (height, width) != (size, size)
+        if other_size and how == "exact":
             raise UserError(
                 f"{self._index.describe(sample)} is {width} x {height} pixels, but data.fit is exact and "
                 f"backbone.image_size is {size}: data.fit=resize or data.fit=crop lets it in"
             )
-        if sample not in self._decode_here and self._make.decodes_identically(encoded):
-            return encoded, other
+        if sample not in self._decoded_here and self._loader_type.decodes_identically(encoded):
+            return encoded, other_size
         try:
             pixels = fit(decode(encoded), size, how)
         except Undecodable as error:
@@ -183,46 +186,47 @@ class Pipeline:
         return b"P6 %d %d 255\n" % (size, size) + pixels.tobytes(), False
 
     def _report_sizes(self) -> None:
-        """Tell once, after an epoch or at the end, which other sizes were read."""
+        """Log once, after an epoch or at the end, which other sizes were read."""
         if self._sizes is not None and (report := self._sizes.report()):
             _log.warning("%s", report)
         self._sizes = None
 
     def _hand_over(self) -> EncodedBatch:
-        """What the maker takes: called once per step that is to be made ahead."""
+        """Hand the next step to the loader, which calls this once per step that it makes ahead."""
         inputs = self._reading.popleft().result()
         self._read_another()
         self._handed_over.append(inputs)
         return inputs
 
     def _recover(self, error: RuntimeError) -> None:
-        """After a failure of the maker: begin again at the step that was to come.
+        """Start again at the current step after the loader has failed.
 
-        An image at fault is listed, or decoded here from now on where that can be done.
+        The images at fault are quarantined, or decoded here from now on if that is possible. Raises `error` if no image
+        is at fault.
         """
-        if not self._maker.decodes(_good_image()):
-            raise error  # it is not the images
+        if not self._loader.can_decode(_good_image()):
+            raise error  # the images are not the cause
         found = False
         for inputs in self._handed_over:
             for sample, encoded in zip(inputs.samples.tolist(), inputs.encoded, strict=True):
-                if not self._maker.decodes(encoded):
+                if not self._loader.can_decode(encoded):
                     found = True
                     try:
                         decode(encoded)
-                        self._decode_here.add(sample)
+                        self._decoded_here.add(sample)
                     except Undecodable as reason:
                         self._quarantine.add(sample, str(reason))
         if not found:
             raise error
-        self._maker.close()
+        self._loader.close()
         for future in self._reading:
             future.cancel()
         self._start()
 
 
-def _maker(loader: str) -> type[Loader]:
-    """The class that makes the images; DALI is imported only where it is used."""
-    if loader == "dali":
+def _loader_type(name: str) -> type[Loader]:
+    """Return the loader called `name`; DALI is imported only where it is used."""
+    if name == "dali":
         from recognition.data.dali_loader import DaliLoader
 
         return DaliLoader

@@ -1,4 +1,4 @@
-"""Images that cannot be used: telling them, listing them, and putting others in their place."""
+"""Unusable images: detecting, recording and replacing them."""
 
 import json
 import logging
@@ -14,57 +14,58 @@ from recognition.files.paths import shown
 from recognition.images import Undecodable, size
 from recognition.randomness import Integers
 
-_BAD_ALWAYS_BORNE = 100
-_BAD_SHARE_BORNE = 0.01
-_LOGGED = 10
-_NAMED = 3
+_ALWAYS_TOLERATED = 100
+_TOLERATED_SHARE = 0.01
+_MOST_LOGGED = 10
+_MOST_NAMED = 3
 
 _log = logging.getLogger(__name__)
 
 
 class BadImage(ValueError):
-    """Why an image cannot be used."""
+    """An image that cannot be used; the text says why."""
 
 
 class Quarantine:
-    """The samples of `index` found bad so far by this process; each is written to the file at `path` as it is found.
+    """The unusable samples of `index` that this process knows of; each is appended to the file at `path` when found.
 
-    The file is JSON lines {sample, label, where, error}, and `lost` where the file could not be read. Ranks append to
-    the same one, so a sample may be listed more than once. `resumed`: begin with what the file lists, but for what was
-    lost, which may have come back. Safe to use from several threads.
+    The file holds JSON lines {sample, label, where, error}, and `lost` if the image's file could not be read. All
+    ranks append to it, so it may list a sample several times. `resumed`: start from the samples that the file lists,
+    except the lost ones, which may be back. Safe to use from several threads.
     """
 
     def __init__(self, index: Index, path: Path | None, *, resumed: bool = False) -> None:
         self.index, self.path = index, path
         self.bad: set[int] = set()
-        self.limit = max(_BAD_ALWAYS_BORNE, int(index.num_images * _BAD_SHARE_BORNE))
+        self.limit = max(_ALWAYS_TOLERATED, int(index.num_images * _TOLERATED_SHARE))
         self._first: list[str] = []
         self._lock = threading.Lock()
         if resumed and path is not None:
             self._load(path)
 
     def add(self, sample: int, error: str, *, lost: bool = False) -> None:
-        """Note that `sample` is bad, and why. Raises UserError once too many are."""
+        """Record that `sample` is unusable, and why. Raises UserError once there are too many."""
         with self._lock:
             if sample not in self.bad:
                 self.bad.add(sample)
-                self._list(sample, error, lost=lost)
+                self._record(sample, error, lost=lost)
             self._check()
 
     def replace(self, samples: Integers) -> Integers:
-        """`samples` [n] with each bad one replaced by the next that is not known to be, in the index's cyclic order.
+        """Return `samples` [n], each unusable one replaced by the next sample of the index not known to be unusable.
 
-        When the replacements too are tried and added where bad, the outcome is the next sample that decodes, whatever
-        else has been found on the way and by whom. Raises UserError once too many are bad.
+        The last sample is followed by the first. A caller that tries the replacements, adds those that fail and asks
+        again arrives at the next sample that decodes, whatever was known before: so the result does not depend on the
+        rank. Raises UserError once too many are unusable.
         """
         with self._lock:
             self._check()
             replaced = [self._next(sample) if sample in self.bad else sample for sample in samples.tolist()]
         return np.array(replaced, np.int64)
 
-    def _list(self, sample: int, error: str, *, lost: bool) -> None:
+    def _record(self, sample: int, error: str, *, lost: bool) -> None:
         where = self.index.describe(sample)
-        level = logging.WARNING if len(self.bad) <= _LOGGED else logging.DEBUG
+        level = logging.WARNING if len(self.bad) <= _MOST_LOGGED else logging.DEBUG
         _log.log(level, "%s cannot be used and is replaced: %s", where, error)
         self._remember(where, error)
         if self.path is None:
@@ -83,7 +84,7 @@ class Quarantine:
             _log.warning("%s cannot be written (%s): training goes on without it", self.path, problem.strerror)
 
     def _load(self, path: Path) -> None:
-        """Take over what an earlier part of the run has listed; lines that are cut or fit no sample are passed over."""
+        """Read the samples that an earlier part of the run has recorded; skip lines that are cut or match no sample."""
         try:
             lines = path.read_bytes().splitlines()
         except FileNotFoundError:
@@ -102,7 +103,7 @@ class Quarantine:
             _log.info("%d images that could not be used before are left out (%s)", len(self.bad), shown(path))
 
     def _remember(self, where: str, error: str) -> None:
-        if len(self._first) < _NAMED:
+        if len(self._first) < _MOST_NAMED:
             self._first.append(f"{where}: {error}")
 
     def _check(self) -> None:
@@ -129,7 +130,7 @@ class Quarantine:
 
 
 def check_header(encoded: bytes) -> tuple[int, int]:
-    """`recognition.images.size`, which raises BadImage here."""
+    """Return height and width as `recognition.images.size` does, but raise BadImage."""
     try:
         return size(encoded)
     except Undecodable as error:

@@ -1,9 +1,10 @@
-"""MXNet's RecordIO container: the byte ranges of the payloads in a .rec file, without MXNet.
+"""MXNet's RecordIO container without MXNet: finding the byte ranges of the payloads in a .rec file, and writing.
 
 A record is `uint32 magic, uint32 (part << 29 | length)`, the payload, and padding to 4 bytes. Where the magic number
 occurs in a payload at a multiple of 4, the writer drops it and splits the payload there: part 1 is the first piece,
-2 a middle one, 3 the last one, 0 an undivided payload. The dropped magic equals the magic that opens the next piece's
-record, so a piece that is followed by another is simply 4 bytes longer than its header says, and nothing is copied.
+2 a middle one, 3 the last one, 0 an undivided payload. The dropped number equals the magic number at the head of the
+next piece's record, so the byte range of a piece that another follows is 4 bytes longer than its header says, and no
+byte has to be copied.
 The .idx file holds lines of `key<TAB>offset`.
 """
 
@@ -36,9 +37,9 @@ _MAGIC_BYTES = struct.pack("<I", MAGIC)
 class Records:
     """Payloads of N records as R >= N byte ranges, in the order of the file.
 
-    keys: int64 [N], or the record's number where there is no .idx. positions: int64 [N], where each record begins.
-    starts: int64 [N+1], the first range of each record. offsets: uint64 [R]. lengths: uint32 [R]. notes: what the user
-    should know, a sentence each.
+    keys: int64 [N], or the records' numbers if there is no .idx. positions: int64 [N], the start of each record.
+    starts: int64 [N+1], the first range of each record. offsets: uint64 [R]. lengths: uint32 [R]. notes: sentences for
+    the user.
     """
 
     keys: np.ndarray
@@ -52,14 +53,14 @@ class Records:
         return len(self.keys)
 
     def select(self, keep: np.ndarray) -> "Records":
-        """The records where `keep`, bool [N], is true."""
+        """Return the records where `keep`, bool [N], is true."""
         counts = np.diff(self.starts)
         pieces = np.repeat(keep, counts)
         starts = np.concatenate(([0], np.cumsum(counts[keep])))
         offsets, lengths = self.offsets[pieces], self.lengths[pieces]
         return Records(self.keys[keep], self.positions[keep], starts, offsets, lengths, self.notes)
 
-    def skip(self, header: np.ndarray) -> None:
+    def skip_bytes(self, header: np.ndarray) -> None:
         """Move the ranges past the first `header` bytes of each payload, int64 [N], in place."""
         first = self.starts[:-1]
         taken = np.minimum(header, self.lengths[first])
@@ -75,24 +76,18 @@ class Records:
 
 
 def read_records(rec: Path) -> tuple[Records, np.ndarray]:
-    """The payload of every record that `rec`'s .idx lists, each once, or of every record where there is no .idx.
+    """Find the payload of every record that the .idx of `rec` lists, each once, or of all records if there is no .idx.
 
-    Beside the ranges come words 0, 1 and 6 of each payload as they stand in the file, uint32 [N,3], so that a header
-    is read in the same pass; they mean nothing where the first piece is shorter. Raises UserError, naming file, key
-    and offset, where the file is cut off or its headers are not RecordIO's.
+    Returns the ranges, and words 0, 1 and 6 of each payload as they stand in the file, uint32 [N,3]: the fields of an
+    image's header, read in the same pass. The words are undefined if the first piece is shorter. Raises UserError,
+    naming file, key and offset, if the file is cut off or its headers are not RecordIO's.
     """
     size = _size(rec)
     words = np.asarray(np.memmap(rec, dtype="<u4", mode="r", shape=(size // 4,)))
     idx = rec.with_suffix(".idx")
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if idx.is_file():
-        keys, positions = _read_idx(idx)
-        listed = len(keys)
-        positions, order = np.unique(positions, return_index=True)
-        keys = keys[order]
-        if len(keys) < listed:
-            twice = f"{listed - len(keys):,} record{'s' * (listed - len(keys) != 1)} more than once"
-            notes += (f"{shown(idx.name)} lists {twice}: each is taken once",)
+        keys, positions = _listed_records(idx, notes)
     else:
         positions = _walk(rec, words, size)
         keys = np.arange(len(positions))
@@ -107,32 +102,50 @@ def read_records(rec: Path) -> tuple[Records, np.ndarray]:
     for row in np.flatnonzero(outside).tolist():
         way_out = f"{shown(idx.name)} belongs to another file or {shown(rec.name)} is cut off: copy both again."
         raise bad_record(rec, found, row, f"lies outside the file's {size} bytes or off the 4-byte grid", way_out)
-    heads = np.empty((len(keys), 3), np.uint32)
-    parts = np.empty(len(keys), np.uint8)
-    with task(f"indexing {shown(rec.name)}", total=len(keys), unit="records") as advance:
-        for begin in range(0, len(keys), _CHUNK):
-            rows = slice(begin, min(begin + _CHUNK, len(keys)))
-            columns = positions[rows, None] // 4 + np.array([0, 1, 2, 3, 8])
-            head = words[np.minimum(columns, len(words) - 1)]
-            for row in np.flatnonzero(head[:, 0] != MAGIC).tolist():
-                what = "does not begin with RecordIO's magic number"
-                raise bad_record(rec, found, begin + row, what, _copy_again(rec))
-            parts[rows] = head[:, 1] >> 29
-            found.lengths[rows] = head[:, 1] & MAX_LENGTH
-            heads[rows] = head[:, 2:]
-            advance(rows.stop)
+    parts, heads = _read_heads(rec, words, found)
     ends = positions + PREFIX.size + (found.lengths.astype(np.int64) + 3) // 4 * 4
     for row in np.flatnonzero(ends > size).tolist():
         raise bad_record(rec, found, row, f"ends at byte {ends[row]} but the file has {size}", _copy_again(rec))
     for row in np.flatnonzero(parts > FIRST).tolist():
         raise bad_record(rec, found, row, "is a later piece of a divided record", _copy_again(rec))
     joined = _join(rec, words, found, np.flatnonzero(parts == FIRST))
-    if idx.is_file() and (uncovered := _uncovered(words, joined)):
-        notes += (
-            f"{shown(idx.name)} lists {len(keys):,} records; the other {uncovered:,} of {shown(rec.name)} are not "
-            "taken. Without the .idx the .rec file is read from end to end",
+    if idx.is_file() and (unlisted := _count_unlisted(words, joined)):
+        notes.append(
+            f"{shown(idx.name)} lists {len(keys):,} records; the other {unlisted:,} of {shown(rec.name)} are not "
+            "taken. Without the .idx the .rec file is read from end to end"
         )
-    return replace(joined, notes=notes), heads
+    return replace(joined, notes=tuple(notes)), heads
+
+
+def _listed_records(idx: Path, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Read keys and positions from an .idx, int64 [N] each, in the order of the file; note those listed twice."""
+    keys, positions = _read_idx(idx)
+    repeats = len(keys)
+    positions, order = np.unique(positions, return_index=True)
+    repeats -= len(positions)
+    if repeats:
+        records = f"{repeats:,} record{'s' * (repeats != 1)}"
+        notes.append(f"{shown(idx.name)} lists {records} more than once: each is taken once")
+    return keys[order], positions
+
+
+def _read_heads(rec: Path, words: np.ndarray, found: Records) -> tuple[np.ndarray, np.ndarray]:
+    """Read the part of each record, uint8 [N], words 0, 1 and 6 of its payload, uint32 [N,3], and `found.lengths`."""
+    heads = np.empty((len(found), 3), np.uint32)
+    parts = np.empty(len(found), np.uint8)
+    with task(f"indexing {shown(rec.name)}", total=len(found), unit="records") as advance:
+        for begin in range(0, len(found), _CHUNK):
+            rows = slice(begin, min(begin + _CHUNK, len(found)))
+            columns = found.positions[rows, None] // 4 + np.array([0, 1, 2, 3, 8])
+            head = words[np.minimum(columns, len(words) - 1)]
+            for row in np.flatnonzero(head[:, 0] != MAGIC).tolist():
+                fault = "does not begin with RecordIO's magic number"
+                raise bad_record(rec, found, begin + row, fault, _copy_again(rec))
+            parts[rows] = head[:, 1] >> 29
+            found.lengths[rows] = head[:, 1] & MAX_LENGTH
+            heads[rows] = head[:, 2:]
+            advance(rows.stop)
+    return parts, heads
 
 
 def _size(rec: Path) -> int:
@@ -146,11 +159,11 @@ def _size(rec: Path) -> int:
 
 
 def _read_idx(idx: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and positions: int64 [N] each."""
+    """Read keys and positions, int64 [N] each, as an .idx lists them."""
     way_out = "Copy it again, or remove it: the .rec file is then read from end to end."
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it holds no data is said below
+            warnings.simplefilter("ignore")  # an empty file is reported below
             table = np.loadtxt(idx, dtype=np.int64, comments=None, ndmin=2)
     except ValueError as error:
         reason = f"{error}; the file is {what_is(idx)}"
@@ -163,10 +176,10 @@ def _read_idx(idx: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _walk(rec: Path, words: np.ndarray, size: int) -> np.ndarray:
-    """Positions of all whole records and first pieces, int64 [N], from one pass over the file.
+    """Find the positions of all undivided records and first pieces, int64 [N], in one pass over the file.
 
-    Magic numbers are looked for everywhere at once, then each record must end where the next begins: a magic number
-    inside a payload, as writers leave it that do not divide records, is passed over.
+    All magic numbers are found first; then each record must end where the next one begins. So a magic number within a
+    payload is skipped, which writers that do not divide records leave there.
     """
     step = 16 * _CHUNK
     hits = []
@@ -186,7 +199,7 @@ def _walk(rec: Path, words: np.ndarray, size: int) -> np.ndarray:
 
 
 def _chain(rec: Path, positions: np.ndarray, ends: np.ndarray, size: int) -> np.ndarray:
-    """Rows of `positions` that follow from one another, from byte 0 to the end of the file."""
+    """Follow the records from byte 0 to the end of the file; return their rows in `positions`."""
     chain: list[int] = []
     position = 0
     while position != size:
@@ -200,8 +213,8 @@ def _chain(rec: Path, positions: np.ndarray, ends: np.ndarray, size: int) -> np.
     return np.array(chain)
 
 
-def _uncovered(words: np.ndarray, found: Records) -> int:
-    """How many records lie between, before or behind those in `found`."""
+def _count_unlisted(words: np.ndarray, found: Records) -> int:
+    """Count the records before, between and behind those in `found`."""
     last = found.starts[1:] - 1
     ends = (found.offsets[last].astype(np.int64) + found.lengths[last] + 3) // 4
     begins = np.append(found.positions, len(words) * 4) // 4
@@ -216,7 +229,7 @@ def _uncovered(words: np.ndarray, found: Records) -> int:
 
 
 def _join(rec: Path, words: np.ndarray, found: Records, divided: np.ndarray) -> Records:
-    """Give the records whose rows are in `divided` all their pieces."""
+    """Give the divided records, whose rows are in `divided`, the ranges of all their pieces."""
     if not len(divided):
         return found
     counts = np.ones(len(found), np.int64)
@@ -247,16 +260,16 @@ def _copy_again(rec: Path) -> str:
     return f"{shown(rec.name)} is {'damaged' if 'RecordIO' in kind else kind}: copy or pack it again."
 
 
-def bad_record(rec: Path, found: Records, row: int, what: str, way_out: str) -> UserError:
-    """A UserError that names file, key and offset of the record in `row`."""
+def bad_record(rec: Path, found: Records, row: int, fault: str, way_out: str) -> UserError:
+    """Make a UserError that names file, key and offset of the record in `row`."""
     where = f"record with key {found.keys[row]} at byte {found.positions[row]}"
-    return UserError(f"{shown(rec)}: {where} {what}. {way_out}")
+    return UserError(f"{shown(rec)}: {where} {fault}. {way_out}")
 
 
 class RecordWriter:
-    """Writes `rec_path` and the .idx beside it, byte for byte as MXNet does.
+    """Writer of `rec_path` and the .idx beside it, byte for byte as MXNet writes them.
 
-    Both appear under their names on `close()`; if the context ends in an exception, neither is left behind.
+    Both files get their names on `close()`; if the context ends in an exception, neither is left behind.
     """
 
     def __init__(self, rec_path: Path) -> None:
@@ -281,7 +294,7 @@ class RecordWriter:
             self._rec.write(PREFIX.pack(MAGIC, part << 29 | len(piece)) + piece + bytes(-len(piece) % 4))
 
     def rewrite(self, position: int, payload: bytes) -> None:
-        """Replace the undivided record at `position` by one of the same length."""
+        """Replace the payload of the undivided record at `position` by one of the same length."""
         end = self._rec.tell()
         self._rec.seek(position + PREFIX.size)
         self._rec.write(payload)
@@ -299,7 +312,7 @@ class RecordWriter:
             temporary.replace(target)
 
     def abort(self) -> None:
-        """Throw away what was written."""
+        """Delete the unfinished files."""
         self._rec.close()
         self._idx.close()
         for temporary in self._temporaries:
@@ -318,7 +331,7 @@ class RecordWriter:
 
 
 def _split(payload: bytes) -> Iterator[bytes]:
-    """The pieces between the magic numbers that lie at multiples of 4."""
+    """Yield the pieces between the magic numbers at multiples of 4."""
     begin = 0
     found = payload.find(_MAGIC_BYTES)
     while found >= 0:

@@ -1,4 +1,4 @@
-"""Training data as the user gives it, .rec files or a folder per identity, and where its index may lie."""
+"""Training data as the user names it, .rec files or a folder per identity, and the places for its index."""
 
 import hashlib
 import os
@@ -16,33 +16,33 @@ from recognition.errors import UserError
 from recognition.files.paths import shown
 
 _RULES = "2"
-"""Of what is taken and what is said of a .rec file: an index made under others is made anew."""
-_CHUNK = re.compile(r"(.+)_(\d+)((?:_train)?)\.rec", re.DOTALL)
-"""im2rec's names for the parts of one listing."""
+"""Version of the rules by which .rec files are scanned; an index made by another version is built anew."""
+_CHUNK_NAME = re.compile(r"(.+)_(\d+)((?:_train)?)\.rec", re.DOTALL)
+"""Name that im2rec gives to a part of one listing."""
 
 
 @dataclass
 class Source:
-    """Data that can be scanned, and the places where its index may lie, the preferred one first.
+    """Training data, and the two places where its index may lie, the preferred one first.
 
-    recs: its .rec files, none for a folder per identity. said: what the user should know of the choice of files.
+    recs: the .rec files, empty for a folder per identity. choice_notes: sentences for the user on the choice of files.
     """
 
     root: Path
     recs: tuple[Path, ...]
     places: tuple[Path, Path]
-    said: tuple[str, ...]
+    choice_notes: tuple[str, ...]
     listing: image_folder.Listing | None = None
 
     @classmethod
-    def at(cls, path: Path, cache: Path | None) -> "Source":
-        """What `path` is. Raises UserError where it is no training data."""
+    def find(cls, path: Path, cache: Path | None) -> "Source":
+        """Find the training data at `path`. Raises UserError if there is none."""
         if not path.exists():
             raise UserError(f"{shown(path)}: no such file or folder")
         if path.is_dir():
-            recs, said = _choose(path)
+            recs, notes = _choose_recs(path)
         elif path.suffix.lower() == ".rec":
-            recs, said = (path,), ()
+            recs, notes = (path,), ()
         else:
             beside = path.with_suffix(".rec")
             way_out = f": give {shown(beside.name)}, which lies beside it" if beside.is_file() else ""
@@ -51,7 +51,7 @@ class Source:
             )
         lists = [rec.with_suffix(".lst").name for rec in recs if rec.with_suffix(".lst").is_file()]
         if lists:
-            said += (f"not read: {', '.join(map(shown, lists))}; labels are taken from the .rec file",)
+            notes += (f"not read: {', '.join(map(shown, lists))}; labels are taken from the .rec file",)
         root = recs[0].parent if recs else path
         name = recs[0].name if recs else "images"
         key = (recs[0] if recs else root).resolve()
@@ -61,19 +61,19 @@ class Source:
         if cache is None:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recognition"
         cached = cache / hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
-        return cls(root, recs, (root / INDEX_FOLDER / name, cached), said)
+        return cls(root, recs, (root / INDEX_FOLDER / name, cached), notes)
 
     def writable_places(self) -> tuple[Path, ...]:
-        """The places where an index may be saved."""
+        """Return the places where an index may be saved, the preferred one first."""
         beside, cached = self.places
         folders = [folder for folder in (self.root, beside.parent) if folder.exists()]
-        # The superuser may write anywhere; data whose mode says read-only is left alone all the same.
+        # The mode is checked as well, because the superuser may write anywhere.
         if all(folder.stat().st_mode & 0o222 and os.access(folder, os.W_OK) for folder in folders):
             return beside, cached
         return (cached,)
 
     def stamp(self) -> str:
-        """Changes when the data does: over names, sizes and modification times."""
+        """Compute a hash over names, sizes and modification times, which changes when the data does."""
         if not self.recs:
             listing = self._list()
             return digest(listing.names.text, listing.names.ends, listing.sizes, listing.mtimes)
@@ -81,15 +81,15 @@ class Source:
         return file_stamp([*self.recs, *(idx for idx in beside if idx.exists())], _RULES)
 
     def scan(self) -> IndexContent:
-        """What the index of the data is to hold. Raises UserError for data that cannot be used."""
+        """Scan the data for the content of its index. Raises UserError for data that cannot be used."""
         return self._scan_records() if self.recs else self._scan_folder()
 
     def notes(self, content: IndexContent) -> tuple[str, ...]:
-        """What the user should know of the data, whose index is `content`."""
-        return self.said + (self.listing.notes if self.listing else ()) + content.notes
+        """Return the sentences for the user about the data, whose index is `content`."""
+        return self.choice_notes + (self.listing.notes if self.listing else ()) + content.notes
 
     def present(self) -> Iterator[tuple[str, int]]:
-        """Names and sizes of the image files that are there now, of a folder per identity."""
+        """Return names and sizes of the image files that are there now, for a folder per identity."""
         listing = self._list()
         return zip(listing.names, listing.sizes.tolist(), strict=True)
 
@@ -132,7 +132,7 @@ class Source:
 
 
 def file_stamp(files: Iterable[Path], rules: str = "") -> str:
-    """A hash over names, sizes and modification times. Raises UserError where a file is not there."""
+    """Compute a hash over names, sizes and modification times. Raises UserError if a file is missing."""
     sha = hashlib.sha256(rules.encode())
     for path in files:
         try:
@@ -144,12 +144,12 @@ def file_stamp(files: Iterable[Path], rules: str = "") -> str:
 
 
 def range_starts(counts: np.ndarray) -> np.ndarray:
-    """Where each of some parts begins and the last one ends, from their sizes [N]: int64 [N+1]."""
+    """Return where each part begins and the last one ends, int64 [N+1], from the parts' sizes [N]."""
     return np.concatenate(([0], np.cumsum(counts)))
 
 
-def _choose(folder: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    """The .rec files of a folder that are the training set, and what is to be said of the choice."""
+def _choose_recs(folder: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Choose the .rec files of a folder that are its training set; return them and notes on the choice."""
     try:
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
@@ -160,17 +160,18 @@ def _choose(folder: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     if "train.rec" in named:
         others = [name for name in named if name != "train.rec"]
         texts = ([f"{folders:,} folders"] if folders else []) + [shown(name) for name in others]
-        said = (f"holds train.rec, which is taken; not taken: {', '.join(texts)}",) if texts else ()
-        return (folder / "train.rec",), said
+        notes = (f"holds train.rec, which is taken; not taken: {', '.join(texts)}",) if texts else ()
+        return (folder / "train.rec",), notes
     if folders or not named:
         return (), ()
     if len(named) == 1:
         return (folder / named[0],), (f"holds {shown(named[0])}, which is taken",)
-    return _chunks(folder, named)
+    return _choose_chunks(folder, named)
 
 
-def _chunks(folder: Path, named: list[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    matches = [_CHUNK.fullmatch(name) for name in named]
+def _choose_chunks(folder: Path, named: list[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Choose the parts that im2rec has cut one listing into. Raises UserError if the .rec files are anything else."""
+    matches = [_CHUNK_NAME.fullmatch(name) for name in named]
     numbers = {int(match[2]): name for match, name in zip(matches, named, strict=True) if match}
     if len(numbers) < len(named) or len({(match[1], match[3]) for match in matches if match}) > 1:
         raise UserError(
@@ -180,8 +181,8 @@ def _chunks(folder: Path, named: list[str]) -> tuple[tuple[Path, ...], tuple[str
             "labels mean the same person)"
         )
     ordered = [numbers[number] for number in sorted(numbers)]
-    said = f"holds {len(named)} chunks, {shown(ordered[0])} to {shown(ordered[-1])}: equal labels are the same person"
+    note = f"holds {len(named)} chunks, {shown(ordered[0])} to {shown(ordered[-1])}: equal labels are the same person"
     missing = sorted(set(range(max(numbers))) - set(numbers))
     if missing:
-        said += f"; chunk {', '.join(map(str, missing[:4]))}{', ...' * (len(missing) > 4)} is not there"
-    return tuple(folder / name for name in ordered), (said,)
+        note += f"; chunk {', '.join(map(str, missing[:4]))}{', ...' * (len(missing) > 4)} is not there"
+    return tuple(folder / name for name in ordered), (note,)

@@ -1,8 +1,7 @@
-"""Images without DALI, for systems that it does not exist for: Pillow decodes, torch and torchvision change.
+"""Loader without DALI, for systems on which DALI does not exist: Pillow decodes, torch and torchvision augment.
 
-Each step of the way is DALI's: levels are whole numbers of 0..255 after each change, so that the two makers' images
-differ by rounding alone. `recognition.images` decodes rather than torchvision, whose decoder crashes on some broken PNG
-files.
+The steps are those of DALI's graph, with levels rounded to 0..255 after each, so that the images of the two loaders
+differ by rounding alone. `recognition.images` decodes, because torchvision's decoder crashes on some broken PNG files.
 """
 
 from collections import deque
@@ -21,36 +20,36 @@ from recognition.data.augment import MEAN_GRAY
 from recognition.data.loader import EncodedBatch, LoaderOptions
 from recognition.images import Undecodable, decode, fit
 
-_TOGETHER = 8  # images that one thread changes at a time: their levels fit in a core's cache
+_PART = 8  # images that a thread makes at a time: their levels fit in a core's cache
 _HALF_RANGE = 127.5
 
 
 class TorchvisionLoader:
-    """See `Maker`. Threads decode and change images in the CPU's memory; `next` moves them to the device."""
+    """Loader (see `loader.Loader`) whose threads decode and augment in CPU memory; `next_images` copies to the GPU."""
 
-    def __init__(self, inputs: Iterator[EncodedBatch], making: LoaderOptions) -> None:
-        self._inputs, self._making = inputs, making
-        # As many threads as are asked for work side by side; none is to start others of its own.
-        self._workers = ThreadPoolExecutor(making.threads, "images", initializer=torch.set_num_threads, initargs=(1,))
-        self._ahead = deque(self._begin(next(inputs)) for _ in range(making.ahead))
+    def __init__(self, batches: Iterator[EncodedBatch], options: LoaderOptions) -> None:
+        self._batches, self._options = batches, options
+        # The threads share the cores, so none of them may start further threads within torch.
+        self._workers = ThreadPoolExecutor(options.threads, "images", initializer=torch.set_num_threads, initargs=(1,))
+        self._ahead = deque(self._submit(next(batches)) for _ in range(options.prefetch))
 
-    def next(self) -> Tensor:
-        """The next step's images."""
-        self._ahead.append(self._begin(next(self._inputs)))
+    def next_images(self) -> Tensor:
+        """Return the images of the next step [b, 3, H, W]."""
+        self._ahead.append(self._submit(next(self._batches)))
         images, parts = self._ahead.popleft()
         try:
             for part in parts:
                 part.result()
         except Undecodable as error:
             raise RuntimeError("an image does not decode") from error
-        device = self._making.device
+        device = self._options.device
         if device.type == "cuda":
             return images.pin_memory().to(device, non_blocking=True)
-        # On Apple's GPUs a copy that is not waited for may read memory that has been given back.
+        # The copy blocks: on Apple's GPUs an asynchronous one may read memory that has been freed.
         return images.to(device)
 
-    def decodes(self, encoded: bytes) -> bool:
-        """Whether an image can be decoded."""
+    def can_decode(self, encoded: bytes) -> bool:
+        """Tell whether `images.decode` decodes an image."""
         try:
             decode(encoded)
         except Undecodable:
@@ -59,55 +58,55 @@ class TorchvisionLoader:
 
     @staticmethod
     def decodes_identically(encoded: bytes) -> bool:
-        """Every kind is: it is `images.decode` that decodes."""
+        """Return true: `images.decode` decodes here."""
         return True
 
     def close(self) -> None:
-        """Stop working ahead."""
+        """Stop the threads."""
         self._workers.shutdown(cancel_futures=True)
         self._ahead.clear()
 
-    def _begin(self, inputs: EncodedBatch) -> tuple[Tensor, list[Future[None]]]:
-        """A step's images, and the work that fills them."""
-        size, layout = self._making.image_size, torch.contiguous_format
-        if self._making.channels_last:
+    def _submit(self, batch: EncodedBatch) -> tuple[Tensor, list[Future[None]]]:
+        """Start the work on a step; return its images, and the futures that fill them."""
+        size, layout = self._options.image_size, torch.contiguous_format
+        if self._options.channels_last:
             layout = torch.channels_last
-        images = torch.empty(len(inputs.encoded), 3, size, size, memory_format=layout)
-        parts = [slice(start, start + _TOGETHER) for start in range(0, len(images), _TOGETHER)]
-        how = self._making.fit
-        return images, [self._workers.submit(_make, inputs, part, how, images[part]) for part in parts]
+        images = torch.empty(len(batch.encoded), 3, size, size, memory_format=layout)
+        parts = [slice(start, start + _PART) for start in range(0, len(images), _PART)]
+        fit = self._options.fit
+        return images, [self._workers.submit(_fill, batch, part, fit, images[part]) for part in parts]
 
 
-def _make(inputs: EncodedBatch, part: slice, how: str, images: Tensor) -> None:
-    """Fill `images` [n, 3, S, S] with those of `part`. Runs in a worker's thread."""
+def _fill(batch: EncodedBatch, part: slice, how: str, images: Tensor) -> None:
+    """Decode and augment the images `part` of a batch into `images` [n, 3, S, S], in a worker's thread."""
     size = images.shape[-1]
     decoded = np.empty((len(images), size, size, 3), np.uint8)
-    numbers = {name: array[part] for name, array in inputs.arrays.items()}
-    for place, encoded in zip(decoded, inputs.encoded[part], strict=True):
+    parameters = {name: array[part] for name, array in batch.arrays.items()}
+    for place, encoded in zip(decoded, batch.encoded[part], strict=True):
         place[:] = fit(decode(encoded), size, how)
-    images.copy_(changed(torch.from_numpy(decoded).permute(0, 3, 1, 2), numbers))
+    images.copy_(augment(torch.from_numpy(decoded).permute(0, 3, 1, 2), parameters))
     images.sub_(_HALF_RANGE).div_(_HALF_RANGE)
 
 
-def changed(levels: Tensor, numbers: Mapping[str, NDArray[Any]]) -> Tensor:
-    """`levels` [n, 3, S, S] of 0..255, changed by what there is of the fields of `AugmentNumbers`."""
-    if "matrix" in numbers:
-        levels = warped(levels.float().contiguous(), torch.from_numpy(numbers["matrix"]))
-    if "color" in numbers:
-        levels = colored(levels.float(), torch.from_numpy(numbers["color"]))
-    if "erase_shape" in numbers:
-        rectangles = np.concatenate([numbers["erase_anchor"], numbers["erase_shape"]], axis=1).astype(int)
+def augment(levels: Tensor, parameters: Mapping[str, NDArray[Any]]) -> Tensor:
+    """Augment `levels` [n, 3, S, S] of 0..255 by those fields of `AugmentParameters` that are there."""
+    if "matrix" in parameters:
+        levels = warp(levels.float().contiguous(), torch.from_numpy(parameters["matrix"]))
+    if "color" in parameters:
+        levels = transform_color(levels.float(), torch.from_numpy(parameters["color"]))
+    if "erase_shape" in parameters:
+        rectangles = np.concatenate([parameters["erase_anchor"], parameters["erase_shape"]], axis=1).astype(int)
         gray = torch.tensor(int(MEAN_GRAY))  # rounded as DALI does
         for image, (top, left, height, width) in zip(levels, rectangles.tolist(), strict=True):
             functional.erase(image, top, left, height, width, gray, inplace=True)
-    if "flip" in numbers:
-        flips = torch.from_numpy(numbers["flip"].astype(bool))
+    if "flip" in parameters:
+        flips = torch.from_numpy(parameters["flip"].astype(bool))
         levels[flips] = functional.horizontal_flip(levels[flips])
     return levels
 
 
-def warped(levels: Tensor, matrix: Tensor) -> Tensor:
-    """`levels` float32 [n, 3, S, S] moved by `AugmentNumbers.matrix`; beyond the border, the border's pixels go on."""
+def warp(levels: Tensor, matrix: Tensor) -> Tensor:
+    """Warp `levels` float32 [n, 3, S, S] by `AugmentParameters.matrix`, with the border's pixels repeated beyond it."""
     size = levels.shape[-1]
     centres = torch.arange(size) + 0.5
     x, y = centres, centres[:, None]
@@ -117,12 +116,12 @@ def warped(levels: Tensor, matrix: Tensor) -> Tensor:
     return grid_sample(levels, grid, padding_mode="border", align_corners=False).round_()
 
 
-def colored(levels: Tensor, color: Tensor) -> Tensor:
-    """`levels` float32 [n, 3, S, S] after `AugmentNumbers.color`, rounded and clamped to 0..255."""
+def transform_color(levels: Tensor, color: Tensor) -> Tensor:
+    """Apply `AugmentParameters.color` to `levels` float32 [n, 3, S, S]; round and clamp to 0..255."""
     factors = color[:, :, :, None, None]
     red, green, blue = levels.unbind(1)
     out = torch.empty_like(levels)
-    # One product and one sum at a time: an image's levels are then the same whatever stands beside it.
+    # One product and one sum at a time, so that an image's levels do not depend on the others in the batch.
     for i in range(3):
         torch.mul(red, factors[:, i, 0], out=out[:, i])
         out[:, i] += green * factors[:, i, 1]

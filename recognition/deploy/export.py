@@ -58,8 +58,8 @@ def export_onnx(backbone: nn.Module, path: Path | str, metadata: Mapping[str, An
     the output `embedding` [N, D], with N free. The conditions of InsightFace's loader (`model_zoo.py`,
     `arcface_onnx.py`) are met: H fixed, one output, no early node that it takes for normalisation.
 
-    The file's metadata holds the preprocessing, `metadata` (JSON values) and the parity, measured at batches of 1 and 5.
-    The card, at `card_path(path)`, holds the same as JSON, and the file's size and SHA-256.
+    The file's metadata holds the preprocessing, `metadata` (JSON values) and the parity, measured at batches of 1
+    and 5. The card, at `card_path(path)`, holds the same as JSON, and the file's size and SHA-256.
 
     Raises UserError where a package is missing, where the card would replace a file that is no card, where the network
     cannot be exported or is too large for one file, and where the parity is beyond the tolerances in `settings`; `path`

@@ -43,8 +43,8 @@ class OnnxEmbedder:
 
     The file has one input, [N, 3, H, H] or [N, H, H, 3], of floats of any length or uint8. One of its outputs is [N, D]
     with D > 1, or [N, D, 1, 1]: the embedding. How pixels are normalised is read from the metadata that
-    `recognition.deploy.export` writes. A file without it is taken for InsightFace's own: RGB and (x - 127.5) / 127.5, or
-    nothing where the graph begins with its own subtraction and multiplication (the rule of InsightFace's
+    `recognition.deploy.export` writes. A file without it is taken for InsightFace's own: RGB and (x - 127.5) /
+    127.5, or nothing where the graph begins with its own subtraction and multiplication (the rule of InsightFace's
     `arcface_onnx.py`) or takes uint8.
     """
 

@@ -1,7 +1,7 @@
 """InsightFace's `.bin` files: a pickle of (list of 2P encoded images, list of P booleans).
 
-People pass pickles around. So one is read by an unpickler to which the few NumPy names that such files hold mean
-passive records of bytes: nothing that the file names is imported or called, NumPy included.
+A pickle from a stranger may run code. Hence the unpickler here imports and calls nothing that the file names, NumPy
+included: the few NumPy names in such files become passive records of bytes.
 """
 
 import io
@@ -22,21 +22,21 @@ LABELS: dict[Any, bool] = {
     **dict.fromkeys(("1", "1.0", "true"), True),
     **dict.fromkeys(("0", "0.0", "false", "-1", "-1.0"), False),
 }
-"""Texts, in lower case, that say whether a pair is genuine."""
+"""Labels of a pair, in lower case: true for a genuine pair."""
 
 
 def is_pickle(path: Path, data: bytes) -> bool:
-    """Whether a file is to be read as a pickle: by its name, else by its first bytes."""
+    """Tell whether a file is a pickle, by its name, else by its first bytes."""
     named = path.suffix.lower() in (".bin", ".pkl", ".pickle")
-    # Protocols 2 and later have a mark, 0 and 1 begin a tuple or a list.
+    # Protocols 2 and later begin with a mark; 0 and 1 with a tuple or a list.
     return named or data[:1] == b"\x80" or re.match(rb"\(*(lp\d|\]q)", data) is not None
 
 
 def read_bin(path: str, data: bytes) -> tuple[list[bytes], np.ndarray]:
-    """The encoded images and the flags of a `.bin`; an image that the file leaves out, by None or no bytes, is empty.
+    """Read the encoded images, 2P, and the flags, bool [P], of a `.bin`; an image that is None in the file is empty.
 
-    Raises UserError where the file is truncated or of another kind, wants to run code, or holds another number of
-    images than two per pair.
+    Raises UserError if the file is truncated or of another kind, would run code, or does not hold two images per
+    pair.
     """
     content = _unpickle(path, data)
     if not isinstance(content, tuple | list) or len(content) != 2:
@@ -50,7 +50,7 @@ def read_bin(path: str, data: bytes) -> tuple[list[bytes], np.ndarray]:
             f"{_encode_first(content[0])}"
         )
     try:
-        same = _truth(list(_values(content[1])))
+        same = _to_booleans(list(_values(content[1])))
     except (TypeError, ValueError, IndexError, OverflowError) as error:
         raise UserError(f"{path}: the second half of the pickle is not a list of booleans: {error}") from None
     images = []
@@ -69,7 +69,7 @@ def read_bin(path: str, data: bytes) -> tuple[list[bytes], np.ndarray]:
 
 
 class _Record:
-    """What a pickle's NumPy object is read as: its arguments and its state, with no behaviour."""
+    """Passive stand-in for a NumPy object in a pickle: its arguments and its state."""
 
     __slots__ = ("arguments", "state")
 
@@ -112,7 +112,7 @@ _ALLOWED: dict[tuple[str, str], type[_Record]] = {
 
 
 class _Forbidden(pickle.UnpicklingError):
-    """The pickle names something that a verification set does not need."""
+    """Error for a pickle that names something no verification set needs."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -131,7 +131,7 @@ def _unpickle(path: str, data: bytes) -> Any:
             f"{path}: refused: the file asks for {error}, which no verification set needs and which could run code on "
             "this machine; get the set from another source"
         ) from None
-    except Exception as error:  # the pickle machine raises nearly anything on broken data
+    except Exception as error:  # unpickling broken data raises nearly anything
         cut = isinstance(error, EOFError) or "truncated" in str(error) or "exhausted" in str(error)
         if cut and data[:1] in (b"\x80", b"(", b"]", b"}"):
             raise UserError(f"{path}: truncated after {len(data):,} bytes; copy or download it again") from None
@@ -157,7 +157,7 @@ def _kind(item: Any) -> str:
 
 
 def _described(item: Any) -> str:
-    """What stands where something else belongs."""
+    """Describe the content of a pickle in an error."""
     if isinstance(item, dict):
         return f"a dict of {', '.join(escape(repr(key)) for key in list(item)[:5])}"
     if isinstance(item, _Array | _Buffer):
@@ -175,14 +175,14 @@ def _shape(item: _Record) -> tuple[int, ...]:
 
 
 def _encode_first(item: Any) -> str:
-    """The way out for decoded pictures, whose channels nobody knows the order of."""
+    """Return the advice for decoded pictures, which are refused as the order of their channels is unknown."""
     if isinstance(item, _Array | _Buffer) and len(_shape(item)) >= 3:
         return ": pictures must be encoded, e.g. each as cv2.imencode('.png', bgr)[1].tobytes()"
     return ""
 
 
 def _array(item: _Record) -> np.ndarray:
-    """The values, flat; the kinds of numbers that flags and encoded images are held in."""
+    """Return the values of an array, flat, if its type is one that flags or encoded images have. Raises TypeError."""
     match item:
         case _Array(state=(_, _, _Type() as form, _, data)):
             pass
@@ -217,7 +217,7 @@ _ENCODE = ": pictures must be encoded, as JPEG or PNG"
 
 
 def _values(items: Any) -> Iterator[Any]:
-    """The items of a list or an array as numbers, booleans or texts."""
+    """Yield the items of a list or an array as numbers, booleans or texts."""
     if isinstance(items, _Record):
         yield from _array(items).tolist()
         return
@@ -228,8 +228,8 @@ def _values(items: Any) -> Iterator[Any]:
             yield _bytes(item).decode("latin1") if isinstance(item, _Text | bytes) else item
 
 
-def _truth(values: Sequence[Any]) -> np.ndarray:
-    """Booleans of flags that are 0 and 1, or -1 and 1, as numbers or as texts."""
+def _to_booleans(values: Sequence[Any]) -> np.ndarray:
+    """Convert flags to bool [P]: 0 and 1, or -1 and 1, as numbers or texts. Raises ValueError for others."""
     same = np.empty(len(values), bool)
     seen = set()
     for number, value in enumerate(values):

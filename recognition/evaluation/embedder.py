@@ -1,4 +1,4 @@
-"""What is evaluated: anything that turns face images into embeddings."""
+"""Interface of the models that are evaluated."""
 
 from typing import Protocol
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Embedder(Protocol):
-    """Images in, embeddings out: the training backbone and an exported ONNX file both are one."""
+    """A model that maps face images to embeddings, such as a training backbone or an exported ONNX file."""
 
     @property
     def image_size(self) -> int:
@@ -17,7 +17,7 @@ class Embedder(Protocol):
         """Length of an embedding, D."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Embeddings, float32 [n, D], not normalised, of aligned RGB faces, uint8 [n, H, W, 3].
+        """Embed aligned RGB faces, uint8 [n, H, W, 3], as float32 [n, D], not normalised.
 
-        What the network wants done to the pixels, `(x - 127.5) / 127.5`, is done inside.
+        The embedder itself scales the levels as its network expects, usually to `(x - 127.5) / 127.5`.
         """

@@ -1,4 +1,4 @@
-"""The ten folds of a verification set: consecutive pairs, the first P mod 10 folds one larger."""
+"""The ten folds of a verification set: consecutive pairs; the first P mod 10 folds have one more."""
 
 import numpy as np
 
@@ -6,9 +6,10 @@ FOLDS = 10
 
 
 def is_uneven(same: np.ndarray) -> bool:
-    """Whether the folds' shares of genuine pairs are far from the set's, though another order would give them theirs.
+    """Tell whether the folds' shares of genuine pairs differ from the set's by far more than an even order's would.
 
-    That is: in one fold by a quarter of it and two pairs, or in all nearly as far as with all genuine pairs first.
+    They do if one fold is off by a quarter of its pairs (at least two), or if the sum over the folds is at least 80 %
+    of the way from the even order to the order with all pairs of one kind first.
     """
     found, best, worst = (_distances(order) for order in (same, same[spread_evenly(same)], np.sort(same)))
     sizes = np.array([len(fold) for fold in np.array_split(same, FOLDS)])
@@ -18,13 +19,13 @@ def is_uneven(same: np.ndarray) -> bool:
 
 
 def _distances(same: np.ndarray) -> np.ndarray:
-    """How many genuine pairs each fold has more or fewer than its share."""
+    """Return by how many genuine pairs each fold differs from its share, [10]."""
     share = same.mean() if len(same) else 0
     return np.array([abs(fold.sum() - share * len(fold)) for fold in np.array_split(same, FOLDS)])
 
 
 def spread_evenly(same: np.ndarray) -> np.ndarray:
-    """An order of the pairs in which each fold has its share of both kinds, each in the order it had."""
+    """Order the pairs, int64 [P], so that each fold has its share of both kinds; each kind keeps its own order."""
     place = np.empty(len(same))
     for kind in (True, False):
         count = np.sum(same == kind)
@@ -33,7 +34,7 @@ def spread_evenly(same: np.ndarray) -> np.ndarray:
 
 
 def fold_warnings(same: np.ndarray) -> list[str]:
-    """What is said of a set whose accuracy over ten folds means less than it seems to."""
+    """Return sentences on why accuracy over ten folds would mislead for this set; none if it would not."""
     found = []
     if is_uneven(same):
         genuine = ", ".join(str(int(fold.sum())) for fold in np.array_split(same, FOLDS))

@@ -1,4 +1,4 @@
-"""Where the images of a list lie, under names that another file system may have spelled otherwise."""
+"""Search for the image files that a list names, whose names another file system may have changed."""
 
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -7,11 +7,11 @@ from pathlib import Path
 from recognition.images import SUFFIXES
 
 PROBED = 20
-"""Pairs whose images are looked for to tell which folder is meant."""
+"""Number of pairs whose images decide which folder holds the set."""
 
 
 class ImageLookup:
-    """A folder of images; what is found in it is remembered."""
+    """Search in a folder of images, with a cache of the folders' listings."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -19,11 +19,11 @@ class ImageLookup:
         self._stems: dict[Path, dict[str, list[str]]] = {}
 
     def find(self, names: Sequence[str]) -> Path | None:
-        """The file of the first of `names` that is there.
+        """Find the file of the first of `names` that exists, or None.
 
-        A name is a path in the folder, or an absolute one. Where no file has that very name, one is taken whose name
-        differs in the normal form of Unicode, in being Latin-1 instead of UTF-8, in Windows' separators, or in the
-        image's suffix, which a name may also lack.
+        A name is a path in the folder, or an absolute one. If no file has exactly that name, the search accepts
+        another Unicode normal form, Latin-1 instead of UTF-8, Windows' separators, and another image suffix, or one
+        that the name lacks.
         """
         for name in names:
             for spelling in dict.fromkeys((name, name.replace("\\", "/"))):
@@ -40,34 +40,34 @@ class ImageLookup:
         *parents, last = exact.relative_to(folder).parts or ("",)
         for part in parents:
             if not (folder / part).is_dir():
-                part = self._listing(folder).get(spelled(part), part)
+                part = self._listing(folder).get(common_spelling(part), part)
             folder = folder / part
-        stem, suffix = split(last)
-        found = self._listing(folder) and self._stems[folder].get(spelled(stem), [])
+        stem, suffix = split_suffix(last)
+        found = self._listing(folder) and self._stems[folder].get(common_spelling(stem), [])
         # Of several, one with the suffix asked for, else the first in the order of SUFFIXES.
-        best = sorted(found or [], key=lambda file: split(file)[1] != suffix)
+        best = sorted(found or [], key=lambda file: split_suffix(file)[1] != suffix)
         return folder / best[0] if best else None
 
     def _listing(self, folder: Path) -> dict[str, str]:
-        """All names in a folder by their common spelling; `_stems` has the images' names without a suffix."""
+        """Return the names in a folder by their common spelling; fills `_stems` with the images' names by stem, too."""
         if folder not in self._names:
             try:
                 names = sorted((item.name for item in folder.iterdir()), key=lambda name: (_rank(name), name))
             except OSError:
                 names = []
-            self._names[folder] = {spelled(name): name for name in reversed(names)}
+            self._names[folder] = {common_spelling(name): name for name in reversed(names)}
             stems = self._stems[folder] = {}
             for name in names:
-                stem, suffix = split(name)
+                stem, suffix = split_suffix(name)
                 if suffix and _is_file(folder / name):
-                    stems.setdefault(spelled(stem), []).append(name)
+                    stems.setdefault(common_spelling(stem), []).append(name)
         return self._names[folder]
 
 
 def find_folder(beside: Path, pairs: Iterable[Sequence[Sequence[str]]]) -> ImageLookup | None:
-    """Of the folder `beside` and the folders in it, the first with the most images of the first pairs.
+    """Find the folder with the most images of the first pairs: `beside` or a folder in it, the first one of equals.
 
-    None where no folder has one of them.
+    Returns None if no folder has any of them.
     """
     wanted = [names for pair, _ in zip(pairs, range(PROBED), strict=False) for names in pair]
     try:
@@ -86,12 +86,12 @@ def find_folder(beside: Path, pairs: Iterable[Sequence[Sequence[str]]]) -> Image
 
 
 def is_respelled(file: Path, names: Sequence[str]) -> bool:
-    """Whether `file`, found for `names`, has a name that none of them ends in, but for a suffix that they lack."""
-    return not any(name in (file.name, split(file.name)[0]) for name in (Path(name).name for name in names))
+    """Tell whether `file`, found for `names`, is spelled differently from all of them; a lacking suffix is none."""
+    return not any(name in (file.name, split_suffix(file.name)[0]) for name in (Path(name).name for name in names))
 
 
-def spelled(name: str) -> str:
-    """The common spelling of a name: composed, and Latin-1 where its bytes are not UTF-8."""
+def common_spelling(name: str) -> str:
+    """Return the common spelling of a name: composed (NFC), and read as Latin-1 if its bytes are not UTF-8."""
     raw = name.encode("utf-8", "surrogateescape")
     try:
         text = raw.decode("utf-8")
@@ -100,15 +100,15 @@ def spelled(name: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def split(name: str) -> tuple[str, str]:
-    """A file's name without the suffix of an image, and that suffix in lower case; no other suffix is one."""
+def split_suffix(name: str) -> tuple[str, str]:
+    """Split a name into stem and image suffix, in lower case; any other suffix stays in the stem."""
     stem, dot, suffix = name.rpartition(".")
     suffix = (dot + suffix).lower()
     return (stem, suffix) if stem and suffix in SUFFIXES else (name, "")
 
 
 def _rank(name: str) -> int:
-    suffix = split(name)[1]
+    suffix = split_suffix(name)[1]
     return SUFFIXES.index(suffix) if suffix else len(SUFFIXES)
 
 

@@ -1,4 +1,4 @@
-"""Lists of pairs in text: LFW's and those that others use for the same.
+"""Lists of pairs as text, in the forms of LFW and other sets.
 
 LFW (vis-www.cs.umass.edu/lfw/README.txt): a line `sets n` or `n`, then for each set n lines `name i j` and n lines
 `name i other j`; FaceNet's has no first line, scikit-learn's and Kaggle's are separated by tabs or commas.
@@ -23,11 +23,11 @@ from recognition.files.kinds import what_is
 from recognition.tracking.terminal import escape
 
 SAMPLE = 200
-"""Lines that tell a list's form."""
+"""Number of lines that decide a list's form."""
 
 
 class ListedPair(NamedTuple):
-    """A pair: the line that it begins in, the names that each image may have, whether it is genuine, and the label."""
+    """Pair of a list: its first line, the possible names of each image, whether it is genuine, and its label."""
 
     line: int
     first: tuple[str, ...]
@@ -38,17 +38,17 @@ class ListedPair(NamedTuple):
 
 @dataclass(frozen=True)
 class PairList:
-    """A list of pairs as the file has it."""
+    """List of pairs as the file has it."""
 
     form: str
-    """What the list was taken for."""
+    """Description of the list's form."""
     entries: Sequence[ListedPair]
     sets: int | None
-    """How many sets the first line announces; None where there is no such line."""
+    """Number of sets that the first line announces; None if there is no such line."""
 
 
 def read_list(path: str, data: bytes) -> PairList:
-    """Read a list of pairs. Raises UserError where it is of no known form or a line does not have the others' form."""
+    """Read a list of pairs. Raises UserError if its form is unknown or a line differs from the form of the others."""
     text = _text(path, data)
     lines = list(_lines(text))
     if not lines:
@@ -84,7 +84,7 @@ _Half = tuple[tuple[str, ...], str]
 
 
 class _Form(NamedTuple):
-    """A form of lines: what it is called, and what it makes of the fields of one, None where they are of another."""
+    """Form of lines: its name, and a function that reads the fields of a line or returns None if they do not fit."""
 
     name: str
     read: Callable[[Fields], tuple[tuple[str, ...], tuple[str, ...], bool, str] | _Half | None]
@@ -105,7 +105,7 @@ def _lfw(fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...], bool, str] |
 
 
 def _person(name: str, number: int) -> tuple[str, ...]:
-    """Names of a person's image: LFW's, in one folder, and of FaceNet's alignment, which numbers the faces in it."""
+    """Return the possible names of a person's image: LFW's, and those of FaceNet's alignment, which end in `_0`."""
     names = []
     for spelling in _spellings(name):
         file = f"{spelling}_{number:04d}"
@@ -114,7 +114,7 @@ def _person(name: str, number: int) -> tuple[str, ...]:
 
 
 def _spellings(name: str) -> tuple[str, ...]:
-    """A name as it stands, and without blanks around it."""
+    """Return a name as it stands, and without blanks around it if that differs."""
     return tuple(dict.fromkeys((name, name.strip(" "))))
 
 
@@ -135,7 +135,7 @@ def _label_first(fields: Fields) -> tuple[tuple[str, ...], tuple[str, ...], bool
 def _half(fields: Fields) -> _Half | None:
     match fields:
         case [file, label] if file and re.fullmatch(r" *-?\d{1,4} *", label, re.ASCII) and not file.isdecimal():
-            # Sorted into folders of people, as LFW's images are.
+            # The images may be sorted into folders of people, as LFW's are.
             return (*_spellings(file), f"{file.strip().rpartition('_')[0]}/{file.strip()}"), label.strip()
     return None
 
@@ -167,7 +167,7 @@ _SPLITS = (_by_tabs, _by(","), _by(";"), _by_blanks)
 
 
 def _form(lines: Sequence[tuple[int, str]], forms: Sequence[_Form]) -> tuple[_Form, Callable[[str], Fields]]:
-    """The form and the separator that most of the lines fit, the first of equals."""
+    """Choose the form and the separator that most of the lines fit, the first of equals."""
     best: tuple[_Form, Callable[[str], Fields]] = (forms[0], _by_blanks)
     most = 0
     for split in _SPLITS:
@@ -239,7 +239,7 @@ def _check_announced(path: str, entries: Sequence[ListedPair], sets: int, size: 
 
 
 def _text(path: str, data: bytes) -> str:
-    """The file as text; bytes that are not UTF-8 are kept as Python keeps them in names of files."""
+    """Decode the file; bytes that are not UTF-8 become surrogates, as in Python's file names."""
     for mark, encoding in (
         (codecs.BOM_UTF8, "utf-8"),
         (codecs.BOM_UTF16_LE, "utf-16"),
@@ -260,12 +260,12 @@ def _text(path: str, data: bytes) -> str:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers; a name may hold what else Unicode takes for a line's end."""
+    """Yield lines that are not blank, with their numbers; Unicode's other line ends may occur within names."""
     for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1):
         if line.strip(" \t"):
             yield number, line
 
 
 def _shown(text: str) -> str:
-    """A line as it stands, in one line of moderate length."""
+    """Quote a line in an error, escaped and cut to a moderate length."""
     return f"'{escape(text[:200])}{'...' if len(text) > 200 else ''}'"

@@ -1,4 +1,4 @@
-"""Verification sets: InsightFace's `.bin` files, and lists of pairs with a folder of images."""
+"""Reading of one verification set: an InsightFace `.bin` file, or a list of pairs with a folder of images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,15 +19,12 @@ from recognition.tracking.terminal import escape
 Missing = Literal["refuse", "skip"]
 Folds = Literal["file", "even"]
 NAMED = 3
-"""Images of those that cannot be used that a message names."""
+"""Number of unusable images that a message names."""
 
 
 @dataclass(frozen=True, eq=False)
 class PairSet:
-    """Pairs of face images, and whether the two of each show one person.
-
-    Pair `i` is images `2i` and `2i + 1`.
-    """
+    """Verification set: pairs of face images, genuine or impostor. Pair `i` is images `2i` and `2i + 1`."""
 
     path: Path
     """The file that the set was read from."""
@@ -36,32 +33,32 @@ class PairSet:
     same: np.ndarray
     """bool [P]: true for a genuine pair, false for an impostor pair."""
     files: Sequence[Path] = ()
-    """2P image files, where each image has one."""
+    """2P image files, if each image has one."""
     pair_names: Sequence[str] = ()
-    """What each pair is called, where it is not "pair" and its number here, from 1."""
+    """Names of the P pairs in messages; empty for "pair 1", "pair 2", ..."""
     label: str = ""
-    """The set's name, where it is not the file's."""
+    """The set's name, if it is not the file's."""
     form: str = ""
-    """What the file was taken for."""
+    """Description of the file's form."""
     warnings: Sequence[str] = ()
-    """What a reader of the set's numbers should know: a sentence each."""
+    """Sentences for a reader of the set's results, on flaws that affect them."""
 
     def __len__(self) -> int:
         return len(self.same)
 
     @property
     def name(self) -> str:
-        """What the set is called in results: the file's name without its suffix, where no other set has that."""
+        """Name of the set in results: `label`, or the file's name without its suffix."""
         return self.label or escape(self.path.stem)
 
     @property
     def summary(self) -> str:
-        """What was taken, in one line."""
+        """Form and number of pairs, in one line."""
         genuine = int(self.same.sum())
         return f"{self.name}: {self.form}, {genuine:,} genuine and {len(self) - genuine:,} impostor pairs, in 10 folds"
 
     def describe(self, image: int) -> str:
-        """Names an image in an error: the set's file, the pair (from 1), which of its two, and the image's file."""
+        """Name an image in an error: the set's file, the pair (from 1), the image's place in it and its file."""
         return f"{escape(str(self.path))}: {self._place(image)}"
 
     def _place(self, image: int) -> str:
@@ -70,7 +67,7 @@ class PairSet:
         return f"image {image % 2 + 1} of {pair}{file}"
 
     def decode(self, image: int) -> np.ndarray:
-        """Image `image`, uint8 [H, W, 3]: see `recognition.images.decode`. Raises UserError where that raises."""
+        """Decode image `image` to uint8 [H, W, 3]: see `recognition.images.decode`. Raises UserError if that fails."""
         try:
             return decode(self.images[image])
         except Undecodable as error:
@@ -79,7 +76,7 @@ class PairSet:
             ) from None
 
     def select(self, order: np.ndarray) -> "PairSet":
-        """The pairs with these numbers, from 0, in that order."""
+        """Return the set of the pairs `order` (numbers from 0), in that order."""
         both = [2 * int(pair) + image for pair in order for image in (0, 1)]
         pair_names = self.pair_names or [f"pair {number}" for number in range(1, len(self) + 1)]
         return replace(
@@ -91,9 +88,9 @@ class PairSet:
         )
 
     def without(self, faults: Mapping[int, str], missing: Missing) -> "PairSet":
-        """The set without the pairs of the images in `faults`, each with what is wrong with it.
+        """Return the set without the pairs of the images in `faults`, which maps images to reasons.
 
-        Raises UserError, with the first of them, where `missing` is "refuse" and there is one.
+        Raises UserError, naming the first of them, if there are any and `missing` is "refuse".
         """
         if not faults:
             return self
@@ -121,17 +118,16 @@ def read_pairs(
     `.bin`: a pickle, protocol 0 to 5, of (list of 2P encoded images, list of P booleans), each image bytes, a Python-2
     string or a NumPy uint8 array. Lists: the forms of `recognition.evaluation.pair_lists`.
 
-    The names in a list are looked for in the folder `images`; without it, in the one of these that has most of the
-    first: the folder of the list, then the folders in it, by name. Image j of a person of LFW's is `name/name_000j` or
-    `name_000j` with any image's suffix.
+    The names in a list are searched in the folder `images`; by default in the list's own folder or a folder in it,
+    whichever has most images of the first pairs. Image j of a person in LFW is `name/name_000j` or `name_000j` with any
+    image suffix.
 
-    A set keeps the order of its file, whose ten consecutive parts are the folds. But a list that has no ten sets, and
-    whose genuine and impostor pairs these parts would hold unevenly, has both kinds spread evenly over the folds, as
-    has any set with `folds` "even".
+    A set keeps the order of its file, whose ten consecutive parts are the folds. With `folds` "even", both kinds of
+    pairs are spread evenly over the folds; so they are in a list that does not announce ten sets, if its own order
+    would be uneven.
 
-    Raises UserError where the file is missing, empty, truncated or of another kind, wants to run code, or holds an odd
-    number of images or another number than two per pair; and where images are missing, unless `missing` is "skip",
-    which leaves their pairs out.
+    Raises UserError if the file is missing, empty, truncated or of another kind, would run code, or does not hold two
+    images per pair; and if images are missing, unless `missing` is "skip", which leaves their pairs out.
     """
     path = Path(path)
     name = escape(str(path))
@@ -149,17 +145,17 @@ def read_pairs(
         pairs = PairSet(path, *read_bin(name, data), form="a .bin file")
     else:
         listed = read_list(name, data)
-        pairs = _with_files(path, listed, images, missing)
+        pairs = _read_images(path, listed, images, missing)
         even |= is_uneven(pairs.same) if listed.sets is None else listed.sets != 10
     if not len(pairs):
         raise UserError("; ".join([f"{name}: the set holds no pairs; make it again", *pairs.warnings]))
     if even:
         pairs = replace(pairs.select(spread_evenly(pairs.same)), form=f"{pairs.form}, both kinds spread over the folds")
-    return replace(pairs, warnings=[*pairs.warnings, *_repeated(pairs)])
+    return replace(pairs, warnings=[*pairs.warnings, *_warn_of_repeats(pairs)])
 
 
-def _with_files(path: Path, listed: PairList, images: Path | None, missing: Missing) -> PairSet:
-    """The set of a list, with the images' files. Raises UserError as `read_pairs` does."""
+def _read_images(path: Path, listed: PairList, images: Path | None, missing: Missing) -> PairSet:
+    """Find and read the images of a list. Raises UserError as `read_pairs` does."""
     name, entries = escape(str(path)), listed.entries
     folder = (
         ImageLookup(images) if images else find_folder(path.parent, [(entry.first, entry.second) for entry in entries])
@@ -203,8 +199,8 @@ def _with_files(path: Path, listed: PairList, images: Path | None, missing: Miss
     return PairSet(path, found, same, files, pair_names, form=listed.form, warnings=warnings).without(faults, missing)
 
 
-def _repeated(pairs: PairSet) -> list[str]:
-    """What is said of pairs that the set holds twice, or that are one image twice."""
+def _warn_of_repeats(pairs: PairSet) -> list[str]:
+    """Return warnings on repeated pairs and on pairs of an image and itself."""
     contents, kinds = [], dict[frozenset[bytes], set[bool]]()
     for pair, same in enumerate(pairs.same.tolist()):
         content = frozenset(pairs.images[2 * pair : 2 * pair + 2])

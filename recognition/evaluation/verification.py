@@ -1,4 +1,4 @@
-"""1:1 verification: LFW's 10-fold protocol as arcface_torch's `eval/verification.py` has it, and TAR@FAR."""
+"""1:1 verification: LFW's 10-fold protocol as in arcface_torch's `eval/verification.py`, and TAR@FAR."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,35 +9,35 @@ from recognition.errors import UserError
 from recognition.evaluation.embedder import Embedder
 from recognition.evaluation.folds import FOLDS
 from recognition.evaluation.pairs import PairSet
-from recognition.images import fit as fitted
+from recognition.images import fit as fit_image
 
 THRESHOLDS = np.arange(0, 4, 0.01)
-"""Squared distances of unit vectors that are tried."""
+"""Thresholds that are tried: squared distances of unit vectors."""
 FARS = {f"1e-{exponent}": 10**exponent for exponent in range(1, 5)}
-"""Each reported false accept rate, and how many impostor pairs one false accept in them stands for."""
+"""Reported false accept rates, each with the number of impostor pairs per false accept."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Numbers of one verification set."""
+    """Results of one verification set."""
 
     accuracy: float
     """Mean of the folds' accuracies, in [0, 1]."""
     accuracy_std: float
     """Standard deviation of the folds' accuracies (ddof 0)."""
     threshold: float
-    """Mean of the thresholds that the folds were judged by: squared Euclidean distance of unit vectors, in [0, 4)."""
+    """Mean threshold of the folds: squared Euclidean distance of unit vectors, in [0, 4)."""
     tar_at_far: dict[str, float | None]
-    """True accept rate at each false accept rate; None where the impostor pairs are too few to measure it."""
+    """True accept rate at each false accept rate; None if there are too few impostor pairs to measure it."""
     pairs: int
     """Number of pairs, P."""
     scores: tuple[np.ndarray, np.ndarray] = field(
         default_factory=lambda: (np.empty(0), np.empty(0)), compare=False, repr=False
     )
-    """Cosines of the genuine pairs, and of the impostor pairs."""
+    """Cosines of the genuine pairs and of the impostor pairs."""
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers as JSON's types, without the scores."""
+        """Return the results as JSON's types, without the scores."""
         names = ("accuracy", "accuracy_std", "threshold", "tar_at_far", "pairs")
         return {name: getattr(self, name) for name in names}
 
@@ -45,10 +45,10 @@ class Verification:
 def embed_pairs(
     embedder: Embedder, pairs: PairSet, batch: int, part: range | None = None, fit: str = "resize"
 ) -> np.ndarray:
-    """f(x) + f(flip(x)), float32 [n, D], not normalised, of the set's images, or of those whose numbers are in `part`.
+    """Embed the set's images, or those with numbers in `part`, as f(x) + f(flip(x)), float32 [n, D], not normalised.
 
-    `batch` images are decoded and embedded at a time; those of another size than the embedder's are treated as
-    `data.fit` says. Raises UserError for an image that cannot be decoded, and for one of another size where `fit` is
+    `batch` images are decoded and embedded at a time; `fit` (as `data.fit`) is the treatment of images of another size
+    than the embedder's. Raises UserError for an image that does not decode, and for one of another size if `fit` is
     "exact".
     """
     part = range(2 * len(pairs)) if part is None else part
@@ -63,7 +63,7 @@ def embed_pairs(
 def _decode(pairs: PairSet, image: int, size: int, how: str) -> np.ndarray:
     pixels = pairs.decode(image)
     try:
-        return fitted(pixels, size, how)
+        return fit_image(pixels, size, how)
     except ValueError as error:
         raise UserError(
             f"{pairs.describe(image)} is {error}, which is what the model takes. Align the faces to that size in the "
@@ -73,7 +73,7 @@ def _decode(pairs: PairSet, image: int, size: int, how: str) -> np.ndarray:
 
 
 def verify(embeddings: np.ndarray, same: np.ndarray) -> Verification:
-    """Verification numbers of embeddings [2P, D] (normalised here) and `same`, bool [P].
+    """Compute the verification results of embeddings [2P, D] (normalised here) and `same`, bool [P].
 
     Protocol of deepinsight/insightface, recognition/arcface_torch/eval/verification.py: squared Euclidean distance of
     unit vectors; a pair is accepted below a threshold of `arange(0, 4, 0.01)`; folds are consecutive pairs, the first
@@ -112,7 +112,7 @@ def verify(embeddings: np.ndarray, same: np.ndarray) -> Verification:
 
 
 def require_both_kinds(same: np.ndarray) -> None:
-    """Raise UserError for fewer than ten pairs, or pairs of one kind only."""
+    """Raise UserError for fewer than ten pairs, or pairs of one kind only, which the protocol cannot judge."""
     if len(same) < FOLDS:
         raise UserError(f"{len(same)} pairs, but {FOLDS}-fold verification takes {FOLDS} at least: use a larger set")
     if same.all() or not same.any():
@@ -123,7 +123,7 @@ def require_both_kinds(same: np.ndarray) -> None:
 
 
 def _folds(distances: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy and threshold of each fold."""
+    """Return accuracy and threshold of each fold, [10] each."""
     folds = list(zip(np.array_split(distances, FOLDS), np.array_split(same, FOLDS), strict=True))
     correct = np.stack([_correct(*fold) for fold in folds])
     best = np.argmax(correct.sum(axis=0) - correct, axis=1)
@@ -132,7 +132,7 @@ def _folds(distances: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _correct(distances: np.ndarray, same: np.ndarray) -> np.ndarray:
-    """How many pairs each threshold judges rightly."""
+    """Count the pairs of a fold that each threshold classifies correctly, [400]."""
     accepted_genuine = np.searchsorted(np.sort(distances[same]), THRESHOLDS, side="left")
     accepted_impostors = np.searchsorted(np.sort(distances[~same]), THRESHOLDS, side="left")
     return accepted_genuine + np.sum(~same) - accepted_impostors

@@ -1,4 +1,4 @@
-"""All verification sets of a run: read, named apart, and looked through before the first step."""
+"""Reading of all verification sets of a run, with distinct names and a check of every image before the first step."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ def open_sets(
     folds: Folds = "file",
     fit: str = "resize",
 ) -> list[PairSet]:
-    """Read the verification sets at `paths`, each with a name of its own, for images of `image_size` pixels a side.
+    """Read and check the verification sets at `paths`, with distinct names, for models of `image_size` pixels a side.
 
-    `folder`, `missing` and `folds` are those of `read_pairs`, `fit` is `data.fit`.
+    `folder` is `images` of `read_pairs`; `missing` and `folds` are as there, `fit` is as `data.fit`.
 
-    Raises UserError where a set cannot be read, cannot be judged or is given twice, and where images of it cannot be
-    decoded, unless `missing` is "skip", which leaves their pairs out.
+    Raises UserError if a set cannot be read, has pairs of one kind only or is given twice, and if images do not decode,
+    unless `missing` is "skip", which leaves their pairs out.
     """
     names = distinct_names(paths)
     sets = []
@@ -41,19 +41,19 @@ def open_sets(
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each set: its file's stem, with the suffix or folders above where others have that too.
+    """Name each set by its file's stem, with suffix or folders in front where others share that.
 
     Raises UserError for a file that is given twice.
     """
-    whole = [path.resolve() for path in paths]
-    twice = next((path for path, count in Counter(whole).items() if count > 1), None)
+    resolved = [path.resolve() for path in paths]
+    twice = next((path for path, count in Counter(resolved).items() if count > 1), None)
     if twice is not None:
         raise UserError(f"{escape(str(twice))} is given twice as a verification set: name it once")
-    choices = [[choice for depth in range(1, len(path.parts)) for choice in _names(path, depth)] for path in whole]
+    choices = [[choice for depth in range(1, len(path.parts)) for choice in _names(path, depth)] for path in resolved]
     counts = Counter(choice for of_path in choices for choice in set(of_path))
     return [
         next((choice for choice in of_path if counts[choice] == 1), escape(str(path)))
-        for path, of_path in zip(whole, choices, strict=True)
+        for path, of_path in zip(resolved, choices, strict=True)
     ]
 
 
@@ -63,10 +63,10 @@ def _names(path: Path, depth: int) -> tuple[str, str]:
 
 
 def check_pairs(pairs: PairSet, image_size: int, *, missing: Missing = "refuse", fit: str = "resize") -> PairSet:
-    """Look through a set: it tells a user before hours of training what `embed_pairs` and `verify` would say then.
+    """Check a set before training, so that `embed_pairs` and `verify` do not fail after hours of it.
 
-    Of each image the header is read; one of a kind without an end mark is decoded. Returns the set without the
-    pairs that `missing` leaves out, with what there is to say of it. Raises UserError as `open_sets` does.
+    The header of each image is read; images of a kind without an end mark are decoded. Returns the set without the
+    pairs that `missing` leaves out, with warnings. Raises UserError as `open_sets` does.
     """
     faults: dict[int, str] = {}
     sizes: Counter[tuple[int, int]] = Counter()
@@ -100,11 +100,11 @@ def check_pairs(pairs: PairSet, image_size: int, *, missing: Missing = "refuse",
 
 
 def _size(pairs: PairSet, image: int) -> tuple[int, int]:
-    """Width and height of an image. Raises Undecodable."""
+    """Return width and height of an image. Raises Undecodable."""
     encoded = pairs.images[image]
     if not encoded:
         raise images.Undecodable("there is no image")
     height, width = images.size(encoded)
     if not encoded.startswith((b"\xff\xd8", b"\x89PNG")):
-        images.decode(encoded)  # other kinds have no mark at their end
+        images.decode(encoded)  # truncation shows only in decoding
     return width, height

@@ -1,7 +1,7 @@
 """The network from image to embedding: a trunk (any timm model) and a neck.
 
-The trunk runs in the configured precision, the neck in float32; parameters are float32 either way. Whatever is random
-in a forward pass (dropout, drop path) is drawn from torch's default generator: call `seed_step` before each.
+The trunk runs in the configured precision, the neck in float32; parameters are float32 either way. Dropout and drop
+path draw from torch's default generator: call `seed_step` before each forward pass.
 """
 
 import difflib
@@ -32,14 +32,14 @@ _OWN_OPTIONS = {
     "checkpoint_path": "set backbone.weights",
     "features_only": "the last feature map is taken",
 }
-"""Arguments of timm models that are not options, and what to do instead."""
+"""Arguments of timm models that may not be options, each with the alternative."""
 
 _UNEXPECTED = re.compile(r"(\w+)(?:\.__init__)?\(\) got (?:an )?unexpected keyword argument(?:\(s\): \[| )'(\w+)'")
-"""How Python and timm say that a class does not know an argument."""
+"""Messages of Python and timm on an argument that a class does not have."""
 
 
 class Neck(nn.Module):
-    """From feature map to embedding; the last BatchNorm has no scale of its own (its weight stays 1).
+    """Map from the feature map to the embedding; the last BatchNorm has no learned scale (its weight stays 1).
 
     `flatten`: BN, dropout, flatten, linear, BN. `pool`: BN, mean over the positions, dropout, linear, BN. `linear`:
     dropout, flatten, linear, BN. The linear map has no bias, which the BatchNorm after it would take out.
@@ -84,7 +84,7 @@ class Backbone(nn.Module):
         self.frozen = freeze(self, config.freeze)
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Set the training mode, but for frozen modules: they stay in evaluation mode, so nothing of them changes."""
+        """Set the training mode; frozen modules stay in evaluation mode, so that their statistics do not change."""
         super().train(mode)
         for name in self.frozen:
             self.get_submodule(name).eval()
@@ -100,7 +100,7 @@ class Backbone(nn.Module):
             return self.neck(self._as_map(features).float())
 
     def _as_map(self, features: Tensor) -> Tensor:
-        """Any trunk's output as [b,C,h,w]: tokens stand in one column, a pooled vector at one position."""
+        """Reshape any trunk's output to [b,C,h,w]: tokens become one column, a pooled vector one position."""
         if features.ndim == 2:
             return features[:, :, None, None]
         if features.ndim == 3:
@@ -111,8 +111,8 @@ class Backbone(nn.Module):
 def build_backbone(config: BackboneConfig, seed: int = 0) -> Backbone:
     """Build the backbone with initial weights that are a function of `seed`; `config.weights` is the caller's to load.
 
-    The caller's generators are left as they were. Raises UserError for a model, an option or an image size that does
-    not fit.
+    The state of torch's generators does not change. Raises UserError for an unknown model or option, and for an image
+    size that the model does not accept.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_key("backbone", seed))
@@ -123,9 +123,9 @@ def build_backbone(config: BackboneConfig, seed: int = 0) -> Backbone:
 
 
 def freeze(backbone: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """Put the modules called `names`, and all below them, into evaluation mode, and take their gradients from them.
+    """Freeze the modules called `names`, and all below them: evaluation mode, and no gradients.
 
-    Returns the names. Raises UserError for one that the backbone has not, or that has no weights.
+    Returns the names. Raises UserError for a name that the backbone does not have, or of a module without weights.
     """
     modules = {name: module for name, module in backbone.named_modules() if name}
     for name in names:
@@ -162,7 +162,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 class BackboneEmbedder:
-    """The backbone as an embedder: uint8 images in, embeddings out, in evaluation mode.
+    """Backbone behind the Embedder interface: uint8 images in, embeddings out, in evaluation mode.
 
     It computes in the backbone's configured precision, as verification in training should; `float32` turns autocast
     off, for comparison with an exported model.
@@ -200,15 +200,15 @@ def _key(*parts: str | int) -> int:
 
 
 def _build_trunk(config: BackboneConfig) -> tuple[nn.Module, Tensor]:
-    """The timm model and what it gives for one image.
+    """Create the timm model; return it and its output for one image.
 
-    Not every model takes the image size as an argument or can leave its pooling out; what it refuses is left away.
+    Not every model accepts the image size as an argument or can leave its pooling out, so combinations are tried.
     """
-    name = _architecture(config.name)
+    name = _without_tag(config.name)
     for option, instead in _OWN_OPTIONS.items():
         if option in config.options:
             if option == "pretrained":
-                instead += _recipe(config.name)
+                instead += _pretrained_advice(config.name)
             raise UserError(f"backbone.options.{option}: not an option; {instead}")
     size = {"img_size": config.image_size}
     unpooled = {"global_pool": ""}
@@ -227,8 +227,8 @@ def _build_trunk(config: BackboneConfig) -> tuple[nn.Module, Tensor]:
     raise UserError(f"backbone: {config.name} does not work with {size_text} images{options}: {reason}") from chosen[0]
 
 
-def _architecture(name: str) -> str:
-    """The model's name without the tag that tells timm's files of weights for it apart."""
+def _without_tag(name: str) -> str:
+    """Return a model's name without timm's tag for a file of weights. Raises UserError for an unknown name."""
     known = timm.list_models()
     architecture, _, tag = name.partition(".")
     if architecture not in known:
@@ -243,8 +243,8 @@ def _architecture(name: str) -> str:
     return architecture
 
 
-def _recipe(name: str) -> str:
-    """How to come by timm's weights of a model, as the rest of "set backbone.weights"."""
+def _pretrained_advice(name: str) -> str:
+    """Explain how to get timm's weights of a model, as the end of the sentence "set backbone.weights"."""
     if not timm.list_pretrained(f"{name.partition('.')[0]}.*"):
         return f" to a file of weights; timm has none of {name}"
     command = f"import timm, torch; torch.save(timm.create_model('{name}', pretrained=True).state_dict(), '{name}.pt')"
@@ -256,7 +256,7 @@ def _check_options(config: BackboneConfig, error: Exception) -> None:
     refused = _UNEXPECTED.search(str(error))
     if refused is None or refused[2] not in config.options:
         return
-    module = sys.modules[timm.models.model_entrypoint(_architecture(config.name)).__module__]
+    module = sys.modules[timm.models.model_entrypoint(_without_tag(config.name)).__module__]
     taker = getattr(module, refused[1], None)
     parameters = inspect.signature(taker).parameters.values() if taker else []
     names = [each.name for each in parameters if each.default is not each.empty and each.name not in _OWN_OPTIONS]
@@ -266,7 +266,7 @@ def _check_options(config: BackboneConfig, error: Exception) -> None:
 
 
 def _probe(trunk: nn.Module, image_size: int) -> Tensor:
-    """The trunk's output for one grey image, in evaluation mode: its shape sizes the neck."""
+    """Run the trunk on one gray image, in evaluation mode; the shape of the output sizes the neck."""
     trunk.eval()
     with torch.no_grad():
         features = trunk(torch.zeros(1, 3, image_size, image_size))

@@ -1,4 +1,4 @@
-"""InsightFace's published `backbone.pth` under this package's names.
+"""Converter of InsightFace's published `backbone.pth` to this package's names of tensors.
 
 Names and shapes of the tensors are those of deepinsight/insightface, recognition/arcface_torch (IResNet and `mbf`).
 """
@@ -31,10 +31,10 @@ _CONV = ("conv", "norm", "act")
 
 
 def translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `state` under our names if it is InsightFace's IResNet or MobileFaceNet, else as it is.
+    """Return `state` under our names if it is InsightFace's IResNet or MobileFaceNet, else unchanged.
 
-    A bias in front of the last BatchNorm has no effect on the function in training; ours has none, and the file's is
-    taken off that BatchNorm's running mean.
+    Their linear layer has a bias, and ours has none, since the BatchNorm behind it removes it. The file's bias is
+    subtracted from that BatchNorm's running mean, which leaves the function unchanged.
     """
     if "conv_sep.layers.0.weight" in state:
         rename = _mobilefacenet
@@ -51,6 +51,7 @@ def translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _iresnet(name: str) -> str:
+    """Rename a tensor of IResNet."""
     module, _, tensor = name.rpartition(".")
     if module in _IRESNET:
         return f"{_IRESNET[module]}.{tensor}"
@@ -62,7 +63,7 @@ def _iresnet(name: str) -> str:
 
 
 def _mobilefacenet(name: str) -> str:
-    """Blocks that halve the resolution stand at even places of `layers`, the residual ones after each at odd places."""
+    """Rename a tensor of MobileFaceNet: even `layers` halve the resolution, the odd one after each is residual."""
     for theirs, ours in _MOBILEFACENET.items():
         if name.startswith(f"{theirs}."):
             rest = name.removeprefix(f"{theirs}.")

@@ -1,4 +1,4 @@
-"""Layers that compute what torch's do and train faster on a CPU, and BatchNorm's statistics over the ranks.
+"""Layers equal to torch's that train faster on a CPU, and BatchNorm's statistics averaged over the ranks.
 
 On a GPU, in evaluation and, for PReLU, under `torch.compile` the layers are torch's own.
 """
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 class _PReLU(torch.autograd.Function):
-    """The backward of torch's PReLU is a scalar loop on a CPU; these element-wise passes are vectorised."""
+    """PReLU with a vectorised backward pass; torch's is a scalar loop on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -55,13 +55,13 @@ class GroupedConv2d(nn.Conv2d):
         return super().forward(x)
 
 
-def average_running_statistics(backbone: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Replace every BatchNorm's running mean and variance by the mean over the ranks of `group`, in place.
+def average_running_statistics(backbone: nn.Module) -> None:
+    """Replace every BatchNorm's running mean and variance by the mean over the ranks, in place.
 
-    Collective: one all-reduce. Without it each rank evaluates, saves and exports the statistics of its own images.
-    Those in evaluation mode are left alone: they are frozen, so equal, and a mean may round them.
+    Collective: one all-reduce. Otherwise each rank would evaluate, save and export the statistics of its own images.
+    BatchNorms in evaluation mode are skipped: they are frozen, so equal on all ranks, and averaging could round them.
     """
-    world = dist.get_world_size(group)
+    world = dist.get_world_size()
     statistics = [
         buffer
         for module in backbone.modules()
@@ -72,7 +72,7 @@ def average_running_statistics(backbone: nn.Module, group: dist.ProcessGroup | N
     if world == 1 or not statistics:
         return
     flat = torch.cat([buffer.flatten() for buffer in statistics])
-    dist.all_reduce(flat, group=group)
+    dist.all_reduce(flat)
     flat /= world
     for buffer, mean in zip(statistics, flat.split([buffer.numel() for buffer in statistics]), strict=True):
         buffer.copy_(mean.view_as(buffer))

@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class MobileFaceNet(nn.Module):
-    """The trunk, with its global depthwise convolution, whose kernel is as large as the last map."""
+    """Trunk that ends in a global depthwise convolution, whose kernel is as large as the last feature map."""
 
     preferred_neck = "linear"
 

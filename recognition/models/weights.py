@@ -1,7 +1,8 @@
-"""Weights from a file: state dicts as this and other trainers write them, and what of one fits a backbone.
+"""Loading of a backbone's weights from state dicts of this and other trainers.
 
-A checkpoint holds a state dict under some key, and its names begin with some prefix. Neither is assumed: every mapping
-of tensors in the file is tried with every prefix that its names have, and the one that fits the backbone best is taken.
+A checkpoint holds its state dict under some key, and the names in it have some prefix. Neither is assumed: every
+mapping
+of tensors in the file is tried with every prefix of its names, and the one that fits the backbone best is loaded.
 """
 
 import inspect
@@ -23,11 +24,12 @@ from recognition.files.kinds import what_is
 from recognition.models import insightface_weights
 
 _DEPTH = 3
-"""Mappings within mappings that are looked into."""
+"""Depth to which mappings within mappings are searched."""
 _PREFIXES = 32
-"""The most frequent prefixes of a state dict's names that are tried."""
+"""Number of prefixes of a state dict's names that are tried, the most frequent first."""
+_MOST_LISTED = 5
 _CLASSIFIERS = ("fc", "head", "classifier")
-"""Where trainers have the layer that comes after a trunk, besides what timm says of the model."""
+"""Modules that trainers put behind a trunk, besides the one that timm names for the model."""
 _SAFETENSORS = "a safetensors file"
 _READ = (_SAFETENSORS, "a file of torch.save", "a pickle")
 _ADAFACE = "input_layer.0.weight"
@@ -35,29 +37,29 @@ _ADAFACE = "input_layer.0.weight"
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A state dict within a file, under the backbone's names."""
+    """State dict found in a file, under the backbone's names."""
 
     place: str
-    """Where in the file it stands."""
+    """Keys and prefix of the state dict within the file, for messages."""
     state: dict[str, Tensor]
     size: int
-    """Tensors of the mapping that it is from."""
+    """Number of tensors in the mapping that it was found in."""
 
     def fit(self, own: Mapping[str, Tensor]) -> tuple[int, int]:
-        """Names that are the backbone's with the right shape, and with any."""
+        """Count the names that the backbone has, too: with the same shape, and with any shape."""
         shared = [name for name in self.state if name in own]
         return sum(self.state[name].shape == own[name].shape for name in shared), len(shared)
 
     @property
     def trunk_alone(self) -> bool:
-        """Whether it has nothing for the neck."""
+        """True if it has no tensor of the neck."""
         return not any(name.startswith("neck.") for name in self.state)
 
 
 def read_weights(path: Path) -> Any:
-    """What a file of weights holds, on the CPU, read without unpickling objects.
+    """Read a file of weights onto the CPU, without unpickling objects.
 
-    Raises UserError that says what the file is, and the way out.
+    Raises UserError if the file is of another kind or damaged.
     """
     kind = what_is(path)
     if path.suffix == ".distcp":
@@ -76,17 +78,17 @@ def read_weights(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise UserError(f"backbone.weights: {path} needs a package: pip install safetensors") from None
-    except Exception as error:  # what a damaged file raises is anybody's guess
+    except Exception as error:  # a damaged file may raise anything
         raise UserError(f"backbone.weights: {path} {_reason(error)}") from None
 
 
 def load_weights(backbone: nn.Module, content: Any, origin: Path | str) -> list[str]:
-    """Load into `backbone`, in place, what of a file's `content` fits it; returns what is to be said of it.
+    """Load the state dict in a file's `content` that fits `backbone`, in place; return notes for the user.
 
     A state dict of the whole backbone is loaded whole: this package's, or InsightFace's for IResNet and MobileFaceNet.
-    One of the trunk alone, as timm has them, leaves the neck as it is and drops the classifier. What timm's own loader
-    adapts, such as the position embedding of another image size, is adapted by timm. Raises UserError where nothing
-    fits, with names and shapes; the backbone is untouched then.
+    One of the trunk alone, as timm's, leaves the neck unchanged and drops the classifier. Tensors that timm's loader
+    adapts, such as the position embedding of another image size, are adapted by timm. Raises UserError, with names and
+    shapes, if nothing fits; the backbone is not changed then.
     """
     own = backbone.state_dict()
     found = list(_candidates(content))
@@ -115,9 +117,9 @@ def load_weights(backbone: nn.Module, content: Any, origin: Path | str) -> list[
 
 
 def _candidates(content: Any) -> Iterator[_Candidate]:
-    """Every state dict that `content` may hold, as one of a whole backbone and as one of a trunk.
+    """Yield every state dict that `content` may hold, once as a whole backbone's and once as a trunk's.
 
-    Averaged weights come first, as they are the better ones and fit as well as the others.
+    Averaged (EMA) weights come first: they fit as well as the others, and are the better ones.
     """
     for keys, tensors in sorted(_mappings(content), key=lambda item: not any("ema" in key for key in item[0])):
         tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
@@ -129,7 +131,7 @@ def _candidates(content: Any) -> Iterator[_Candidate]:
 
 
 def _mappings(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """The mappings of names to tensors within `content`, with the keys that lead to them."""
+    """Yield the mappings of names to tensors within `content`, with the keys that lead to them."""
     if not isinstance(content, Mapping) or len(keys) > _DEPTH:
         return
     tensors = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
@@ -140,14 +142,14 @@ def _mappings(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
 
 
 def _prefixes(names: Mapping[str, Any]) -> list[str]:
-    """What several of the names begin with, up to a dot, the empty prefix first."""
+    """List the most frequent prefixes of the names, up to a dot; the empty prefix is first."""
     parts = (itertools.accumulate(name.split(".")[:-1], lambda a, b: f"{a}.{b}") for name in names)
     counted = Counter(prefix for each in parts for prefix in itertools.islice(each, _DEPTH))
     return ["", *(f"{prefix}." for prefix, _ in counted.most_common(_PREFIXES))]
 
 
 def _as_timm_adapts(candidate: _Candidate, backbone: nn.Module) -> _Candidate | None:
-    """The candidate after what timm does to files of this model when it loads them; None where timm does nothing."""
+    """Adapt a candidate as timm's loader of this model does; return None if timm has nothing to adapt."""
     module = sys.modules[type(backbone.trunk).__module__]
     adapt = getattr(module, "checkpoint_filter_fn", None)
     if adapt is None:
@@ -158,14 +160,14 @@ def _as_timm_adapts(candidate: _Candidate, backbone: nn.Module) -> _Candidate | 
         trunk = {re.sub(r"^fc_norm\.", "norm.", name): tensor for name, tensor in trunk.items()}
     try:
         trunk = adapt(trunk, backbone.trunk) if len(inspect.signature(adapt).parameters) > 1 else adapt(trunk)
-    except Exception:  # it takes a file of its own model for granted
+    except Exception:  # it assumes a file of its own model
         return None
     adapted = {f"trunk.{name}": tensor for name, tensor in trunk.items()}
     return _Candidate(f"{candidate.place}, adapted by timm", adapted | rest, candidate.size)
 
 
 def _after_the_trunk(candidate: _Candidate, own: Mapping[str, Tensor], backbone: nn.Module) -> list[str]:
-    """Names of a classifier's tensors in a state dict of a trunk alone."""
+    """List the classifier's tensors in a state dict of a trunk alone."""
     if not candidate.trunk_alone:
         return []
     about = (getattr(backbone.trunk, "pretrained_cfg", None) or {}).get("classifier") or ()
@@ -175,7 +177,7 @@ def _after_the_trunk(candidate: _Candidate, own: Mapping[str, Tensor], backbone:
 
 
 def _misfits(candidate: _Candidate, own: Mapping[str, Tensor]) -> list[str]:
-    """How a state dict differs from the backbone's, empty if it fits."""
+    """Describe how a state dict differs from the backbone's; empty if it fits."""
     state = candidate.state
     wanted = [name for name in own if not (candidate.trunk_alone and name.startswith("neck."))]
     lacking = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
@@ -203,7 +205,7 @@ def _refusal(origin: Path | str, content: Any, best: _Candidate, misfits: list[s
 
 
 def _contents(content: Any) -> str:
-    """What a file holds, in a few words."""
+    """Describe a file's content in a few words."""
     if not isinstance(content, Mapping):
         return f"one object of the type {type(content).__name__}; save it with torch.save(model.state_dict(), path)"
     names = [name for _, tensors in _mappings(content) for name in tensors]
@@ -211,7 +213,7 @@ def _contents(content: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Why a file that begins as one of weights could not be read, and what to do."""
+    """Explain why a file of weights could not be read, and what to do."""
     if isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error):
         return "holds more than tensors; save it anew with torch.save(model.state_dict(), path)"
     lines = str(error).splitlines()
@@ -219,11 +221,11 @@ def _reason(error: Exception) -> str:
 
 
 def _instead(path: Path) -> str:
-    """What to give instead of a file that a run has written."""
+    """Tell what to give instead of a file that a run has written."""
     run = next((folder for folder in path.parents if (folder / "config.toml").is_file()), None)
     return f"give the run's folder, {run}" if run else "give the folder of the run that it is from"
 
 
-def _listed(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(names[:_MOST_LISTED]) + more

@@ -195,7 +195,7 @@ def test_a_batch_that_is_too_small(faces: Path, tmp_path: Path, change: tuple[st
 
 
 def test_images_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recognition.data.quarantine._BAD_ALWAYS_BORNE", 7)
+    monkeypatch.setattr("recognition.data.quarantine._ALWAYS_TOLERATED", 7)
     people = tmp_path / "people"
     for number in range(32):
         path = people / f"{number // 4}/{number}.png"

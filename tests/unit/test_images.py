@@ -141,14 +141,14 @@ def test_training_lists_what_is_not_decoded_with_the_reason(loader: str, tmp_pat
 def test_what_the_loader_alone_does_not_decode_is_decoded_all_the_same(loader: str, monkeypatch, tmp_path) -> None:
     stubborn = save(RGB, "WEBP", lossless=True)
     with training(loader, [save(RGB, "PNG"), stubborn], "crop", tmp_path / "quarantine.jsonl") as pipeline:
-        maker, next_of = type(pipeline._maker), pipeline._maker.next
-        monkeypatch.setattr(maker, "decodes", lambda self, encoded: encoded != stubborn)
+        loader, next_of = type(pipeline._loader), pipeline._loader.next_images
+        monkeypatch.setattr(loader, "can_decode", lambda self, encoded: encoded != stubborn)
 
         def fails_once() -> torch.Tensor:
             next_of()
             raise RuntimeError("no decoder")
 
-        pipeline._maker.next = fails_once  # type: ignore[method-assign]
+        pipeline._loader.next_images = fails_once  # type: ignore[method-assign]
         batch = next(pipeline)
     assert sorted(batch.samples.tolist()) == [0, 1]
     for levels in as_levels(batch.images):

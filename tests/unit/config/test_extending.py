@@ -11,7 +11,17 @@ from recognition import config
 from recognition.config.toml import dump
 
 RECIPES = sorted((Path(__file__).parents[3] / "configs").glob("*.toml"))
-BASE = '[data]\npath = "faces"\nthreads = 3\n[head.loss]\nname = "cosface"\nscale = 20.0\nmargin = 0.2\n[training]\nepochs = 7.0\n'
+BASE = """
+[data]
+path = "faces"
+threads = 3
+[head.loss]
+name = "cosface"
+scale = 20.0
+margin = 0.2
+[training]
+epochs = 7.0
+"""
 
 
 def write(path: Path, text: str) -> Path:

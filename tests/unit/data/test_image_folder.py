@@ -168,7 +168,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_large_folder_shows_that_it_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recognition.data.image_folder._FILES_BETWEEN_SIGNS", 10)
+    monkeypatch.setattr("recognition.data.image_folder._FILES_PER_UPDATE", 10)
     make(tmp_path, *(f"Al/{number}.jpg" for number in range(100)))
     signs: list[None] = []
     end = listen(lambda: signs.append(None))

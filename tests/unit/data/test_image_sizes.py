@@ -60,10 +60,10 @@ def test_other_sizes_are_said_when_met_and_counted_once(
 def test_one_rank_speaks_and_nothing_is_said_of_the_wanted_size(index: Index, caplog: pytest.LogCaptureFixture) -> None:
     opened(index, rank=1, world=2).close()
     sizes = SizeCounter(16, "crop")
-    sizes.note(16, 16)
+    sizes.add(16, 16)
     assert sizes.report() == ""
     assert not warnings(caplog)
-    sizes.note(16, 17)
+    sizes.add(16, 17)
     assert sizes.report() == (
         "1 of 2 images read were not 16 x 16 (17 x 16: 1): they are cut to their middle square "
         'and scaled to it (data.fit = "crop")'
@@ -74,7 +74,7 @@ def test_one_rank_speaks_and_nothing_is_said_of_the_wanted_size(index: Index, ca
 def test_counting_from_threads(caplog: pytest.LogCaptureFixture) -> None:
     sizes = SizeCounter(112, "resize")
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: sizes.note(100 + number % 10, 112), range(4000)))
+        list(pool.map(lambda number: sizes.add(100 + number % 10, 112), range(4000)))
     assert sizes.report().startswith("4,000 of 4,000 images read were not 112 x 112 (")
     assert " and 5 other sizes" in sizes.report()
     assert len(warnings(caplog)) == 1

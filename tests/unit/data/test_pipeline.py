@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from recognition.config import Augment, Data
-from recognition.data.augment import draw
+from recognition.data.augment import draw_parameters
 from recognition.data.index import open_index
 from recognition.data.order import permute, samples_at
 from recognition.data.pipeline import Batch, Pipeline
@@ -177,7 +177,7 @@ def test_other_formats_and_sizes(opened: Open) -> None:
 
 def test_flips_are_mirror_images(images: Images, opened: Open) -> None:
     plain, flipped = next(opened(images, batch=23)), next(opened(images, Augment(), batch=23))
-    flips = draw(Augment(), 1, np.zeros(23, np.int64), plain.samples.numpy(), SIZE).flip
+    flips = draw_parameters(Augment(), 1, np.zeros(23, np.int64), plain.samples.numpy(), SIZE).flip
     assert flips is not None
     assert 0 < flips.sum() < 23
     for flip, before, after in zip(flips, plain.images, flipped.images, strict=True):
@@ -187,7 +187,7 @@ def test_flips_are_mirror_images(images: Images, opened: Open) -> None:
 def test_geometry_is_that_of_grid_sample(images: Images, opened: Open) -> None:
     augment = Augment(flip=0.0, shift=0.1, zoom=0.1, rotate_degrees=20.0)
     plain, warped = next(opened(images, batch=23)), next(opened(images, augment, batch=23))
-    matrix = draw(augment, 1, np.zeros(23, np.int64), plain.samples.numpy(), SIZE).matrix
+    matrix = draw_parameters(augment, 1, np.zeros(23, np.int64), plain.samples.numpy(), SIZE).matrix
     assert matrix is not None
     # grid_sample's points run from -1 to 1 between the outer edges of the image.
     to_pixels = np.array([[SIZE / 2, 0, SIZE / 2], [0, SIZE / 2, SIZE / 2], [0, 0, 1]])
@@ -202,7 +202,7 @@ def test_geometry_is_that_of_grid_sample(images: Images, opened: Open) -> None:
 def test_colors_are_those_of_the_matrix(images: Images, opened: Open) -> None:
     augment = Augment(flip=0.0, brightness=0.5, contrast=0.5, saturation=0.5, gray=0.3)
     plain, changed = next(opened(images, batch=23)), next(opened(images, augment, batch=23))
-    color = draw(augment, 1, np.zeros(23, np.int64), plain.samples.numpy(), SIZE).color
+    color = draw_parameters(augment, 1, np.zeros(23, np.int64), plain.samples.numpy(), SIZE).color
     assert color is not None
     expected = np.einsum("nij,nhwj->nhwi", color[:, :, :3].astype(np.float64), as_levels(plain.images))
     expected = (expected + color[:, None, None, :, 3]).clip(0, 255)
@@ -213,7 +213,7 @@ def test_colors_are_those_of_the_matrix(images: Images, opened: Open) -> None:
 def test_rectangles_are_painted_gray(images: Images, opened: Open) -> None:
     augment = Augment(flip=0.0, erase=0.5)
     plain, erased = next(opened(images, batch=23)), next(opened(images, augment, batch=23))
-    numbers = draw(augment, 1, np.zeros(23, np.int64), plain.samples.numpy(), SIZE)
+    numbers = draw_parameters(augment, 1, np.zeros(23, np.int64), plain.samples.numpy(), SIZE)
     assert numbers.erase_anchor is not None
     assert numbers.erase_shape is not None
     expected = plain.images.clone()
@@ -283,7 +283,7 @@ def test_a_batch_stays_what_it_was(images: Images, opened: Open) -> None:
 def operators(pipeline: Pipeline) -> set[str]:
     """Of DALI's graph."""
     next(pipeline)
-    return {name.decode() for name in re.findall(rb"__([A-Z][A-Za-z]+)_\d", pipeline._maker._graph.serialize())}
+    return {name.decode() for name in re.findall(rb"__([A-Z][A-Za-z]+)_\d", pipeline._loader._graph.serialize())}
 
 
 @pytest.mark.parametrize("loader", ["dali"], indirect=True)
@@ -366,7 +366,7 @@ def test_a_failure_that_is_no_images_fault_is_not_hidden(images: Images, opened:
     quarantine = tmp_path / "quarantine.jsonl"
     pipeline = opened(images, quarantine=quarantine)
     next(pipeline)
-    pipeline._maker.next = broken  # type: ignore[method-assign,assignment]
+    pipeline._loader.next_images = broken  # type: ignore[method-assign,assignment]
     with pytest.raises(RuntimeError, match="out of memory"):
         next(pipeline)
     assert not quarantine.exists()

@@ -25,7 +25,7 @@ AUGMENTS = {
     "everything": EVERYTHING,
 }
 # In levels of 0..255. Each of geometry, colour and size rounds once, and where a level is nearly between two whole
-# numbers the makers may round to either side. A level of geometry that differs by one may, after a colour that doubles
+# numbers the loaders may round to either side. A level of geometry that differs by one may, after a colour that doubles
 # it, differ by two, and one of a resized image by another.
 LARGEST = {"none": 0, "flip": 0, "geometry": 1, "colour": 1, "erase": 0, "everything": 3}
 MEAN = 0.02  # measured: at most 0.005, in noise after geometry
@@ -50,7 +50,7 @@ def batches(loader: str, images: list[bytes], augment: Augment, steps: int = 1) 
 
 
 def differences(images: list[bytes], augment: Augment) -> torch.Tensor:
-    """Of the two makers' levels; what is not an image is the same."""
+    """Return the differences of the two loaders' levels; all else is the same."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     ours, theirs = (batches(loader, images, augment, steps=2) for loader in ("torchvision", "dali"))
     for mine, its in zip(ours, theirs, strict=True):
@@ -163,7 +163,7 @@ def test_the_callers_threads_stay(drawn: list[bytes]) -> None:
         torch.set_num_threads(before)
 
 
-def test_the_setting_chooses_the_maker_and_dali_must_be_there(
+def test_the_setting_chooses_the_loader_and_dali_must_be_there(
     drawn: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
