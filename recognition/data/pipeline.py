@@ -152,7 +152,8 @@ class Pipeline:
 
     def _read(self, sample: int) -> tuple[int, bytes, bool]:
         """Read a sample, or the next usable one; return it, its image for the loader, and whether that needs a
-        resize.""" while True:
+        resize."""
+        while True:
             try:
                 encoded = self._index.read(sample)
                 height, width = check_header(encoded)

@@ -81,7 +81,7 @@ class HeadPlan:
     def memory(self) -> dict[str, int]:
         """Bytes by part."""
         size, gathered, rows = self.embedding_size, self.gathered, self.shard * self.settings.subcenters
-        number, bias = _NUMBER[self.settings.row_format], 4 * (self.settings.loss.name == "softmax")
+        number, bias = _NUMBER[self.settings.row_format], 4 * (not self.settings.loss.unit_rows)
         counter = 4 * (isinstance(self._moves, config.AdamW) or self.settings.inactive_rows == "lazy")
         memory = {
             "class weights": rows * (size * number + bias),
