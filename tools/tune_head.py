@@ -127,12 +127,12 @@ class _Bench:
     ) -> None:
         state, dtype = TYPES[types]
         centers = CENTERS if work == "centers" else 1
-        self.rows = WeightShard.initial(range(classes * centers), size, bias=False, seed=0, device=device, state=state)
+        self.rows = WeightShard.initial(
+            range(classes * centers), size, bias=False, seed=0, device=device, row_format=state
+        )
         self.x = torch.nn.functional.normalize(torch.randn(batch, size, device=device)).to(dtype)
         self.active = ActiveClasses(None, torch.randint(classes, (batch,), device=device))
-        self.options = LogitOptions(
-            unit_rows=True, dtype=dtype, chunk=min(classes, max(CHUNKS) // 4), centers=centers
-        )
+        self.options = LogitOptions(unit_rows=True, dtype=dtype, chunk=min(classes, max(CHUNKS) // 4), centers=centers)
         curricular = CurricularNegatives(64.0, torch.tensor(0.1, device=device))
         negatives = FilteredNegatives(curricular, 0.9, zero=False) if work == "elaborate" else AffineNegatives(64.0)
         self.vector = torch.full((batch,), 0.1, device=device)

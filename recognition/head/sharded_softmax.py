@@ -30,7 +30,7 @@ from recognition.head.backends.problem import (
 )
 from recognition.head.class_weights.gradient import AccumulatedGradient, RowGradient
 from recognition.head.class_weights.optimizer import build_row_optimizer
-from recognition.head.class_weights.shard import Part, WeightShard
+from recognition.head.class_weights.shard import RowSelection, WeightShard
 from recognition.head.global_batch import GlobalBatch, gather_batch
 from recognition.head.learned_scalars import LearnedScalars
 from recognition.head.losses.auxiliary import Auxiliary
@@ -127,11 +127,11 @@ class ShardedSoftmax(nn.Module):
             bias=not self.loss.unit_rows,
             seed=seed,
             device=device,
-            state=settings.state,
+            row_format=settings.state,
         )
         self.rows.moments.update(
             self.optimizer.moments(
-                len(self.rows), embedding_size, bias=not self.loss.unit_rows, device=device, state=settings.state
+                len(self.rows), embedding_size, bias=not self.loss.unit_rows, device=device, row_format=settings.state
             )
         )
         self.scalars = LearnedScalars({name: self.loss.state[name] for name in self.loss.learned}, optimizer_config)
@@ -374,7 +374,7 @@ class ShardedSoftmax(nn.Module):
         self.auxiliary.apply(skip)
         self.optimizer.begin(self.rows, step, lr, skip)
 
-        def apply(part: Part, gradient: RowGradient) -> None:
+        def apply(part: RowSelection, gradient: RowGradient) -> None:
             if not pending:
                 self.optimizer.update(self.rows, part, gradient, lr, skip, step)
                 return

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from recognition.head.class_weights.gradient import RowGradient
-from recognition.head.class_weights.shard import Part, WeightShard
+from recognition.head.class_weights.shard import RowSelection, WeightShard
 from recognition.head.losses.negatives import AffineNegatives, Negatives
 
 _LARGEST_EXPONENT = 64.0
 _LARGEST_BOUND = 120.0
 _FEW = 16  # one in so many, up to which single products are cheaper than a matrix product
 
-OnRows = Callable[[Part, RowGradient], None]
+OnRows = Callable[[RowSelection, RowGradient], None]
 """What takes the gradients of some rows."""
 OnEmbeddings = Callable[[Tensor], None]
 """What is told the gradient by the embeddings as soon as it is whole."""
@@ -111,7 +111,7 @@ class ActiveClasses:
             classes, torch.where(own, local if classes is None else torch.searchsorted(classes, local), -1)
         )
 
-    def parts(self, rows: WeightShard, options: LogitOptions) -> Iterator[tuple[int, int, Part]]:
+    def parts(self, rows: WeightShard, options: LogitOptions) -> Iterator[tuple[int, int, RowSelection]]:
         """A chunk at a time: the place of its first class, how many classes, and which rows."""
         total = len(rows) // options.centers if self.classes is None else len(self.classes)
         for start in range(0, total, options.chunk):
@@ -164,7 +164,7 @@ def rescaling(shift: Tensor, other: Tensor) -> Tensor:
 
 
 def similarities(
-    rows: WeightShard, part: Part, operand: Tensor, x: Tensor, options: LogitOptions, places: Places | None
+    rows: WeightShard, part: RowSelection, operand: Tensor, x: Tensor, options: LogitOptions, places: Places | None
 ) -> Tensor:
     """[B, n K] of some rows, whose `operand` is [n K, D]. With K = 1 those of the targets, `places`, are not
     meant to be used.
@@ -186,7 +186,7 @@ def similarities(
 
 def logits(
     rows: WeightShard,
-    part: Part,
+    part: RowSelection,
     operand: Tensor,
     x: Tensor,
     options: LogitOptions,

@@ -25,7 +25,7 @@ from recognition.head.backends.problem import (
     similarities,
 )
 from recognition.head.class_weights.gradient import RowGradient
-from recognition.head.class_weights.shard import Part, WeightShard
+from recognition.head.class_weights.shard import RowSelection, WeightShard
 from recognition.head.losses.negatives import AffineNegatives
 
 _LOG2_E = math.log2(math.e)
@@ -104,7 +104,7 @@ def backward(
 
 def _exponentials(
     rows: WeightShard,
-    part: Part,
+    part: RowSelection,
     operand: Tensor,
     x: Tensor,
     options: LogitOptions,

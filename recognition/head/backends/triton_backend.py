@@ -25,7 +25,7 @@ from recognition.head.backends.problem import (
     rescaling,
 )
 from recognition.head.class_weights.gradient import RowGradient
-from recognition.head.class_weights.shard import Part, WeightShard
+from recognition.head.class_weights.shard import RowSelection, WeightShard
 from recognition.head.losses.negatives import (
     AffineNegatives,
     CircleNegatives,
@@ -138,7 +138,7 @@ def backward(
     if cached_exp is not None:
         factor = grad_lse * bent.scale_and_bias[0] * torch.exp((negative_term.offset or 0.0) - lse)
         return _from_kept(rows, active, x, options, cached_exp, factor, grad_target, gradient, on_rows, on_embeddings)
-    waiting: deque[tuple[Part, RowGradient]] = deque()
+    waiting: deque[tuple[RowSelection, RowGradient]] = deque()
     for start, count, part in active.parts(rows, options):
         e, summed = logit_gradient(
             x,

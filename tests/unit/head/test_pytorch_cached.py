@@ -10,7 +10,7 @@ from torch import Tensor
 from recognition.head.backends import pytorch
 from recognition.head.backends.problem import ActiveClasses, CachedExponentials, LogitOptions, NegativeTerm
 from recognition.head.class_weights.gradient import RowGradient
-from recognition.head.class_weights.shard import Part, WeightShard
+from recognition.head.class_weights.shard import RowSelection, WeightShard
 from recognition.head.losses.negatives import AffineNegatives, CurricularNegatives
 
 CLASSES, SIZE, BATCH, CHUNK = 131, 64, 37, 29
@@ -52,7 +52,7 @@ def run(
     lse = found.sums[:, 0].log() + found.shift
     gradients = torch.zeros_like(rows.weight)
 
-    def on_rows(part: Part, gradient: RowGradient) -> None:
+    def on_rows(part: RowSelection, gradient: RowGradient) -> None:
         gradients[part] = gradient.dense(rows.read(part))
 
     vectors = lse, grad_lse, target, grad_target
