@@ -13,6 +13,10 @@ Integers = NDArray[np.int64]
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """Odd integer nearest to 2^64 / golden ratio, the increment of SplitMix64."""
 
+MURMUR3_MULTIPLIERS = (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53)
+"""Multipliers of the 64-bit finaliser of MurmurHash3, fmix64 (Appleby), a bijection of 64-bit words that avalanches:
+twice x ^= x >> 33 and x *= multiplier, then x ^= x >> 33."""
+
 _WORD = (1 << 64) - 1
 _ROUNDS = 12  # an even number, which leaves rows and columns in their places
 
@@ -23,6 +27,11 @@ def splitmix64(number: int) -> int:
     number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & _WORD
     return number ^ (number >> 31)
+
+
+def as_signed(word: int) -> int:
+    """Return the int64 number with the bits of a 64-bit word."""
+    return (word ^ 1 << 63) - (1 << 63)
 
 
 def mix(words: Words) -> Words:

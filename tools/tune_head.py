@@ -129,7 +129,7 @@ class _Bench:
 
         state, dtype = TYPES[types]
         centers = CENTERS if work == "centers" else 1
-        rows = WeightShard.initial(range(classes * centers), size, bias=False, seed=0, device=device, state=state)
+        rows = WeightShard.initial(range(classes * centers), size, bias=False, seed=0, device=device, row_format=state)
         x = torch.nn.functional.normalize(torch.randn(batch, size, device=device)).to(dtype)
         active = ActiveClasses(None, torch.randint(classes, (batch,), device=device))
         self.options = LogitOptions(unit_rows=True, dtype=dtype, chunk=min(classes, max(CHUNKS) // 4), centers=centers)

@@ -39,7 +39,7 @@ from recognition.head.backends.problem import ActiveClasses, LogitOptions, OnRow
 from recognition.head.backends.select import select_backend
 from recognition.head.class_weights.gradient import AccumulatedGradient, RowGradient
 from recognition.head.class_weights.optimizer import build_row_optimizer
-from recognition.head.class_weights.shard import Part, WeightShard
+from recognition.head.class_weights.shard import RowSelection, WeightShard
 from recognition.head.forward_pass import ForwardPass, ForwardState, Step, VectorGradients, loss_on_vectors
 from recognition.head.global_batch import GlobalBatch, gather_batch
 from recognition.head.learned_scalars import LearnedScalars
@@ -116,11 +116,15 @@ class ShardedSoftmax(nn.Module):
             bias=not self.loss.unit_rows,
             seed=seed,
             device=device,
-            state=settings.row_format,
+            row_format=settings.row_format,
         )
         self.rows.moments.update(
             self.optimizer.moments(
-                len(self.rows), embedding_size, bias=not self.loss.unit_rows, device=device, state=settings.row_format
+                len(self.rows),
+                embedding_size,
+                bias=not self.loss.unit_rows,
+                device=device,
+                row_format=settings.row_format,
             )
         )
         self.scalars = LearnedScalars(self.loss.learned, optimizer_config)
@@ -297,7 +301,7 @@ class ShardedSoftmax(nn.Module):
         self.auxiliary.apply(skip)
         self.optimizer.begin(self.rows, step, lr, skip)
 
-        def apply(part: Part, gradient: RowGradient) -> None:
+        def apply(part: RowSelection, gradient: RowGradient) -> None:
             if not pending:
                 self.optimizer.update(self.rows, part, gradient, lr, skip, step)
                 return

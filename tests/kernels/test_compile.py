@@ -107,7 +107,7 @@ def launch_products(case: Case) -> None:
     from recognition.head.backends.chunk_loop import backward
     from recognition.head.backends.triton_backend import TritonBackend
 
-    seeds = {"seed": 0, "device": torch.device("cpu"), "state": case.state}
+    seeds = {"seed": 0, "device": torch.device("cpu"), "row_format": case.state}
     rows = WeightShard.initial(range(CLASSES * case.centers), SIZE, bias=not case.unit_rows, **seeds)  # type: ignore[arg-type]
     x, vector = torch.zeros(BATCH, SIZE, dtype=case.options), torch.zeros(BATCH)
     classes = torch.arange(CLASSES) if case.sampled else None
@@ -131,10 +131,10 @@ def launch_update(state: RowFormat, settings: config.SGD | config.AdamW, sampled
     from recognition.head.class_weights.optimizer import build_row_optimizer
 
     cpu = torch.device("cpu")
-    rows = WeightShard.initial(range(CLASSES), SIZE, bias=False, seed=0, device=cpu, state=state)
+    rows = WeightShard.initial(range(CLASSES), SIZE, bias=False, seed=0, device=cpu, row_format=state)
     optimizer = build_row_optimizer(settings, "sparse", seed=0)
     optimizer.kernels = True
-    rows.moments.update(optimizer.moments(CLASSES, SIZE, bias=False, device=cpu, state=state))
+    rows.moments.update(optimizer.moments(CLASSES, SIZE, bias=False, device=cpu, row_format=state))
     part = torch.arange(0, CLASSES, 2) if sampled else slice(0, CLASSES)
     count = len(rows.positions(part))
     a, x = torch.zeros(8, count, dtype=torch.bfloat16), torch.zeros(8, SIZE, dtype=torch.bfloat16)

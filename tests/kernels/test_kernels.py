@@ -22,7 +22,7 @@ from recognition.head.backends.problem import (
 from recognition.head.backends.products import target_products
 from recognition.head.backends.triton_backend import TritonBackend
 from recognition.head.class_weights.gradient import RowGradient
-from recognition.head.class_weights.shard import Part, WeightShard
+from recognition.head.class_weights.shard import RowSelection, WeightShard
 from recognition.head.losses.negatives import (
     AffineNegatives,
     CurricularNegatives,
@@ -45,7 +45,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def filled(count: int, size: int, *, bias: bool = False, state: str = "float32") -> WeightShard:
-    rows = WeightShard.initial(range(count), size, bias=bias, seed=1, device=torch.device("cpu"), state=state)  # type: ignore[arg-type]
+    rows = WeightShard.initial(range(count), size, bias=bias, seed=1, device=torch.device("cpu"), row_format=state)  # type: ignore[arg-type]
     if rows.bias is not None:
         rows.bias.normal_(generator=torch.Generator().manual_seed(3))
     return rows
@@ -163,9 +163,9 @@ def test_against_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scaled = found.sums if negative_term.logistic else found.sums.double() * found.shift.double().exp()[:, None]
     # Of each sample by itself: some sums are tiny beside others.
     assert error(scaled / sums.clamp(min=1e-30), torch.ones_like(sums) * (sums > 0)) < ROUNDING
-    gradients: list[tuple[Part, Tensor]] = []
+    gradients: list[tuple[RowSelection, Tensor]] = []
 
-    def on_rows(part: Part, gradient: RowGradient) -> None:
+    def on_rows(part: RowSelection, gradient: RowGradient) -> None:
         gradients.append((part, gradient.dense(rows.read(part))))
 
     on_embeddings: list[int] = []
@@ -190,7 +190,7 @@ def test_a_rank_without_classes_has_nothing_to_say(sampled: bool) -> None:
     found, taken, on_embeddings = backend.negative_sums(problem, keep=True), [], []
     assert torch.equal(found.sums, torch.zeros(5, 1))
 
-    def on_rows(part: Part, gradient: RowGradient) -> None:
+    def on_rows(part: RowSelection, gradient: RowGradient) -> None:
         taken.append(part)
 
     loss = LossGradient(*[torch.ones(5)] * 4)

@@ -11,7 +11,7 @@ from torch import Tensor
 from recognition import config
 from recognition.head.class_weights.gradient import RowGradient
 from recognition.head.class_weights.optimizer import RowOptimizer, build_row_optimizer
-from recognition.head.class_weights.shard import Part, RowFormat, WeightShard
+from recognition.head.class_weights.shard import RowFormat, RowSelection, WeightShard
 
 CPU = torch.device("cpu")
 COUNT, SIZE = 14, 8
@@ -19,25 +19,25 @@ SGD = config.SGD(momentum=0.9, weight_decay=0.05)
 ADAMW = config.AdamW(betas=(0.8, 0.99), eps=1e-4, weight_decay=0.1)
 BOTH = pytest.mark.parametrize("settings", [SGD, ADAMW], ids=["sgd", "adamw"])
 ALL = pytest.mark.parametrize(
-    ("settings", "untouched"), [(SGD, "sparse"), (SGD, "lazy"), (ADAMW, "sparse")], ids=["sgd", "lazy-sgd", "adamw"]
+    ("settings", "inactive_rows"), [(SGD, "sparse"), (SGD, "lazy"), (ADAMW, "sparse")], ids=["sgd", "lazy-sgd", "adamw"]
 )
-STATES: list[RowFormat] = ["float32", "split", "bfloat16"]
+FORMATS: list[RowFormat] = ["float32", "split", "bfloat16"]
 GO, SKIP = torch.tensor(0.0), torch.tensor(1.0)
 
 
 def make(
     settings: config.SGD | config.AdamW,
-    state: RowFormat = "float32",
+    row_format: RowFormat = "float32",
     *,
-    untouched: Literal["sparse", "lazy"] = "sparse",
+    inactive_rows: Literal["sparse", "lazy"] = "sparse",
     bias: bool = False,
     count: int = COUNT,
     size: int = SIZE,
 ) -> tuple[WeightShard, RowOptimizer]:
     """Rows whose norms are about 3, and what changes them."""
-    rows = WeightShard.initial(range(5, 5 + count), size, bias=bias, seed=1, device=CPU, state=state)
-    optimizer = build_row_optimizer(settings, untouched, seed=7)
-    rows.moments.update(optimizer.moments(count, size, bias=bias, device=CPU, state=state))
+    rows = WeightShard.initial(range(5, 5 + count), size, bias=bias, seed=1, device=CPU, row_format=row_format)
+    optimizer = build_row_optimizer(settings, inactive_rows, seed=7)
+    rows.moments.update(optimizer.moments(count, size, bias=bias, device=CPU, row_format=row_format))
     generator = torch.Generator().manual_seed(2)
     rows.load(torch.randn(count, size, generator=generator), torch.randn(count, generator=generator) if bias else None)
     return rows, optimizer
@@ -55,7 +55,7 @@ def formed(gradient: RowGradient, values: Tensor) -> Tensor:
     return product if gradient.radial is None else product - gradient.radial.double()[:, None] * values.double()
 
 
-def parts(scattered: bool, among: Tensor | None = None, size: int = 4) -> Iterator[Part]:
+def parts(scattered: bool, among: Tensor | None = None, size: int = 4) -> Iterator[RowSelection]:
     """All rows, or those `among` them, a few at a time; of none too."""
     if not scattered:
         yield from (slice(0, 4), slice(4, 10), slice(10, 10), slice(10, COUNT))

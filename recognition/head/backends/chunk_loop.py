@@ -16,7 +16,7 @@ from torch import Tensor
 from recognition.head.backends.problem import Backend, LogitProblem, LossGradient, OnEmbeddings, OnRows
 from recognition.head.backends.products import multiply
 from recognition.head.class_weights.gradient import RowGradient
-from recognition.head.class_weights.shard import Part
+from recognition.head.class_weights.shard import RowSelection
 
 
 def backward(
@@ -36,7 +36,7 @@ def backward(
     if cached_exp is not None:
         return backend.cached_gradient(problem, cached_exp, loss, on_rows, on_embeddings)
     grad_x = torch.zeros(problem.x.shape, device=problem.x.device)
-    waiting: deque[tuple[Part, RowGradient]] = deque()
+    waiting: deque[tuple[RowSelection, RowGradient]] = deque()
     for chunk in problem.chunks(backend.chunk_size(problem)):
         gradient, operand = backend.chunk_gradient(problem, chunk, loss, rows_wanted=on_rows is not None)
         multiply(gradient.a, operand, grad_x)

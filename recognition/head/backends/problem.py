@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from recognition.head.class_weights.gradient import RowGradient
-from recognition.head.class_weights.shard import Part, WeightShard
+from recognition.head.class_weights.shard import RowSelection, WeightShard
 from recognition.head.losses.negatives import Negatives
 
 _LARGEST_EXPONENT = 64.0
 _LARGEST_BOUND = 120.0
 
-OnRows = Callable[[Part, RowGradient], None]
+OnRows = Callable[[RowSelection, RowGradient], None]
 """Callback that takes the gradient of some rows."""
 OnEmbeddings = Callable[[Tensor], None]
 """Callback that takes the gradient by the embeddings [B, D] as soon as it is whole."""
@@ -114,7 +114,7 @@ class Chunk:
     start: int
     """Place of the first among the active classes."""
     count: int
-    rows: Part
+    rows: RowSelection
     """Their rows on this rank."""
 
     @property
@@ -146,7 +146,7 @@ class LogitProblem:
         centers, classes = self.options.centers, self.active.classes
         for span in spans(self.count, size):
             if classes is None:
-                rows: Part = slice(span.start * centers, span.stop * centers)
+                rows: RowSelection = slice(span.start * centers, span.stop * centers)
             else:
                 rows = rows_of(classes[span], centers)
             yield Chunk(span.start, span.stop - span.start, rows)

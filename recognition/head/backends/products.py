@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from recognition.head.backends.problem import ActiveClasses, LogitOptions, LogitProblem, Places, rows_of
-from recognition.head.class_weights.shard import Part, WeightShard
+from recognition.head.class_weights.shard import RowSelection, WeightShard
 from recognition.head.losses.negatives import AffineNegatives
 
 _FEW = 16  # one in so many, up to which single products are cheaper than a matrix product
@@ -35,7 +35,7 @@ def target_products(
     return torch.where(here, product, 0), torch.where(here, cosine / length, 0)
 
 
-def logits(problem: LogitProblem, part: Part, operand: Tensor, places: Places | None) -> Tensor:
+def logits(problem: LogitProblem, part: RowSelection, operand: Tensor, places: Places | None) -> Tensor:
     """Return z [B, n] of some rows, but for the targets; arguments as those of `products`."""
     options, term = problem.options, problem.term
     cosine = products(problem, part, operand, places)
@@ -49,7 +49,7 @@ def logits(problem: LogitProblem, part: Part, operand: Tensor, places: Places | 
     return negatives.logits(cosine, term.hard_boundary)
 
 
-def products(problem: LogitProblem, part: Part, operand: Tensor, places: Places | None) -> Tensor:
+def products(problem: LogitProblem, part: RowSelection, operand: Tensor, places: Places | None) -> Tensor:
     """Return the products [B, n K] with the rows `part`, whose `operand` is [n K, D].
 
     With K = 1 those of the targets, `places`, are not meant to be used.

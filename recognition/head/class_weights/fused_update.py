@@ -1,7 +1,7 @@
-"""The update of some rows by one Triton kernel, `row_update`, which this file registers with PyTorch and launches.
+"""Update of some rows by one Triton kernel, registered with PyTorch as the operator `recognition::update_rows`.
 
-On a GPU, an update in PyTorch passes a dozen times over what the kernel reads and writes once. The random bits of the
-format `bfloat16` are the same.
+On a GPU, an update in PyTorch passes a dozen times over what the kernel reads and writes once. The kernel itself is in
+`update_kernel`, which is imported at the first launch, since Triton need not be installed.
 """
 
 import math
@@ -9,110 +9,108 @@ import math
 import torch
 from torch import Tensor
 
-from recognition.head.class_weights.shard import Part, WeightShard, multipliers, salt
+from recognition.head.class_weights.gradient import RowGradient
+from recognition.head.class_weights.shard import RowSelection, WeightShard
+from recognition.head.class_weights.step import RowStep
+from recognition.head.class_weights.stochastic_rounding import word_multipliers
+from recognition.randomness import as_signed
 
 _COLUMNS = 512
-_NUMBERS = 1024
-"""Of a tile: 8 to a thread of 4 warps, which leaves registers for enough blocks at a time to hide the memory behind."""
+_TILE = 1024
+"""Elements of a tile: 8 per thread of 4 warps, few enough registers for several blocks at a time, which hide the
+latency of memory."""
 
 
 def update(
-    rows: WeightShard,
-    part: Part,
-    gradient: Tensor,
-    radial: Tensor | None,
-    remove_radial: bool,
-    moments: list[Tensor],
-    updates: Tensor | None,
-    skip: Tensor,
-    *,
-    lr: float,
-    decay: float,
-    betas: tuple[float, float],
-    eps: float,
-    seed: int,
-    step: int,
-    purpose: int,
+    rows: WeightShard, part: RowSelection, gradient: RowGradient | Tensor, moments: list[Tensor], step: RowStep
 ) -> None:
-    """Move `part` of `rows` by `gradient` [n, D], float32 or bfloat16, less diag(along) w, `radial` [n] float32; or,
-    with `remove_radial`, less what of it is along w.
+    """Update `part` of the rows and their `moments` [r, D] (SGD: momentum; AdamW: both averages) in place.
 
-    `moments` [r, D]: of SGD the momentum, whose factor is betas[0]; of AdamW the two averages, with `updates` [n]
-    int32, this one counted. `skip`: float32 scalar; where it is 1, nothing changes, and the host does not look.
-    `seed`, `step` and `purpose` key the rounding, as in `WeightShard.noise`.
+    `gradient`: in factors, or dense [n, D], float32 or bfloat16. The bias and the counter are left to the caller.
+    Raises ValueError where a matrix is not contiguous.
     """
-    start, positions = (0, part) if isinstance(part, Tensor) else (part.indices(len(rows))[0], None)
-    random = rows.state == "bfloat16"
-    # Numbers wrap around at 64 bits.
-    key = (rows.first + salt(seed, step, purpose) + (1 << 63)) % (1 << 64) - (1 << 63)
+    radial, remove_radial = None, False
+    if isinstance(gradient, RowGradient):
+        radial, remove_radial = gradient.radial, gradient.inverse_norm is not None
+        gradient = gradient.product()
+    size, device = rows.weight.shape[1], rows.weight.device
     update_rows(
-        rows.weight,
-        rows.low,
-        rows.inverse_norm,
-        moments[0],
-        moments[1] if len(moments) > 1 else None,
-        gradient,
-        radial,
-        positions,
-        updates,
-        multipliers(rows.weight.shape[1], rows.weight.device) if random else None,
-        skip,
-        remove_radial,
-        start,
-        key,
-        [lr, decay, *betas, eps],
+        weight=rows.weight,
+        low=rows.low,
+        inverse_norm=rows.inverse_norm,
+        first_moment=moments[0],
+        second_moment=moments[1] if len(moments) > 1 else None,
+        gradient=gradient,
+        radial=radial,
+        positions=part if isinstance(part, Tensor) else None,
+        counts=step.counts,
+        multipliers=word_multipliers(size, device) if rows.row_format == "bfloat16" else None,
+        skip=step.skip,
+        remove_radial=remove_radial,
+        start=0 if isinstance(part, Tensor) else part.indices(len(rows))[0],
+        salt=as_signed((rows.first + step.rounding.salt) % (1 << 64)),
+        lr=step.lr,
+        weight_decay=step.weight_decay,
+        beta1=step.betas[0],
+        beta2=step.betas[1],
+        eps=step.eps,
     )
 
 
-@torch.library.custom_op("recognition::update_rows", mutates_args=("weight", "low", "inverse_norm", "first", "second"))
+@torch.library.custom_op(
+    "recognition::update_rows", mutates_args=("weight", "low", "inverse_norm", "first_moment", "second_moment")
+)
 def update_rows(
     weight: Tensor,
     low: Tensor | None,
     inverse_norm: Tensor,
-    first: Tensor,
-    second: Tensor | None,
+    first_moment: Tensor,
+    second_moment: Tensor | None,
     gradient: Tensor,
     radial: Tensor | None,
     positions: Tensor | None,
-    updates: Tensor | None,
+    counts: Tensor | None,
     multipliers: Tensor | None,
     skip: Tensor,
     remove_radial: bool,
     start: int,
     salt: int,
-    numbers: list[float],
+    lr: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
 ) -> None:
-    """`row_update.update_kernel`; `numbers`: rate, decay, both betas, epsilon. All matrices are contiguous."""
+    """Launch `update_kernel`, which describes the arguments. All matrices have to be contiguous."""
     import triton
 
     from recognition.head.class_weights.update_kernel import update_kernel
 
-    count, size = gradient.shape
-    if count == 0:
+    selected, size = gradient.shape
+    if selected == 0:
         return
-    stored = [each for each in (weight, low, first, second, gradient, radial, positions, updates) if each is not None]
-    if not all(each.is_contiguous() for each in stored):
-        raise ValueError("rows, moments and gradients are to be contiguous")
-    lr, decay, beta1, beta2, eps = numbers
+    matrices = (weight, low, first_moment, second_moment, gradient, radial, positions, counts)
+    if not all(matrix is None or matrix.is_contiguous() for matrix in matrices):
+        raise ValueError("rows, moments and gradients have to be contiguous")
     block = min(max(16, triton.next_power_of_2(size)), _COLUMNS)
-    height = _NUMBERS // block
-    update_kernel[(triton.cdiv(count, height),)](
+    height = _TILE // block
+    update_kernel[(triton.cdiv(selected, height),)](
         _bits(weight),
         low,
         inverse_norm,
-        _bits(first),
-        None if second is None else _bits(second),
+        _bits(first_moment),
+        None if second_moment is None else _bits(second_moment),
         _bits(gradient),
         radial,
         positions,
-        updates,
+        counts,
         multipliers,
         skip,
-        count,
+        selected,
         start,
         salt,
         lr,
-        decay,
+        weight_decay,
         beta1,
         1 - beta1,
         _log(beta1),
@@ -131,7 +129,7 @@ def update_rows(
 
 
 @update_rows.register_fake
-def _(*arguments: object) -> None:
+def _(*arguments: object, **named: object) -> None:
     return
 
 
@@ -140,4 +138,5 @@ def _log(beta: float) -> float:
 
 
 def _bits(tensor: Tensor) -> Tensor:
+    """Return a bfloat16 tensor as the int16 numbers of its bits, others as they are."""
     return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor

@@ -6,7 +6,7 @@ from recognition import config
 from recognition.head.class_weights import optimizer as optimizer_module
 from recognition.head.class_weights.gradient import RowGradient
 from recognition.head.class_weights.lazy import History
-from recognition.head.class_weights.shard import Part, RowFormat, WeightShard
+from recognition.head.class_weights.shard import RowFormat, RowSelection, WeightShard
 from tests.support.row_cases import (
     COUNT,
     GO,
@@ -33,7 +33,7 @@ class Dense:
         # Rows have a momentum of zero before any gradient, torch's rows none; its first gradient is not damped.
         self.momentum = torch.zeros_like(self.weight)
 
-    def step(self, lr: float, part: Part, one: RowGradient) -> None:
+    def step(self, lr: float, part: RowSelection, one: RowGradient) -> None:
         self.weight.grad = torch.zeros_like(self.weight)
         self.weight.grad[part] = formed(one, self.weight[part])
         if self.bias is not None and one.bias is not None:
@@ -45,10 +45,10 @@ class Dense:
 
 @pytest.mark.parametrize("host_knows", [True, False])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("state", ["float32", "split"])
+@pytest.mark.parametrize("row_format", ["float32", "split"])
 @pytest.mark.parametrize("window", [1024, 7])
 def test_lazy_rows_are_dense_rows_whenever_they_are_seen(
-    state: RowFormat,
+    row_format: RowFormat,
     bias: bool,
     host_knows: bool,
     window: int,
@@ -58,7 +58,7 @@ def test_lazy_rows_are_dense_rows_whenever_they_are_seen(
     if not host_knows:
         request.getfixturevalue("as_on_a_gpu")
     monkeypatch.setattr(optimizer_module, "History", lambda *arguments: History(*arguments, window))
-    rows, optimizer = make(SGD, state, untouched="lazy", bias=bias)
+    rows, optimizer = make(SGD, row_format, inactive_rows="lazy", bias=bias)
     dense = Dense(rows)
     generator = torch.Generator().manual_seed(8)
     longest = 0
@@ -66,7 +66,7 @@ def test_lazy_rows_are_dense_rows_whenever_they_are_seen(
     for step in range(200):
         count = int(torch.randint(0, 4, (), generator=generator))
         # Row 0 is seen in the end only; slices take their turn with positions.
-        part: Part = torch.randperm(COUNT - 1, generator=generator)[:count] + 1
+        part: RowSelection = torch.randperm(COUNT - 1, generator=generator)[:count] + 1
         if step % 5 == 0:
             part = slice(step // 5 % (COUNT - 3) + 1, step // 5 % (COUNT - 3) + 3)
         lr = 0.3 * (1 + np.cos(step / 30)) / 2
@@ -97,13 +97,13 @@ def test_lazy_rows_are_dense_rows_whenever_they_are_seen(
 def test_what_was_settled_needs_no_history() -> None:
     results = []
     for renewed in (False, True):
-        rows, optimizer = make(SGD, untouched="lazy")
+        rows, optimizer = make(SGD, inactive_rows="lazy")
         for step in range(20):
             if step == 12:
                 optimizer.flush(rows)
                 if renewed:
                     saved = snapshot(rows)
-                    rows, optimizer = make(SGD, untouched="lazy")
+                    rows, optimizer = make(SGD, inactive_rows="lazy")
                     for name, tensor in rows.tensors().items():
                         tensor.copy_(saved[name])
             part = torch.tensor([step % 5, 5 + step % 3])
@@ -116,7 +116,7 @@ def test_what_was_settled_needs_no_history() -> None:
 
 
 def test_a_skipped_step_is_nothing_to_lazy_rows() -> None:
-    rows, optimizer = make(SGD, untouched="lazy")
+    rows, optimizer = make(SGD, inactive_rows="lazy")
     optimizer.begin(rows, 0, 0.1, SKIP)
     before = snapshot(rows)
     optimizer.catch_up(rows, slice(None), 1)
@@ -125,7 +125,7 @@ def test_a_skipped_step_is_nothing_to_lazy_rows() -> None:
 
 
 def test_many_lazy_rows_are_caught_up_in_blocks() -> None:
-    rows, optimizer = make(SGD, untouched="lazy", count=1300, size=4)
+    rows, optimizer = make(SGD, inactive_rows="lazy", count=1300, size=4)
     rows.moments["momentum"].normal_(generator=torch.Generator().manual_seed(0))
     values, momentum = rows.read(slice(None)).clone().double(), rows.moments["momentum"].double()
     for step in range(3):
@@ -139,7 +139,7 @@ def test_many_lazy_rows_are_caught_up_in_blocks() -> None:
 
 
 def test_lazy_rows_that_were_not_caught_up_with_are_not_updated() -> None:
-    rows, optimizer = make(SGD, untouched="lazy")
+    rows, optimizer = make(SGD, inactive_rows="lazy")
     one = gradient(rows.read(slice(0, 3)), 0)
     with pytest.raises(RuntimeError, match="did not begin"):
         optimizer.update(rows, slice(0, 3), one, 0.1, GO, 0)
@@ -151,7 +151,7 @@ def test_lazy_rows_that_were_not_caught_up_with_are_not_updated() -> None:
 
 def test_lazy_bfloat16_decays_as_float32() -> None:
     settings = config.SGD(momentum=0.9, weight_decay=5e-4)
-    rows, optimizer = make(settings, "bfloat16", untouched="lazy", count=64, size=512)
+    rows, optimizer = make(settings, "bfloat16", inactive_rows="lazy", count=64, size=512)
     start = rows.read(slice(None)).double()
     for step in range(300):
         optimizer.catch_up(rows, torch.arange(step % 8, 64, 8), step)

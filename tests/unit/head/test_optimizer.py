@@ -9,18 +9,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recognition import config
 from recognition.head.class_weights import optimizer as optimizer_module
 from recognition.head.class_weights.optimizer import build_row_optimizer
-from recognition.head.class_weights.shard import Part, RowFormat, WeightShard
+from recognition.head.class_weights.shard import RowFormat, RowSelection, WeightShard
 from tests.support.row_cases import (
     ADAMW,
     ALL,
     BOTH,
     COUNT,
     CPU,
+    FORMATS,
     GO,
     SGD,
     SIZE,
     SKIP,
-    STATES,
     formed,
     gradient,
     identical,
@@ -36,14 +36,14 @@ NAMES = {"momentum": "momentum_buffer", "exp_avg": "exp_avg", "exp_avg_sq": "exp
 
 
 @BOTH
-@pytest.mark.parametrize("state", ["float32", "split"])
+@pytest.mark.parametrize("row_format", ["float32", "split"])
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("form", ["unformed", "dense"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_all_rows_together_are_torchs_own_step(
-    settings: config.SGD | config.AdamW, state: RowFormat, scattered: bool, form: str, bias: bool
+    settings: config.SGD | config.AdamW, row_format: RowFormat, scattered: bool, form: str, bias: bool
 ) -> None:
-    rows, optimizer = make(settings, state, bias=bias)
+    rows, optimizer = make(settings, row_format, bias=bias)
     weight = rows.read(slice(None)).double().clone()
     biases = None if rows.bias is None else rows.bias.double().clone()
     reference = torch_optimizer(settings, weight, biases)
@@ -112,11 +112,11 @@ def test_rows_that_take_part_now_and_then_are_alone_in_the_world(
 @ALL
 @pytest.mark.parametrize("size", [7, 8])
 def test_split_is_float32_bit_for_bit(
-    settings: config.SGD | config.AdamW, untouched: Literal["sparse", "lazy"], size: int
+    settings: config.SGD | config.AdamW, inactive_rows: Literal["sparse", "lazy"], size: int
 ) -> None:
     results = []
-    for state in ("float32", "split"):
-        rows, optimizer = make(settings, state, untouched=untouched, size=size)
+    for row_format in ("float32", "split"):
+        rows, optimizer = make(settings, row_format, inactive_rows=inactive_rows, size=size)
         generator = torch.Generator().manual_seed(6)
         for step in range(60):
             flag = SKIP if step % 7 == 3 else GO
@@ -130,7 +130,7 @@ def test_split_is_float32_bit_for_bit(
                 optimizer.update(rows, part, gradient(rows.read(part), 10 * step + number), lr, flag, step)
         optimizer.flush(rows)
         found = {**snapshot(rows), "weight": rows.read(slice(None)).clone()}
-        if state == "split":
+        if row_format == "split":
             assert rows.weight.dtype == torch.bfloat16 and found.pop("low").any()
         results.append(found)
     assert identical(*results)
@@ -138,21 +138,21 @@ def test_split_is_float32_bit_for_bit(
 
 
 @BOTH
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("row_format", FORMATS)
 @pytest.mark.parametrize("part", [slice(2, 9), torch.tensor([8, 1, 5])], ids=["slice", "positions"])
 @pytest.mark.parametrize("host_knows", [True, False])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_skipped_update_changes_not_a_bit(
     settings: config.SGD | config.AdamW,
-    state: RowFormat,
-    part: Part,
+    row_format: RowFormat,
+    part: RowSelection,
     host_knows: bool,
     bias: bool,
     request: pytest.FixtureRequest,
 ) -> None:
     if not host_knows:
         request.getfixturevalue("as_on_a_gpu")
-    rows, optimizer = make(settings, state, bias=bias)
+    rows, optimizer = make(settings, row_format, bias=bias)
     for step in range(3):
         optimizer.update(rows, part, gradient(rows.read(part), step, bias=bias), 0.1, GO, step)
     rows.inverse_norm[3] = 0.125
@@ -169,17 +169,17 @@ def test_a_skipped_update_changes_not_a_bit(
 
 
 @ALL
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("row_format", FORMATS)
 def test_the_way_of_a_gpu_gives_the_same(
     settings: config.SGD | config.AdamW,
-    state: RowFormat,
-    untouched: Literal["sparse", "lazy"],
+    row_format: RowFormat,
+    inactive_rows: Literal["sparse", "lazy"],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     results = []
     for host_knows in (True, False):
         monkeypatch.setattr(optimizer_module, "_host_knows", lambda tensor, known=host_knows: known)
-        rows, optimizer = make(settings, state, untouched=untouched, bias=True)
+        rows, optimizer = make(settings, row_format, inactive_rows=inactive_rows, bias=True)
         generator = torch.Generator().manual_seed(6)
         for step in range(12):
             part = torch.randperm(COUNT, generator=generator)[:5]
@@ -271,8 +271,8 @@ def test_bfloat16_does_not_depend_on_parts_and_ranks(settings: config.SGD | conf
     assert identical(results[0], results[1]) and identical(results[0], results[2])
     whole, _ = make(settings, "bfloat16")
     optimizer = build_row_optimizer(settings, seed=7)
-    half = WeightShard.initial(range(5 + 6, 5 + COUNT), SIZE, bias=False, seed=1, device=CPU, state="bfloat16")
-    half.moments.update(optimizer.moments(COUNT - 6, SIZE, bias=False, device=CPU, state="bfloat16"))
+    half = WeightShard.initial(range(5 + 6, 5 + COUNT), SIZE, bias=False, seed=1, device=CPU, row_format="bfloat16")
+    half.moments.update(optimizer.moments(COUNT - 6, SIZE, bias=False, device=CPU, row_format="bfloat16"))
     half.load(whole.read(slice(6, None)))
     for step in range(3):
         dense = torch.arange(COUNT * SIZE).view(COUNT, SIZE)[6:] / 50 - 1
@@ -281,14 +281,14 @@ def test_bfloat16_does_not_depend_on_parts_and_ranks(settings: config.SGD | conf
 
 
 @BOTH
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("row_format", FORMATS)
 def test_moments_are_zeros_of_the_types_that_the_format_asks_for(
-    settings: config.SGD | config.AdamW, state: RowFormat
+    settings: config.SGD | config.AdamW, row_format: RowFormat
 ) -> None:
     optimizer = build_row_optimizer(settings, seed=0)
-    made = optimizer.moments(3, 4, bias=True, device=CPU, state=state)
+    made = optimizer.moments(3, 4, bias=True, device=CPU, row_format=row_format)
     kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in made.items()}
-    matrix = ((3, 4), torch.bfloat16 if state == "bfloat16" else torch.float32)
+    matrix = ((3, 4), torch.bfloat16 if row_format == "bfloat16" else torch.float32)
     vector = ((3,), torch.float32)
     if isinstance(settings, config.SGD):
         assert kinds == {"momentum": matrix, "bias_momentum": vector}
@@ -321,12 +321,12 @@ class Largest(TorchDispatchMode):
 
 
 @BOTH
-@pytest.mark.parametrize("state", STATES)
-def test_nothing_as_large_as_the_shard_is_made(settings: config.SGD | config.AdamW, state: RowFormat) -> None:
-    rows, optimizer = make(settings, state, count=2000, size=16)
+@pytest.mark.parametrize("row_format", FORMATS)
+def test_nothing_as_large_as_the_shard_is_made(settings: config.SGD | config.AdamW, row_format: RowFormat) -> None:
+    rows, optimizer = make(settings, row_format, count=2000, size=16)
     one = gradient(rows.read(slice(8, 16)), 0)
     for step, part in enumerate([slice(8, 16), torch.arange(16, 8, -1)]):
         with Largest(rows.tensors().values()) as watch:
             optimizer.update(rows, part, one, 0.1, GO, step)
-        in_place = settings is SGD and state == "float32" and isinstance(part, slice)
+        in_place = settings is SGD and row_format == "float32" and isinstance(part, slice)
         assert 0 < watch.size < 8 * 16 * 4 if in_place else watch.size == 8 * 16 * 4

@@ -13,7 +13,7 @@ from recognition.head.backends.products import target_products
 from recognition.head.backends.pytorch import PyTorchBackend
 from recognition.head.backends.pytorch_cached import CachedExponentials
 from recognition.head.class_weights.gradient import RowGradient
-from recognition.head.class_weights.shard import Part, WeightShard
+from recognition.head.class_weights.shard import RowSelection, WeightShard
 from recognition.head.losses.negatives import AffineNegatives, CurricularNegatives
 
 CLASSES, SIZE, BATCH, CHUNK = 131, 64, 37, 29
@@ -56,7 +56,7 @@ def run(
     lse = found.sums[:, 0].log() + found.shift
     gradients = torch.zeros_like(rows.weight)
 
-    def on_rows(part: Part, gradient: RowGradient) -> None:
+    def on_rows(part: RowSelection, gradient: RowGradient) -> None:
         gradients[part] = gradient.dense(rows.read(part))
 
     loss = LossGradient(lse, grad_lse, target, grad_target)

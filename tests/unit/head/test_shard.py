@@ -4,13 +4,15 @@ import torch
 from torch import Tensor
 
 from recognition.head.class_weights.gradient import AccumulatedGradient, RowGradient
-from recognition.head.class_weights.shard import Noise, Part, RowFormat, WeightShard
+from recognition.head.class_weights.shard import RowFormat, RowSelection, WeightShard
+from recognition.head.class_weights.stochastic_rounding import Noise, RoundingKey
 
 CPU = torch.device("cpu")
 NORM, SUM, SUM_OF_BFLOAT16 = 1e-6, 2e-6, 0.03
 """Float32 against float64: a root and a division of sums of 8; sums of 30 products of about 1. bfloat16 rounds the
 product to 4e-3 of numbers up to some 15."""
-STATES: list[RowFormat] = ["float32", "split", "bfloat16"]
+FORMATS: list[RowFormat] = ["float32", "split", "bfloat16"]
+KEY = RoundingKey(1, 2, 0)
 SCATTERED = torch.tensor([7, 0, 3])
 
 
@@ -20,9 +22,9 @@ def _seed() -> None:
 
 
 def make(
-    count: int = 10, size: int = 8, state: RowFormat = "float32", *, first: int = 0, bias: bool = False
+    count: int = 10, size: int = 8, row_format: RowFormat = "float32", *, first: int = 0, bias: bool = False
 ) -> WeightShard:
-    return WeightShard.initial(range(first, first + count), size, bias=bias, seed=3, device=CPU, state=state)
+    return WeightShard.initial(range(first, first + count), size, bias=bias, seed=3, device=CPU, row_format=row_format)
 
 
 def bits(values: Tensor) -> np.ndarray:
@@ -37,18 +39,18 @@ def inverse_norms(values: Tensor) -> Tensor:
     return 1 / values.double().norm(dim=1).clamp(min=1e-12)
 
 
-@pytest.mark.parametrize("state", STATES)
-def test_the_start_is_one_draw_for_any_number_of_ranks(state: RowFormat) -> None:
-    whole = WeightShard.initial(range(2500), 16, bias=True, seed=1, device=CPU, state=state)
+@pytest.mark.parametrize("row_format", FORMATS)
+def test_the_start_is_one_draw_for_any_number_of_ranks(row_format: RowFormat) -> None:
+    whole = WeightShard.initial(range(2500), 16, bias=True, seed=1, device=CPU, row_format=row_format)
     parts = [
-        WeightShard.initial(range(*ends), 16, bias=True, seed=1, device=CPU, state=state)
+        WeightShard.initial(range(*ends), 16, bias=True, seed=1, device=CPU, row_format=row_format)
         for ends in ((0, 900), (900, 2100), (2100, 2500), (2500, 2500))
     ]
     assert [rows.first for rows in parts] == [0, 900, 2100, 2500] and [len(rows) for rows in parts][-1] == 0
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, torch.cat([rows.tensors()[name] for rows in parts])), name
     float32 = WeightShard.initial(range(2500), 16, bias=False, seed=1, device=CPU).read(slice(None))
-    assert torch.equal(whole.read(slice(None)), float32.bfloat16().float() if state == "bfloat16" else float32)
+    assert torch.equal(whole.read(slice(None)), float32.bfloat16().float() if row_format == "bfloat16" else float32)
     assert whole.bias is not None and not whole.bias.any()
     assert abs(float32.std() - 0.01) < 2e-4 and abs(float32.mean()) < 2e-4
     assert len(np.unique(bits(float32)[:, 0])) > 2490
@@ -70,7 +72,7 @@ def spacing(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("part", [slice(None), torch.arange(12).flip(0)], ids=["slice", "positions"])
-def test_split_keeps_every_bit_and_its_upper_half_is_the_nearest(part: Part) -> None:
+def test_split_keeps_every_bit_and_its_upper_half_is_the_nearest(part: RowSelection) -> None:
     values = edges()
     rows = make(12, values.shape[1], "split")
     rows.write(part, values, None)
@@ -83,15 +85,15 @@ def test_split_keeps_every_bit_and_its_upper_half_is_the_nearest(part: Part) -> 
     assert (values[~finite].abs() > 3.389e38).all() and (~finite).any()
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("row_format", FORMATS)
 @pytest.mark.parametrize("part", [slice(2, 5), SCATTERED, slice(4, 4), torch.zeros(0, dtype=torch.int64)])
-def test_what_is_written_is_read_and_the_rest_stays(state: RowFormat, part: Part) -> None:
-    rows = make(state=state)
+def test_what_is_written_is_read_and_the_rest_stays(row_format: RowFormat, part: RowSelection) -> None:
+    rows = make(row_format=row_format)
     before, norms = rows.read(slice(None)).clone(), rows.inverse_norm.clone()
     values = torch.randn(len(before[part]), 8, generator=torch.Generator().manual_seed(0)) * 5
     rows.write(part, values, None)
     expected = before.clone()
-    expected[part] = values.bfloat16().float() if state == "bfloat16" else values
+    expected[part] = values.bfloat16().float() if row_format == "bfloat16" else values
     assert torch.equal(rows.read(slice(None)), expected) and torch.equal(rows.read(part), expected[part])
     np.testing.assert_allclose(rows.inverse_norm.double(), inverse_norms(expected), rtol=NORM)
     others = torch.ones(10, dtype=torch.bool)
@@ -99,9 +101,9 @@ def test_what_is_written_is_read_and_the_rest_stays(state: RowFormat, part: Part
     assert torch.equal(rows.inverse_norm[others], norms[others])
 
 
-@pytest.mark.parametrize("state", STATES)
-def test_operands_are_rows_in_the_type_asked_for_and_views_where_they_can_be(state: RowFormat) -> None:
-    rows = make(state=state)
+@pytest.mark.parametrize("row_format", FORMATS)
+def test_operands_are_rows_in_the_type_asked_for_and_views_where_they_can_be(row_format: RowFormat) -> None:
+    rows = make(row_format=row_format)
     whole = rows.read(slice(None)).clone()
     for part in (slice(1, 6), SCATTERED):
         for dtype in (torch.float32, torch.bfloat16):
@@ -111,7 +113,7 @@ def test_operands_are_rows_in_the_type_asked_for_and_views_where_they_can_be(sta
             shares = operand.untyped_storage().data_ptr() == rows.weight.untyped_storage().data_ptr()
             assert shares == (isinstance(part, slice) and dtype == rows.weight.dtype)
     view = rows.read(slice(1, 3))
-    assert (view.data_ptr() == rows.weight[1:3].data_ptr()) == (state == "float32")
+    assert (view.data_ptr() == rows.weight[1:3].data_ptr()) == (row_format == "float32")
     # A view that was changed in place is written as anything else.
     rows.write(slice(1, 3), view.mul_(2), None)
     whole[1:3] *= 2
@@ -119,10 +121,10 @@ def test_operands_are_rows_in_the_type_asked_for_and_views_where_they_can_be(sta
     np.testing.assert_allclose(rows.inverse_norm.double(), inverse_norms(whole), rtol=NORM)
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("row_format", FORMATS)
 @pytest.mark.parametrize("size", [7, 8])
-def test_scattered_rows_that_are_no_multiple_of_16_bytes(state: RowFormat, size: int) -> None:
-    rows = make(size=size, state=state)
+def test_scattered_rows_that_are_no_multiple_of_16_bytes(row_format: RowFormat, size: int) -> None:
+    rows = make(size=size, row_format=row_format)
     expected = rows.read(slice(None)).clone()
     values = expected[SCATTERED] * 4
     rows.write(SCATTERED, torch.cat([values, values], 1)[:, :size], None)
@@ -136,11 +138,11 @@ def test_a_row_of_zeros_has_the_largest_inverse_norm() -> None:
     assert rows.inverse_norm[0] == pytest.approx(1e12)
 
 
-@pytest.mark.parametrize("state", STATES)
-def test_a_write_that_is_skipped_leaves_the_inverse_norm(state: RowFormat) -> None:
-    rows = make(state=state)
+@pytest.mark.parametrize("row_format", FORMATS)
+def test_a_write_that_is_skipped_leaves_the_inverse_norm(row_format: RowFormat) -> None:
+    rows = make(row_format=row_format)
     rows.inverse_norm.fill_(5.0)
-    noise = rows.noise(slice(2, 6), 0, 0, 0)
+    noise = rows.noise(slice(2, 6), RoundingKey(0, 0, 0))
     before = {name: tensor.clone() for name, tensor in rows.tensors().items()}
     rows.write(slice(2, 6), rows.read(slice(2, 6)), noise, torch.tensor(True))
     assert all(torch.equal(tensor, before[name]) for name, tensor in rows.tensors().items())
@@ -177,13 +179,13 @@ def test_rounding_gives_a_neighbour_and_keeps_what_needs_none() -> None:
     below, above = neighbours(values)
     exact = below == above
     for step in range(20):
-        rounded = Noise.of(torch.arange(len(values)), values.shape[1], 1, step, 0).round(values, 0)
+        rounded = Noise.of(torch.arange(len(values)), values.shape[1], RoundingKey(1, step, 0)).round(values, 0)
         assert (bits(rounded) & 0xFFFF == 0).all()
         found = rounded.double()
         assert ((found == below) | (found == above)).all()
         assert np.array_equal(bits(rounded)[exact.numpy()], bits(values)[exact.numpy()])
     special = torch.tensor([[torch.inf, -torch.inf, torch.nan, -0.0, 0.0]])
-    rounded = Noise.of(torch.arange(1), 5, 1, 0, 0).round(special, 0)
+    rounded = Noise.of(torch.arange(1), 5, RoundingKey(1, 0, 0)).round(special, 0)
     assert np.array_equal(bits(rounded)[0, [0, 1, 3, 4]], bits(special)[0, [0, 1, 3, 4]]) and rounded[0, 2].isnan()
 
 
@@ -196,7 +198,7 @@ def test_rounding_is_right_on_average(value: float, stream: int) -> None:
     values = torch.full((rows, size), value)
     below, above = (float(side[0, 0]) for side in neighbours(values[:1, :1]))
     share = (float(values[0, 0]) - below) / (above - below)
-    up = Noise.of(torch.arange(rows), size, 5, 9, 0).round(values, stream).double() == above
+    up = Noise.of(torch.arange(rows), size, RoundingKey(5, 9, 0)).round(values, stream).double() == above
     for found, draws in ((up.double().mean(), rows * size), (up.double().mean(0), rows), (up.double().mean(1), size)):
         # Five standard deviations, and the whole number that a share of few draws is rounded to.
         assert (found - share).abs().max() < 5.2 * (share * (1 - share) / draws) ** 0.5 + 1 / draws
@@ -206,7 +208,7 @@ def test_rounding_is_right_on_average(value: float, stream: int) -> None:
 
 def ups(step: int = 0, *, seed: int = 0, purpose: int = 0, stream: int = 0, rows: range = range(1500)) -> Tensor:
     values = torch.full((len(rows), 40), 1 + 2.0**-8)
-    noise = Noise.of(torch.arange(rows.start, rows.stop), 40, seed, step, purpose)
+    noise = Noise.of(torch.arange(rows.start, rows.stop), 40, RoundingKey(seed, step, purpose))
     return (noise.round(values, stream) > 1).double() * 2 - 1
 
 
@@ -225,7 +227,7 @@ def test_noise_has_no_pattern() -> None:
 
 @pytest.mark.parametrize("digit", range(16))
 def test_every_digit_of_the_noise_is_random(digit: int) -> None:
-    noise = Noise.of(torch.arange(1500), 40, 0, 0, 0).bits[:, :40].to(torch.int32)
+    noise = Noise.of(torch.arange(1500), 40, RoundingKey(0, 0, 0)).bits[:, :40].to(torch.int32)
     ones = (noise >> digit & 1).double()
     assert abs(ones.mean() - 0.5) < 4.5 * 0.5 * ones.numel() ** -0.5
     assert torch.corrcoef(ones.T).fill_diagonal_(0).abs().max() < 5.5 * 1500**-0.5
@@ -234,14 +236,14 @@ def test_every_digit_of_the_noise_is_random(digit: int) -> None:
 def test_noise_belongs_to_the_row_whoever_holds_it() -> None:
     values = torch.randn(40, 12)
     whole = make(40, 12, "bfloat16")
-    whole.write(slice(None), values, whole.noise(slice(None), 1, 2, 0))
+    whole.write(slice(None), values, whole.noise(slice(None), KEY))
     assert not torch.equal(whole.read(slice(None)), values.bfloat16().float())
     halves = [make(15, 12, "bfloat16"), make(25, 12, "bfloat16", first=15)]
-    halves[0].write(slice(0, 15), values[:15], halves[0].noise(slice(0, 15), 1, 2, 0))
+    halves[0].write(slice(0, 15), values[:15], halves[0].noise(slice(0, 15), KEY))
     for part in (torch.tensor([24, 3, 11]), torch.tensor([k for k in range(25) if k not in (24, 3, 11)])):
-        halves[1].write(part, values[15:][part], halves[1].noise(part, 1, 2, 0))
+        halves[1].write(part, values[15:][part], halves[1].noise(part, KEY))
     assert torch.equal(whole.weight, torch.cat([rows.weight for rows in halves]))
-    assert make(state="split").noise(slice(None), 1, 2, 0) is None is make().noise(slice(None), 1, 2, 0)
+    assert make(row_format="split").noise(slice(None), KEY) is None is make().noise(slice(None), KEY)
 
 
 # ---- gradients
@@ -293,10 +295,10 @@ def test_a_gradient_is_made_orthogonal_to_the_rows(dtype: torch.dtype, tolerance
     np.testing.assert_allclose(total.numpy(), 0.5 + wanted + 0.25 * w, atol=scale)
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("row_format", FORMATS)
 @pytest.mark.parametrize("normalised", [True, False])
-def test_gradients_are_summed(state: RowFormat, normalised: bool) -> None:
-    rows = make(state=state, bias=not normalised)
+def test_gradients_are_summed(row_format: RowFormat, normalised: bool) -> None:
+    rows = make(row_format=row_format, bias=not normalised)
     rows.load(torch.randn(10, 8))
     values = rows.read(slice(None))
     total = AccumulatedGradient(rows)

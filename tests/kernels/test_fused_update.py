@@ -10,15 +10,15 @@ from recognition import config
 from recognition.head.class_weights import fused_update
 from recognition.head.class_weights.gradient import RowGradient
 from recognition.head.class_weights.optimizer import RowOptimizer, build_row_optimizer
-from recognition.head.class_weights.shard import Part, RowFormat, WeightShard
+from recognition.head.class_weights.shard import RowFormat, RowSelection, WeightShard
 from tests.support.row_cases import (
     ADAMW,
     ALL,
     BOTH,
+    FORMATS,
     GO,
     SGD,
     SKIP,
-    STATES,
     formed,
     gradient,
     identical,
@@ -70,14 +70,18 @@ def differ(one: Tensor, other: Tensor) -> Tensor:
 
 @ALL
 @pytest.mark.parametrize(("form", "size"), FORMS)
-@pytest.mark.parametrize("state", ["float32", "split"])
+@pytest.mark.parametrize("row_format", ["float32", "split"])
 def test_rows_move_as_torchs_own(
-    settings: config.SGD | config.AdamW, untouched: Literal["sparse", "lazy"], size: int, state: RowFormat, form: str
+    settings: config.SGD | config.AdamW,
+    inactive_rows: Literal["sparse", "lazy"],
+    size: int,
+    row_format: RowFormat,
+    form: str,
 ) -> None:
     if isinstance(settings, config.AdamW):
         # Its first step is all but the sign of a gradient, which rounding decides where that is small beside epsilon.
         settings = settings.model_copy(update={"eps": 0.01})
-    rows, optimizer = make(settings, state, untouched=untouched, count=COUNT, size=size)
+    rows, optimizer = make(settings, row_format, inactive_rows=inactive_rows, count=COUNT, size=size)
     seen = [place for part in PARTS for place in rows.positions(part).tolist()]
     assert len(seen) == len(set(seen)) == 33
     weight = rows.read(slice(None)).double()[seen].clone()
@@ -106,10 +110,10 @@ def test_rows_move_as_torchs_own(
 @ALL
 @pytest.mark.parametrize("size", [3, 96, 512, 600])
 def test_bfloat16_is_rounded_by_the_very_same_bits(
-    settings: config.SGD | config.AdamW, untouched: Literal["sparse", "lazy"], size: int
+    settings: config.SGD | config.AdamW, inactive_rows: Literal["sparse", "lazy"], size: int
 ) -> None:
-    rows, optimizer = make(settings, "bfloat16", untouched=untouched, count=COUNT, size=size)
-    other, pytorch = make(settings, "bfloat16", untouched=untouched, count=COUNT, size=size)
+    rows, optimizer = make(settings, "bfloat16", inactive_rows=inactive_rows, count=COUNT, size=size)
+    other, pytorch = make(settings, "bfloat16", inactive_rows=inactive_rows, count=COUNT, size=size)
     pytorch.kernels = False
     names = ["weight", *optimizer.names]
     for step in range(3):
@@ -130,14 +134,14 @@ def test_bfloat16_is_rounded_by_the_very_same_bits(
 
 
 @BOTH
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("row_format", FORMATS)
 def test_rows_do_not_depend_on_the_parts_they_are_updated_in(
-    settings: config.SGD | config.AdamW, state: RowFormat
+    settings: config.SGD | config.AdamW, row_format: RowFormat
 ) -> None:
     results = []
     dense = torch.randn(COUNT, 24, generator=torch.Generator().manual_seed(0))
     for pieces in ([slice(None)], [torch.arange(COUNT).flip(0)], [slice(0, 5), torch.arange(5, COUNT)]):
-        rows, optimizer = make(settings, state, count=COUNT, size=24)
+        rows, optimizer = make(settings, row_format, count=COUNT, size=24)
         for step in range(3):
             for part in pieces:
                 optimizer.update(rows, part, dense[part], 0.1, GO, step)
@@ -146,16 +150,16 @@ def test_rows_do_not_depend_on_the_parts_they_are_updated_in(
 
 
 @ALL
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("row_format", FORMATS)
 @pytest.mark.parametrize("part", [slice(2, 9), torch.tensor([8, 1, 5])], ids=["slice", "positions"])
 def test_a_skipped_update_changes_not_a_bit(
     settings: config.SGD | config.AdamW,
-    untouched: Literal["sparse", "lazy"],
-    state: RowFormat,
-    part: Part,
+    inactive_rows: Literal["sparse", "lazy"],
+    row_format: RowFormat,
+    part: RowSelection,
     as_on_a_gpu: None,
 ) -> None:
-    rows, optimizer = make(settings, state, untouched=untouched, bias=True)
+    rows, optimizer = make(settings, row_format, inactive_rows=inactive_rows, bias=True)
     for step in range(2):
         optimizer.update(rows, part, gradient(rows.read(part), step, bias=True), 0.1, GO, step)
     before = snapshot(rows)
@@ -203,9 +207,9 @@ def test_adamws_corrections_are_exact_after_any_number_of_updates(betas: tuple[f
     np.testing.assert_allclose(rows.weight - w * (1 - 0.01), -0.1 * step, rtol=1e-6, atol=4e-7)
 
 
-@pytest.mark.parametrize("state", ["split", "bfloat16"])
-def test_what_is_not_a_number_is_seen(state: RowFormat) -> None:
-    rows, optimizer = make(SGD, state)
+@pytest.mark.parametrize("row_format", ["split", "bfloat16"])
+def test_what_is_not_a_number_is_seen(row_format: RowFormat) -> None:
+    rows, optimizer = make(SGD, row_format)
     # NVIDIA's has all bits set, which rounding upwards carries into the sign.
     g = torch.full((3, 8), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     g[1] = torch.inf
@@ -235,7 +239,7 @@ def test_offsets_beyond_32_bits(tmp_path: Path, scattered: bool) -> None:
     rows = WeightShard(tensors[0], torch.zeros(count), moments={"momentum": tensors[1]})
     near_end = WeightShard(small.weight, small.inverse_norm, first=count - few, moments=small.moments)
     rows.weight[last] = small.weight
-    part: Part = torch.arange(count - few, count) if scattered else last
+    part: RowSelection = torch.arange(count - few, count) if scattered else last
     for step in range(2):
         g = torch.randn(few, size, generator=torch.Generator().manual_seed(step))
         optimizer.update(rows, part, g, 0.1, GO, step)
@@ -248,25 +252,25 @@ def test_offsets_beyond_32_bits(tmp_path: Path, scattered: bool) -> None:
 
 
 @ALL
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("row_format", FORMATS)
 @pytest.mark.parametrize("scattered", [False, True])
 def test_opcheck(
     settings: config.SGD | config.AdamW,
-    untouched: Literal["sparse", "lazy"],
-    state: RowFormat,
+    inactive_rows: Literal["sparse", "lazy"],
+    row_format: RowFormat,
     scattered: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rows, optimizer = make(settings, state, untouched=untouched)
-    part: Part = torch.tensor([3, 0, 7]) if scattered else slice(2, 5)
-    calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(fused_update, "update_rows", lambda *arguments: calls.append(arguments))
+    rows, optimizer = make(settings, row_format, inactive_rows=inactive_rows)
+    part: RowSelection = torch.tensor([3, 0, 7]) if scattered else slice(2, 5)
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(fused_update, "update_rows", lambda **arguments: calls.append(arguments))
     one = gradient(rows.read(part), 0)
     optimizer.begin(rows, 0, 0.1, GO)
     optimizer.update(rows, part, one.dense(rows.read(part)) if scattered else one, 0.1, GO, 0)
     (arguments,) = calls
     monkeypatch.undo()
-    torch.library.opcheck(fused_update.update_rows, arguments)
+    torch.library.opcheck(fused_update.update_rows, (), arguments)
 
 
 def test_scattered_memory_is_refused() -> None:
