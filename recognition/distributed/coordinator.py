@@ -2,7 +2,7 @@
 
 There is no time limit for the work, which may take hours, as indexing a large folder does, but one for its silence. A
 rank at work sends heartbeats: a thread raises a counter in the process group's store, but only while the process uses
-its processor or reports progress (`tracking.progress`), so that one that hangs on a disk falls silent.
+its processor or reports progress (`progress.task`), so that one that hangs on a disk falls silent.
 """
 
 import contextlib
