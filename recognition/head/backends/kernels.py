@@ -20,7 +20,7 @@ def negative_sums_kernel(
     classes,  # [count]: positions of the classes; None: those from 0 on
     columns,  # [batch]: the target's place among them, or -1
     hard_boundary,  # [batch], or None
-    fields,  # [k]: the fields of KIND's class
+    fields,  # [4]: the fields of KIND's class, and zeros
     threshold,  # cosines beyond it are filtered; None: there is no filter
     sums,  # out: [splits, 2 if LOGISTIC else 1, batch]
     max_logits,  # out: [splits, batch], without `offset`
@@ -56,6 +56,7 @@ def negative_sums_kernel(
     here = sample < batch
     column = tl.load(columns + sample, mask=here, other=-1)
     boundary = _hard_boundaries(hard_boundary, sample, here)
+    values = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
     total = tl.zeros([BLOCK_B], tl.float32)
     sigmoid_sum = tl.zeros([BLOCK_B], tl.float32)
     max_logit = tl.full([BLOCK_B], float("-inf"), tl.float32)
@@ -65,7 +66,7 @@ def negative_sums_kernel(
             x, weight, low, inverse_norm, bias, classes, sample, here, place, count, 0,
             CENTERS, SIZE, BLOCK_B, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        z, _ = _logits(product, boundary, fields, threshold, KIND, ZERO_FILTERED)
+        z, _ = _logits(product, boundary, values, threshold, KIND, ZERO_FILTERED)
         wanted = (place < count)[None, :] & (place[None, :] != column[:, None])
         z = tl.where(wanted, z, float("-inf"))
         if LOGISTIC:
@@ -105,7 +106,7 @@ def logit_gradient_kernel(
     classes,  # [count]: positions of the classes; None: those from `first` on
     columns,  # [batch]: the target's place among these classes; anything else is none of them
     hard_boundary,  # [batch], or None
-    fields,  # [k]: the fields of KIND's class
+    fields,  # [4]: the fields of KIND's class, and zeros
     threshold,  # cosines beyond it are filtered; None: there is no filter
     lse,  # [batch]
     grad_lse,  # [batch]
@@ -149,7 +150,8 @@ def logit_gradient_kernel(
         x, weight, low, inverse_norm, bias, classes, sample, here, place, count, first,
         CENTERS, SIZE, BLOCK_B, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    z, derivative = _logits(product, boundary, fields, threshold, KIND, ZERO_FILTERED)
+    values = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2), tl.load(fields + 3)
+    z, derivative = _logits(product, boundary, values, threshold, KIND, ZERO_FILTERED)
     own = place[None, :] == column[:, None]
     inside = (place < count)[None, :] & here[:, None]
     z = tl.where(inside & (own == 0), z, float("-inf"))

@@ -5,8 +5,8 @@ of the one by the other. `hard_boundary` [B] is the value beyond which a negativ
 losses that have one.
 
 `kernel_code` says the same in Triton, for a tile of cosines and the boundaries of its samples: it returns logits and
-derivative, and reads the class's fields, in their order, from the address `fields`. A new way to bend negatives is a
-class here and nothing in the kernels.
+derivative, and finds the values of the class's fields, in their order, in the tuple `fields`. A new way to bend
+negatives is a class here and nothing in the kernels.
 """
 
 from abc import ABC, abstractmethod
@@ -17,12 +17,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from recognition.head.losses.triton_code import Pointer, Tile, arccosine, jit, sine_and_cosine, tl
+from recognition.head.losses.triton_code import Tile, arccosine, jit, sine_and_cosine, tl
+
+_FIELDS = 4
+"""Numbers that the kernels read of a class."""
 
 
 @dataclass(frozen=True)
 class Negatives(ABC):
-    """Logits of the negative classes. A subclass is a frozen dataclass whose fields are numbers or scalar tensors."""
+    """Logits of the negative classes. A subclass is a frozen dataclass of up to 4 numbers or scalar tensors."""
 
     kinds: ClassVar[dict[str, type["Negatives"]]] = {}
     """All subclasses by name: how an operator, whose arguments are tensors, numbers and strings, is told of one."""
@@ -48,8 +51,15 @@ class Negatives(ABC):
         return self
 
     def packed_fields(self, device: torch.device) -> Tensor:
-        """Return the fields, in their order, as float32 numbers [k] on `device`, without making the host wait."""
-        return torch.stack([_scalar(getattr(self, field.name), device) for field in fields(self)])
+        """Return the fields, in their order, and zeros up to 4 float32 numbers on `device`; the host need not wait."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        if len(values) > _FIELDS:
+            raise ValueError(f"{type(self).__name__} has {len(values)} fields; the kernels read {_FIELDS} at most")
+        packed = torch.zeros(_FIELDS, device=device)
+        for place, value in enumerate(values):
+            # A tensor made of a number on the host would be copied over, which waits; `fill_` is launched with it.
+            packed[place].copy_(value.detach()) if isinstance(value, Tensor) else packed[place].fill_(value)
+        return packed
 
 
 @dataclass(frozen=True)
@@ -68,8 +78,8 @@ class AffineNegatives(Negatives):
 
     @staticmethod
     @jit
-    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Pointer") -> "tuple[Tile, Tile]":
-        scale, bias = tl.load(fields), tl.load(fields + 1)
+    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Tile") -> "tuple[Tile, Tile]":
+        scale, bias = fields[0], fields[1]
         return cosine * scale + bias, tl.zeros_like(cosine) + scale
 
 
@@ -88,8 +98,8 @@ class CurricularNegatives(Negatives):
 
     @staticmethod
     @jit
-    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Pointer") -> "tuple[Tile, Tile]":
-        scale, t = tl.load(fields), tl.load(fields + 1)
+    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Tile") -> "tuple[Tile, Tile]":
+        scale, t = fields[0], fields[1]
         hard = cosine > boundary[:, None]
         z = scale * tl.where(hard, cosine * (t + cosine), cosine)
         return z, scale * tl.where(hard, t + 2 * cosine, 1.0)
@@ -111,8 +121,8 @@ class MVSoftmaxNegatives(Negatives):
 
     @staticmethod
     @jit
-    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Pointer") -> "tuple[Tile, Tile]":
-        scale, weight = tl.load(fields), tl.load(fields + 1)
+    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Tile") -> "tuple[Tile, Tile]":
+        scale, weight = fields[0], fields[1]
         hard = cosine > boundary[:, None]
         z = scale * tl.where(hard, weight * cosine + (weight - 1), cosine)
         return z, scale * tl.where(hard, weight, 1.0)
@@ -133,8 +143,8 @@ class CircleNegatives(Negatives):
 
     @staticmethod
     @jit
-    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Pointer") -> "tuple[Tile, Tile]":
-        scale, margin = tl.load(fields), tl.load(fields + 1)
+    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Tile") -> "tuple[Tile, Tile]":
+        scale, margin = fields[0], fields[1]
         derivative = scale * tl.maximum(cosine + margin, 0.0)
         return derivative * (cosine - margin), derivative
 
@@ -157,8 +167,8 @@ class SphereFaceRNegatives(Negatives):
 
     @staticmethod
     @jit
-    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Pointer") -> "tuple[Tile, Tile]":
-        scale, margin = tl.load(fields), tl.load(fields + 1)
+    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Tile") -> "tuple[Tile, Tile]":
+        scale, margin = fields[0], fields[1]
         edge = 0.99999988079071044921875  # 1 - 2^-23, as `_angle` has it
         edged = tl.minimum(tl.maximum(cosine, -edge), edge)
         angle = arccosine(edged) / margin
@@ -187,9 +197,9 @@ class SphereFace2Negatives(Negatives):
 
     @staticmethod
     @jit
-    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Pointer") -> "tuple[Tile, Tile]":
-        scale, margin = tl.load(fields), tl.load(fields + 1)
-        exponent, bias = tl.load(fields + 2), tl.load(fields + 3)
+    def kernel_code(cosine: "Tile", boundary: "Tile", fields: "Tile") -> "tuple[Tile, Tile]":
+        scale, margin = fields[0], fields[1]
+        exponent, bias = fields[2], fields[3]
         half = tl.maximum((cosine + 1) / 2, 1.1754943508222875e-38)
         power = tl.exp2((exponent - 1) * tl.log2(half))
         z = scale * (2 * half * power - 1 + margin) + bias
@@ -242,10 +252,3 @@ def _beyond(cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
     if hard_boundary is None:
         raise ValueError("the targets' cosines are needed before the negatives'")
     return cosine > hard_boundary[:, None]
-
-
-def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach().to(torch.float32)
-    # A tensor made of a number on the host would be copied over, which waits; this is launched with the number.
-    return torch.full((), value, dtype=torch.float32, device=device)

@@ -5,7 +5,7 @@ Where Triton is missing, `jit` leaves functions as they are, and nobody calls th
 
 from typing import Any
 
-__all__ = ["Pointer", "Tile", "arccosine", "jit", "sine_and_cosine", "tl"]
+__all__ = ["Tile", "arccosine", "jit", "sine_and_cosine", "tl"]
 
 try:
     import triton.language as tl
@@ -20,8 +20,6 @@ except ImportError:
 
 Tile = Any
 """A block of float32 numbers in registers; here [samples, classes], or [samples]."""
-Pointer = Any
-"""The address of the first of some float32 numbers."""
 
 
 @jit
