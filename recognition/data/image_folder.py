@@ -44,8 +44,8 @@ _GONE = "file that went away", "files that went away"
 class Listing:
     """List of F image files.
 
-    names: paths below the folder. sizes: int64 [F], bytes. mtimes: int64 [F], ns. labels: int64 [F]. identities: names of
-    the identity folders; label `i` means the i-th. notes: sentences for the user on files that are left out and on
+    names: paths below the folder. sizes: int64 [F], bytes. mtimes: int64 [F], ns. labels: int64 [F]. identities: names
+    of the identity folders; label `i` means the i-th. notes: sentences for the user on files that are left out and on
     possible mistakes.
     """
 
