@@ -190,6 +190,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 def _is_image(entry: os.DirEntry[str], skipped: _Skipped | None = None, below: str = "") -> bool:
+    """Tell whether an entry is an image, and count it in `skipped` if it is not."""
     kind = _kind(entry)
     if kind == "file" and entry.name.lower().endswith(SUFFIXES):
         return True

@@ -53,8 +53,8 @@ def export_onnx(backbone: nn.Module, path: Path | str, metadata: Mapping[str, An
     """Write `backbone` to the ONNX file `path` with a card beside it; return how closely ONNX Runtime reproduces it.
 
     `backbone` has `image_size` and `embedding_size`, and maps float32 [N, 3, H, H] in [-1, 1] to [N, D]; it turns off
-    autocast when it is called with `float32=True`, if it has that keyword. It is not changed: a copy in eval mode on the
-    CPU, in float32, is exported. The file has the input `data` [N, 3, H, H], RGB, already (x - 127.5) / 127.5, and
+    autocast when it is called with `float32=True`, if it has that keyword. It is not changed: a copy is exported, in
+    eval mode on the CPU, in float32. The file has the input `data` [N, 3, H, H], RGB, already (x - 127.5) / 127.5, and
     the output `embedding` [N, D], with N free. The file meets the conditions of InsightFace's loader
     (`model_zoo.py`, `arcface_onnx.py`): H fixed, one output, no early node that it would take for normalisation.
 

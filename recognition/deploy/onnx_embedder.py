@@ -35,7 +35,7 @@ class OnnxOptions:
     std: Sequence[float] | None = None
     """Divisor of the difference: one number, or one for each channel in the network's order."""
     bgr: bool | None = None
-    """Whether the network's channels are blue, green, red."""
+    """Order of the network's channels: true for blue, green, red."""
 
 
 class OnnxEmbedder:

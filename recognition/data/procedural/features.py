@@ -93,7 +93,7 @@ def draw_eyes(face: Patch, identity: Identity, capture: Capture) -> None:
 
 
 def draw_brows(face: Patch, identity: Identity, capture: Capture) -> None:
-    """Two tapering arcs with a trace of hairs."""
+    """Paint two tapering arcs with a trace of hairs."""
     middle = -identity.brow_height - capture.brow_raise
     patch = face.rows(middle - 10, middle + 8)
     s = (patch.side - identity.eye_distance - 0.5) / identity.brow_length
@@ -105,7 +105,7 @@ def draw_brows(face: Patch, identity: Identity, capture: Capture) -> None:
 
 
 def draw_mouth(face: Patch, identity: Identity, capture: Capture) -> None:
-    """Two lips about a line that a smile bends; teeth and dark between them when it opens."""
+    """Paint two lips about a line that a smile bends, with teeth and dark between them in an open mouth."""
     middle = mouth_y(identity)
     patch = face.rows(middle - 10, middle + 14)
     lip = identity.lip_colour
