@@ -1,7 +1,7 @@
-"""Pictures: encoded bytes to RGB levels, and levels of any size to a square of the model's.
+"""Decoding of images to RGB levels, and resizing to the square that the model takes.
 
-This says what the pixels of each kind of image are. Verification and the loader "torchvision" use it; "dali" decodes by
-itself what it decodes to the same pixels, and leaves the rest to this module.
+This module defines the pixels of each kind of image. Verification and the loader "torchvision" use it; the loader
+"dali" lets DALI decode the kinds for which that gives the same pixels, and uses this module for the others.
 """
 
 import io
@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 Pixels = NDArray[np.uint8]
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000")
-"""What is decoded, by Pillow's names."""
+"""Formats that are decoded, by Pillow's names."""
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
@@ -28,23 +28,23 @@ SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm"),
     *(".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf"),
 )
-"""Of files of these kinds, in lower case."""
+"""Suffixes of files in these formats, in lower case."""
 
 MAX_PIXELS = 64_000_000
-"""An image with more pixels is refused unread: a small file can claim to be a huge one."""
+"""Limit above which an image is refused undecoded, as a small file can claim to be a huge image."""
 _CUT = "truncated: its end is missing"
 _TOO_LARGE = f"it has more than {MAX_PIXELS:,} pixels"
 
 
 class Undecodable(ValueError):
-    """Why an image cannot be decoded."""
+    """An image that cannot be decoded; the text says why."""
 
 
 def decode(encoded: bytes) -> Pixels:
-    """An image [H, W, 3], RGB, turned as its EXIF orientation says; of several pictures the first. Raises Undecodable.
+    """Decode an image to uint8 RGB [H, W, 3], turned by its EXIF orientation. Raises Undecodable.
 
-    Of 16 bits a level the upper 8 are kept. Colours are taken as they are stored: no colour profile or gamma is
-    applied, and transparency is left out.
+    Of several pictures in a file the first is decoded, and of 16-bit levels the upper 8 bits are kept. Colours are
+    those that are stored: no colour profile or gamma is applied, and transparency is dropped.
     """
     size(encoded)
     exif = b""
@@ -57,9 +57,9 @@ def decode(encoded: bytes) -> Pixels:
 
 
 def size(encoded: bytes) -> tuple[int, int]:
-    """Height and width of an image as they are stored, found without decoding it (about 2 us for a JPEG).
+    """Read height and width of an image, before any turn, without decoding it (about 2 us for a JPEG).
 
-    Raises Undecodable for what is no image, is larger than MAX_PIXELS, or has no end, as a truncated file.
+    Raises Undecodable for other files, images larger than MAX_PIXELS, and truncated ones that lack their end mark.
     """
     if encoded.startswith(_JPEG):
         frame = read_jpeg_header(encoded)
@@ -91,27 +91,27 @@ def size(encoded: bytes) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """What a JPEG's frame header says, and the Adobe marker before it."""
+    """Content of a JPEG's frame header, and of the Adobe marker before it."""
 
     marker: int
-    """0xC0 and 0xC1 sequential, 0xC2 progressive; others are lossless, hierarchical, or of arithmetic coding."""
+    """Coding: 0xC0 and 0xC1 sequential, 0xC2 progressive; others lossless, hierarchical or arithmetic."""
     bits: int
     height: int
     width: int
     components: int
     adobe: int | None
-    """The colour transform that an Adobe marker tells: 0 is none, 1 is YCbCr, 2 is YCCK."""
+    """Colour transform in the Adobe marker: 0 is none, 1 is YCbCr, 2 is YCCK; None without a marker."""
     regular: bool
-    """Whether the segments stand one behind the other, and are those that an encoder of today writes."""
+    """True if the segments follow one another without gaps and are of the kinds that encoders write today."""
 
 
 def read_jpeg_header(encoded: bytes) -> JpegHeader:
-    """What a JPEG says before its first scan. Raises Undecodable where no frame header is among that."""
+    """Read the segments of a JPEG before its first scan. Raises Undecodable if there is no frame header."""
     header: tuple[int, ...] | None = None
-    adobe, regular, behind = None, True, 2
+    adobe, regular, expected = None, True, 2
     for marker, start, end in _segments(encoded):
-        regular &= start == behind
-        behind = end
+        regular &= start == expected
+        expected = end
         if marker == 0xEE and encoded[start + 4 : start + 9] == b"Adobe" and end - start >= 16:
             adobe = encoded[start + 15]
         elif marker in _FRAMES and end - start >= 10:
@@ -122,18 +122,18 @@ def read_jpeg_header(encoded: bytes) -> JpegHeader:
     if header is None:
         raise Undecodable("a JPEG without a frame header")
     marker, bits, height, width, components = header
-    regular &= encoded.startswith(b"\xff\xda", behind)
+    regular &= encoded.startswith(b"\xff\xda", expected)
     return JpegHeader(marker, bits, height, width, components, adobe, regular)
 
 
 def _segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of a JPEG's segments (ITU-T T.81, annex B) up to its first scan."""
+    """Yield marker, start and end of a JPEG's segments (ITU-T T.81, annex B) up to its first scan."""
     place = 2
     while place + 4 <= len(encoded) and encoded[place] == 0xFF:
         marker = encoded[place + 1]
         if marker == 0xFF:  # a fill byte
             place += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # which stand alone
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a segment
             place += 2
         elif marker in (0xD9, 0xDA):
             break
@@ -144,19 +144,19 @@ def _segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _bare_jpeg(encoded: bytes) -> tuple[bytes, bytes]:
-    """A JPEG without its metadata, a fault in which does not spoil the picture; and its EXIF block."""
+    """Strip a JPEG of its metadata, so that faults there do no harm; return it and its EXIF block."""
     parts, exif, end = [_JPEG], b"", len(_JPEG)
     for marker, start, end in _segments(encoded):
         if marker == 0xE1 and encoded.startswith(_EXIF, start + 4):
             exif = exif or encoded[start + 10 : end]
-        if marker in (0xE0, 0xEE) or marker < 0xE0:  # JFIF's and Adobe's say what the colours are
+        if marker in (0xE0, 0xEE) or marker < 0xE0:  # JFIF's and Adobe's segments define the colours
             parts.append(encoded[start:end])
     return b"".join([*parts, encoded[end:]]), exif
 
 
 @contextmanager
 def _opened(encoded: bytes) -> Iterator[Image.Image]:
-    """The image, its levels not yet decoded; within, too, what Pillow raises becomes Undecodable."""
+    """Open an image without decoding it; within the context, Pillow's exceptions become Undecodable."""
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             yield image
@@ -165,16 +165,16 @@ def _opened(encoded: bytes) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Undecodable(_TOO_LARGE) from None
     except UnidentifiedImageError:
-        raise Undecodable(_what_else(encoded)) from None
+        raise Undecodable(_describe_other_file(encoded)) from None
     except Exception as error:  # Pillow's decoders raise nearly anything on broken data
         raise Undecodable(str(error) or type(error).__name__) from error
 
 
 def fit(pixels: Pixels, size: int, how: str) -> Pixels:
-    """`pixels` [H, W, 3] at `size` pixels a side.
+    """Resize `pixels` uint8 [H, W, 3] to `size` pixels a side.
 
-    `how` is "resize": by linear interpolation, smoothed where it shrinks, height and width each by its own factor;
-    "crop": the same of the largest square in the middle; or "exact": ValueError where they have another size.
+    `how` is "resize": linear interpolation, smoothed where it shrinks, with separate factors for height and width;
+    "crop": the largest square in the middle, resized; or "exact": raise ValueError for another size.
     """
     height, width = pixels.shape[:2]
     if (height, width) == (size, size):
@@ -192,28 +192,29 @@ def fit(pixels: Pixels, size: int, how: str) -> Pixels:
 
 
 def _scaled(lines: NDArray[np.generic], size: int) -> NDArray[np.float32]:
-    """`lines` [n, m] as `size` lines: a sum over the taps that is the same in every thread and beside any image."""
-    places, shares = _taps(len(lines), size)
+    """Resample `lines` [n, m] to [size, m]; the order of summation is fixed, so the result is reproducible."""
+    sources, weights = _taps(len(lines), size)
     scaled = np.zeros((size, lines.shape[1]), np.float32)
-    for place, share in zip(places, shares, strict=True):
-        scaled += lines[place] * share[:, None]
+    for source, weight in zip(sources, weights, strict=True):
+        scaled += lines[source] * weight[:, None]
     return scaled
 
 
 @lru_cache(256)
 def _taps(length: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Which of `length` lines of pixels, and with which share, make each of `size` new ones: both [taps, size].
+    """Return the source lines, of `length`, and their weights for each of `size` new lines: [taps, size] each.
 
-    Triangles around the new lines' centres, as wide as their distance or the old ones', whichever is more. Beyond the
-    border, the border's pixels go on, as with DALI; torchvision and Pillow cut the triangles off there.
+    The weights are triangles around the new lines' centres, as wide as the distance of new lines or of old ones,
+    whichever is larger. Border pixels are repeated beyond the border, as by DALI; torchvision and Pillow cut the
+    triangles off instead.
     """
     width = max(length / size, 1.0)
     centres = (np.arange(size) + 0.5) * length / size - 0.5
     reach = math.ceil(width)
-    places = np.floor(centres) + np.arange(-reach, reach + 2)[:, None]
-    shares = np.maximum(0, 1 - np.abs(places - centres) / width)
-    shares /= shares.sum(axis=0)
-    return places.clip(0, length - 1).astype(np.int64), shares.astype(np.float32)
+    sources = np.floor(centres) + np.arange(-reach, reach + 2)[:, None]
+    weights = np.maximum(0, 1 - np.abs(sources - centres) / width)
+    weights /= weights.sum(axis=0)
+    return sources.clip(0, length - 1).astype(np.int64), weights.astype(np.float32)
 
 
 _EXIF = b"Exif\0\0"
@@ -221,10 +222,10 @@ _JPEG = b"\xff\xd8"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """Markers of a JPEG's frame headers."""
 _BESIDES = frozenset([0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE])
-"""Markers of tables, applications' segments and comments."""
+"""Markers of tables, application segments and comments."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_BITS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
-"""Bits a level that each colour type may have."""
+"""Possible bits per level of each colour type."""
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -238,9 +239,9 @@ _TURNS = {
 
 
 def _orientation(exif: bytes) -> int:
-    """What an EXIF block's first directory says; 0 where it is silent or broken, which viewers pass over.
+    """Read the orientation from an EXIF block's first directory; 0 if it is missing or the block is broken.
 
-    Pillow reads it too, but by other rules than OpenCV and DALI where the entry has not the type that it should have.
+    Pillow could read it, too, but differs from OpenCV and DALI if the entry's type is wrong.
     """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4], "")
     try:
@@ -256,7 +257,7 @@ def _orientation(exif: bytes) -> int:
 
 
 def _levels(image: Image.Image) -> Pixels:
-    """[H, W, 3] of a decoded image."""
+    """Convert a decoded image to uint8 RGB [H, W, 3]."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
@@ -265,8 +266,8 @@ def _levels(image: Image.Image) -> Pixels:
     return np.asarray(image.convert("RGB"))
 
 
-def _what_else(encoded: bytes) -> str:
-    """What bytes are that begin as no image that is decoded does, and what to do about it."""
+def _describe_other_file(encoded: bytes) -> str:
+    """Describe bytes in none of the formats, and the way out."""
     for marks, start, text in _OTHERS:
         if encoded.startswith(marks, start):
             return text
@@ -287,11 +288,11 @@ _OTHERS = [
     ((b"version https://git-lfs",), 0, "it is Git LFS's pointer to a file; fetch that by `git lfs pull`"),
     ((b"\x1f\x8b", b"PK\3\4"), 0, "it is an archive; unpack it"),
 ]
-"""How other files begin: bytes, from which on, and what to say of them."""
+"""First bytes of other files, their offset, and the description."""
 
 
 def png_is_intact(encoded: bytes) -> bool:
-    """Whether a PNG's chunks stand one behind the other up to the last, each with the checksum that it should have."""
+    """Tell whether a PNG's chunks are complete up to the last, with correct checksums on the critical ones."""
     try:
         return len(_bare_png(encoded)[0]) > 0
     except Undecodable:
@@ -299,9 +300,9 @@ def png_is_intact(encoded: bytes) -> bool:
 
 
 def _bare_png(encoded: bytes) -> tuple[bytes, bytes]:
-    """A PNG of the chunks that make its picture, as a fault in another does not spoil that; and its EXIF block.
+    """Strip a PNG to its critical chunks, so that faults in others do no harm; return it and its EXIF block.
 
-    Raises Undecodable where one of the former is broken or missing.
+    Raises Undecodable if a critical chunk is broken or missing.
     """
     parts, exif = [_PNG], b""
     start, kind = len(_PNG), b""

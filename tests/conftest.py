@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     # Before anything imports Triton, also in the ranks' processes: its kernels run in its interpreter.
@@ -17,6 +18,18 @@ MARKS = {
     "soak": ("slow",),
     "gpu": ("gpu",),
 }
+
+
+# The same examples everywhere and every time, and no deadline, which a busy machine would miss. A test's examples share
+# its folder, and write what they read.
+settings.register_profile(
+    "stable",
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("stable")
 
 
 def pytest_configure() -> None:

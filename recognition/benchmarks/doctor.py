@@ -1,4 +1,4 @@
-"""What a machine has, what the settings that say `auto` become there, and what is unusual about it."""
+"""Description of a machine, the values of `auto` settings on it, and findings on unusual measurements."""
 
 import importlib.metadata
 import os
@@ -18,7 +18,7 @@ PACKAGES = {
     "onnxruntime": "ONNX files cannot be verified",
     "triton": "the head is PyTorch's, slower on a GPU",
 }
-"""What the project uses, and what it means where it is missing."""
+"""Packages of the project, each with the consequence if it is missing."""
 CAPS = (
     "ATEN_CPU_CAPABILITY",
     "ONEDNN_MAX_CPU_ISA",
@@ -26,14 +26,14 @@ CAPS = (
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
 )
-"""Variables of the environment that hold the machine back."""
+"""Environment variables that limit the machine."""
 _SLOW_DISK = 100e6
 _NOTABLE = 1.2
 
 
 @dataclass(frozen=True)
 class Default:
-    """A setting that may say `auto`."""
+    """Value of a setting that was `auto`, and the reason for it."""
 
     name: str
     value: str | bool | int
@@ -41,7 +41,7 @@ class Default:
 
 
 def defaults(resolved: hardware.Resolved, ranks: int) -> list[Default]:
-    """What the settings that say `auto` became, and why, where `ranks` processes share the machine."""
+    """Return the values of the `auto` settings, with reasons, if `ranks` processes share the machine."""
     facts, found = resolved.to_json(), resolved.hardware
     units = {
         "float32": f"{found.units}: shorter types are emulated",
@@ -64,7 +64,7 @@ def defaults(resolved: hardware.Resolved, ranks: int) -> list[Default]:
 
 
 def verdicts(resolved: hardware.Resolved, measured: Measurements, ranks: int) -> list[str]:
-    """What is unusual about this machine, and what to do about it."""
+    """Return findings: what is unusual about this machine, and the remedy."""
     return [
         *_on_precision(resolved, measured),
         *_on_layout(resolved, measured),
@@ -74,19 +74,19 @@ def verdicts(resolved: hardware.Resolved, measured: Measurements, ranks: int) ->
 
 
 def packages() -> dict[str, str | None]:
-    """Versions of the packages that the project uses; None for what is not installed."""
+    """Return the versions of the project's packages; None for one that is not installed."""
     found: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for distribution in importlib.metadata.distributions():
         name = str(distribution.metadata["Name"]).lower()
         for wanted in PACKAGES:
-            # DALI's and ONNX Runtime's names say which CUDA they are for.
+            # The names of DALI's and ONNX Runtime's packages end in their CUDA version.
             if name == wanted or (name.startswith(f"{wanted}-") and wanted in ("nvidia-dali", "onnxruntime")):
                 found[wanted] = distribution.version
     return found
 
 
 def system(device: torch.device) -> dict[str, str]:
-    """Operating system, processor or card, cores, memory, and what in the environment caps them."""
+    """Describe operating system, processor, GPU, cores, memory, and environment variables that limit them."""
     found = {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "Python": platform.python_version(),
@@ -104,7 +104,7 @@ def system(device: torch.device) -> dict[str, str]:
 
 
 def _on_precision(resolved: hardware.Resolved, measured: Measurements) -> list[str]:
-    """By the faster layout of each precision."""
+    """Compare the precisions, each in its faster layout."""
     fastest: dict[str, float] = {}
     for each in measured.convolutions:
         fastest[each.precision] = min(each.seconds, fastest.get(each.precision, each.seconds))

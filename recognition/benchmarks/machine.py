@@ -1,6 +1,7 @@
-"""A few seconds of measurement of each part of a machine: products, convolutions, decoders, all-reduce, disk.
+"""Short measurements of a machine: matrix products, convolutions, image decoders, all-reduce, disk.
 
-Every figure is of this process with its threads, or of one thread where that is said; nothing that is written stays.
+Every rate is that of this process with its threads, or of one thread where that is stated. Files that are written are
+deleted.
 """
 
 import functools
@@ -32,14 +33,14 @@ _BATCHES = 16
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured."""
+    """Amount of work in each measurement."""
 
     seconds: float = 0.4
-    """Of each measurement, after a warm-up; one repeat at least."""
+    """Duration of each measurement, after a warm-up; at least one repeat."""
     bucket: int = 25 << 20
-    """Bytes that are summed over the ranks at a time."""
+    """Bytes per all-reduce."""
     file: int = 256 << 20
-    """Bytes that are written and read."""
+    """Bytes of the file that is written and read."""
 
 
 QUICK = Effort(seconds=0.05, bucket=1 << 20, file=16 << 20)
@@ -47,43 +48,43 @@ QUICK = Effort(seconds=0.05, bucket=1 << 20, file=16 << 20)
 
 @dataclass(frozen=True)
 class Convolution:
-    """Of 64 channels to as many, 3 x 3, 32 maps of 28 x 28; floating-point operations per second."""
+    """Speed of a 3 x 3 convolution from 64 to 64 channels on 32 maps of 28 x 28; operations per second."""
 
     precision: str
     channels_last: bool
     forward: float
     backward: float
-    """By input and weight."""
+    """Gradients of input and weight together."""
 
     @property
     def seconds(self) -> float:
-        """Of a forward and a backward pass, up to a factor that all convolutions share."""
+        """Time of a forward and a backward pass, up to a factor common to all convolutions."""
         return 1 / self.forward + 2 / self.backward
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """An all-reduce between processes of this machine."""
+    """Speed of an all-reduce between processes of this machine."""
 
     backend: str
     ranks: int
     bytes_per_second: float
-    """Bytes of the tensor over the time that its sum takes."""
+    """Bytes of the tensor per second of an all-reduce."""
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes per second of one large file, in order."""
+    """Bytes per second of one large file, written and read sequentially."""
 
     folder: str
     write: float
-    """With fsync."""
+    """Rate of writing, including fsync."""
     read: float
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """What was measured."""
+    """Results of all measurements."""
 
     products: dict[str, float]
     """Floating-point operations per second of square matrix products, by precision."""
@@ -93,16 +94,16 @@ class Measurements:
     exchange: Exchange
     disk: Disk
     load: float = 0.0
-    """How many processes wanted a core in the minute before."""
+    """Load average over the minute before: the number of processes that wanted a core."""
 
 
 def measure(device: torch.device, folder: Path, *, ranks: int, effort: Effort) -> Measurements:
-    """Measure all there is to measure, in `folder` as to the disk.
+    """Measure everything; the disk is that of `folder`.
 
-    Raises UserError where nothing can be written into `folder`.
+    Raises UserError if `folder` is not writable.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    # First, because a mistake in the command line shows there.
+    # The disk comes first, because a mistake in the folder's name shows there.
     on_disk = disk(folder, effort.file)
     faces = [encode(0, identity, 0) for identity in range(_FACES)]
     return Measurements(
@@ -116,7 +117,7 @@ def measure(device: torch.device, folder: Path, *, ranks: int, effort: Effort) -
 
 
 def products(device: torch.device, seconds: float) -> dict[str, float]:
-    """Floating-point operations per second of products of square matrices, by precision."""
+    """Measure products of square matrices; return floating-point operations per second by precision."""
     side = _SIDE[device.type]
     found = {}
     for precision in _precisions(device, float16=True):
@@ -126,10 +127,10 @@ def products(device: torch.device, seconds: float) -> dict[str, float]:
 
 
 def convolutions(device: torch.device, seconds: float) -> list[Convolution]:
-    """Floating-point operations per second of a convolution, by precision and layout."""
+    """Measure a convolution in each precision and layout."""
     flops = 2 * _BATCH * _MAP**2 * _CHANNELS**2 * 9
     found = []
-    # float16 is left out on processors: it takes tens of times as long as the others there.
+    # float16 is left out on processors, where it is tens of times slower.
     for precision in _precisions(device, float16=device.type == "cuda"):
         for layout in (torch.channels_last, torch.contiguous_format):
             shapes = (_BATCH, _CHANNELS, _MAP, _MAP), (_CHANNELS, _CHANNELS, 3, 3)
@@ -146,9 +147,9 @@ def convolutions(device: torch.device, seconds: float) -> list[Convolution]:
 
 
 def decoding(faces: Sequence[bytes], device: torch.device, seconds: float) -> dict[str, float]:
-    """JPEG files decoded per second, by decoder, of a thread each: DALI's, where it is there, and Pillow.
+    """Measure DALI, if installed, and Pillow, one thread each; return JPEG files decoded per second by decoder.
 
-    Pillow is what the loader without DALI decodes with.
+    The loader without DALI decodes with Pillow.
     """
 
     def decode_all() -> None:
@@ -181,7 +182,7 @@ def exchange(device: torch.device, ranks: int, effort: Effort) -> Exchange:
 
 
 def disk(folder: Path, size: int) -> Disk:
-    """Write a file of `size` bytes into `folder` and read it. Raises UserError where that cannot be done."""
+    """Write a file of `size` bytes into `folder` and read it. Raises UserError if that fails."""
     path = temporary_path(folder / "doctor")
     block = os.urandom(1 << 20)
     blocks = max(1, size >> 20)
@@ -194,7 +195,7 @@ def disk(folder: Path, size: int) -> Disk:
                 os.fsync(file.fileno())
                 written = time.perf_counter() - start
                 if hasattr(os, "posix_fadvise"):
-                    # Else what is read is in memory still.
+                    # Otherwise the file would be read from memory.
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             start = time.perf_counter()
             with path.open("rb", buffering=0) as file:
@@ -209,13 +210,13 @@ def disk(folder: Path, size: int) -> Disk:
 
 
 class _AllReduceRank:
-    """A rank that sums tensors with the others."""
+    """Rank that takes part in all-reduces."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def seconds(self, size: int, budget: float) -> float:
-        """The median of how long it takes to sum `size` bytes of float32, as often as fits into about `budget`."""
+        """Return the median time of an all-reduce of `size` bytes of float32, repeated for about `budget` seconds."""
         tensor = torch.zeros(size // 4, device=self.device)
         reduce = functools.partial(dist.all_reduce, tensor)
         first = _seconds(reduce, self.device, 0)
@@ -229,7 +230,7 @@ class _AllReduceRank:
 
 
 def _dali(faces: Sequence[bytes], decoder: str) -> Callable[[], Any]:
-    """What decodes the faces `_BATCHES` times each time it is called, in one thread."""
+    """Return a function that decodes the faces `_BATCHES` times, in one thread."""
     from nvidia.dali import Pipeline, fn
 
     arrays = [np.frombuffer(face, np.uint8) for face in faces]
@@ -240,7 +241,7 @@ def _dali(faces: Sequence[bytes], decoder: str) -> Callable[[], Any]:
         graph.set_outputs(fn.decoders.image(encoded, device=decoder))
 
     def decode() -> None:
-        # One batch is decoded ahead: of several it matters little.
+        # DALI decodes one batch ahead, which matters little among several.
         for _ in range(_BATCHES):
             graph.run()
 
@@ -252,7 +253,7 @@ def _precisions(device: torch.device, *, float16: bool) -> list[str]:
 
 
 def _seconds(work: Callable[[], Any], device: torch.device, budget: float) -> float:
-    """The median of how long `work` takes, repeated for `budget` seconds, once at least, after a warm-up."""
+    """Return the median time of `work`, repeated for `budget` seconds, at least once, after a warm-up."""
     work()
     taken: list[float] = []
     while not taken or sum(taken) < budget:

@@ -1,10 +1,10 @@
-"""Measures training on one device, whose data are there already: images per second of a backbone under the head.
+"""Benchmark of training on one device, with the data in its memory: images per second of a backbone with the head.
 
-`measure_grid` says what each precision, layout and torch.compile give: the defaults rest on it. `measure` compares:
-three trainings take turns, under the same load of the machine: the package's own, bfloat16 channels-last and compiled;
-the same without a compiler; and the baseline, which is how arcface_torch trains: float16 autocast with a GradScaler (on
-a CPU, which has no fast convolutions in float16: float32), NCHW, torch's layers and optimizer. All three have this
-package's head, so what tells them apart is the backbone's.
+`measure_grid` measures each precision and memory format, with and without torch.compile; the defaults rest on it.
+`compare` lets three trainings take turns, under the same load of the machine: this package's, in bfloat16,
+channels-last and compiled; the same, not compiled; and the baseline, which trains as arcface_torch does: float16
+autocast with a GradScaler (float32 on a CPU, which has no fast float16 convolutions), NCHW, torch's layers and
+optimizer. All three have this package's head, so the difference lies in the backbone.
 """
 
 import itertools
@@ -41,8 +41,8 @@ _PEAK_TFLOPS = {
     "L40": 181,
     "L4": 121,
 }
-"""Of matrix products in bfloat16 without sparsity, by what a device's name contains, as NVIDIA's data sheets have it;
-the first that fits counts."""
+"""Peak rates of dense bfloat16 matrix products in NVIDIA's data sheets, by a part of the device's name; the first part
+that matches counts."""
 _WARM_UP = 4
 _ROUNDS = 4
 _SGD = config.SGD(lr=0.01)
@@ -51,7 +51,7 @@ _CLIP_NORM = 5.0
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train a backbone, and how fast it is."""
+    """Precision, memory format and compilation of a training, and its speed."""
 
     precision: str
     channels_last: bool
@@ -59,49 +59,49 @@ class Variant:
     images_per_second: float
     """Median over the rounds."""
     compile_seconds: float | None = None
-    """How much longer the first step took than later ones; None where nothing is compiled."""
+    """Additional time of the first step compared with later ones; None without compilation."""
     pays_after_images: int | None = None
-    """How many images take as long with the compilation as in the fastest variant that is not compiled; None where
-    that one is faster."""
+    """Number of images after which compilation has paid off, compared with the fastest variant without it; None if that
+    one is faster."""
 
     def to_json(self) -> dict[str, str | bool | float | int | None]:
-        """The fields by name."""
+        """Return the fields by name."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Medians over the rounds, in images per second."""
+    """Speed of the three trainings, medians over the rounds."""
 
     images_per_second: float
     """bfloat16, channels-last, compiled."""
     eager_images_per_second: float
-    """The same, not compiled."""
+    """bfloat16, channels-last, not compiled."""
     baseline_images_per_second: float
-    """float16 autocast, on a CPU float32; NCHW, not compiled."""
+    """float16 autocast (float32 on a CPU), NCHW, not compiled."""
     eager_ratio: float
-    """Compiled over eager."""
+    """Ratio of the compiled to the eager training."""
     baseline_ratio: float
-    """Compiled over baseline."""
+    """Ratio of the compiled training to the baseline."""
     flops_per_image: int
     """Floating-point operations of the backbone's convolutions and matrix products, forward and backward. The head's
     are not counted."""
     flops_per_second: float
-    """Of the compiled training."""
+    """Rate of floating-point operations in the compiled training."""
     peak_flops: float | None
-    """What the device could do; None where that is not known."""
+    """Peak rate of the device; None if unknown."""
     mfu: float | None
-    """Model FLOP utilisation: the former over the latter."""
+    """Model FLOP utilisation: `flops_per_second` over `peak_flops`."""
     memory_bytes: int | None
-    """The most that the compiled training had allocated on the GPU; None on a CPU."""
+    """Peak GPU memory allocated by the compiled training; None on a CPU."""
 
     def to_json(self) -> dict[str, float | int | None]:
-        """The numbers by name."""
+        """Return the fields by name."""
         return asdict(self)
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Floating-point operations per second of a GPU in bfloat16, or None for one that is not in the table."""
+    """Return a GPU's peak rate of bfloat16 operations per second, or None if it is not in the table."""
     return next((1e12 * peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
 
 
@@ -115,16 +115,16 @@ def compare(
     compiler: str | None = "inductor",
     peak: float | None = None,
 ) -> Comparison:
-    """Measure `steps` training steps of each training, after a warm-up, with `batch` images in a step.
+    """Measure `steps` steps of each of the three trainings, after a warm-up, with `batch` images in a step.
 
-    `backbone`: its precision, layout and compilation are set here. `compiler`: torch.compile's backend; None: do
-    without. `peak`: operations per second of the device, where it is known better than by its name. A process group
-    of one has to exist. Raises UserError where the memory does not suffice or a loss is not finite.
+    `backbone`: its precision, layout and compilation are overridden. `compiler`: torch.compile's backend; None: no
+    compilation. `peak`: operations per second of the device, if its name does not tell. Needs a process group of one
+    rank. Raises UserError if the memory does not suffice or a loss is not finite.
     """
     own = backbone.model_copy(update={"precision": "bfloat16", "channels_last": True, "compile": False})
     memory = None
     try:
-        # One that is compiled takes its turns first, so its memory can be told.
+        # The compiled training warms up alone, so that the peak memory is its own.
         compiled = TrainingLoop(own, device, batch, classes)
         if compiler is not None:
             compiled.backbone.trunk.compile(backend=compiler)
@@ -173,11 +173,11 @@ def measure_grid(
     layouts: Sequence[bool] = (True, False),
     compiler: str | None = "inductor",
 ) -> list[Variant]:
-    """Measure `steps` training steps of each variant, all in turns, after a warm-up, with `batch` images in a step.
+    """Measure `steps` steps of each variant, in turns, after a warm-up, with `batch` images in a step.
 
-    `layouts`: values of channels-last. `compiler`: torch.compile's backend; None: eager variants alone. What earlier
-    compilations left on disk is not used. A process group of one has to exist. Raises UserError where the memory does
-    not suffice or a loss is not finite.
+    `layouts`: values of `channels_last`. `compiler`: torch.compile's backend; None: eager variants alone. Caches of
+    earlier compilations are not used. Needs a process group of one rank. Raises UserError if the memory does not
+    suffice or a loss is not finite.
     """
     ways = list(itertools.product(precisions, layouts, (False,) if compiler is None else (False, True)))
     seconds: list[list[float]] = [[] for _ in ways]
@@ -209,7 +209,7 @@ def measure_grid(
 
 
 class TrainingLoop:
-    """A backbone, the head and their optimizers, which take steps as the trainer does, on one batch again and again."""
+    """Backbone, head and optimizers that repeat the trainer's step on one batch."""
 
     def __init__(self, settings: config.Backbone, device: torch.device, batch: int, classes: int) -> None:
         self.device = device
@@ -225,7 +225,7 @@ class TrainingLoop:
         self.steps = 0
 
     def run_steps(self, count: int) -> float:
-        """Take so many steps; how many seconds they took. Raises UserError where the last one's loss is not finite."""
+        """Run `count` steps; return their duration in seconds. Raises UserError if the last loss is not finite."""
         start = self._now()
         for _ in range(count):
             loss = self._step()
@@ -253,7 +253,7 @@ class TrainingLoop:
 
 
 class BaselineLoop(TrainingLoop):
-    """As arcface_torch's train_v2.py does it (https://github.com/deepinsight/insightface)."""
+    """Training step of arcface_torch's train_v2.py (https://github.com/deepinsight/insightface)."""
 
     def __init__(self, settings: config.Backbone, device: torch.device, batch: int, classes: int) -> None:
         settings = settings.model_copy(update={"precision": "float32", "channels_last": False})
@@ -281,20 +281,20 @@ class BaselineLoop(TrainingLoop):
 
 
 class Float16(nn.Module):
-    """A module in float16 autocast, also within what turns autocast off."""
+    """Wrapper that runs a module in float16 autocast, even where the caller turns autocast off."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the module's."""
+        """Run the module in float16 autocast."""
         with torch.autocast(x.device.type, dtype=torch.float16):
             return self.module(x)
 
 
 def use_torchs_layers(module: nn.Module) -> None:
-    """Replace this package's layers by those of torch that they stand for; on a GPU they compute the same already."""
+    """Replace this package's layers by torch's own, in place; on a GPU the two are the same already."""
     for layer in module.modules():
         for ours, torchs in ((PReLU, nn.PReLU), (GroupedConv2d, nn.Conv2d)):
             if isinstance(layer, ours):

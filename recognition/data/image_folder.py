@@ -44,9 +44,8 @@ _GONE = "file that went away", "files that went away"
 class Listing:
     """List of F image files.
 
-    names: paths below the folder. sizes: int64 [F], bytes. mtimes: int64 [F], ns. labels: int64 [F]. identities:
-    names of
-    the identity folders; label `i` means the i-th. notes: sentences for the user on files that are left out and on
+    names: paths below the folder. sizes: int64 [F], bytes. mtimes: int64 [F], ns. labels: int64 [F]. identities: names
+    of the identity folders; label `i` means the i-th. notes: sentences for the user on files that are left out and on
     possible mistakes.
     """
 
@@ -191,6 +190,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 def _is_image(entry: os.DirEntry[str], skipped: _Skipped | None = None, below: str = "") -> bool:
+    """Tell whether an entry is an image, and count it in `skipped` if it is not."""
     kind = _kind(entry)
     if kind == "file" and entry.name.lower().endswith(SUFFIXES):
         return True

@@ -151,8 +151,7 @@ class Pipeline:
         return EncodedBatch(samples, encoded, {"resize": resize} | parameters.arrays())
 
     def _read(self, sample: int) -> tuple[int, bytes, bool]:
-        """Read a sample, or the next usable one; return it, its image for the loader, and whether that needs a
-        resize."""
+        """Read a sample, or the next usable one; return it, its image for the loader, and whether to resize that."""
         while True:
             try:
                 encoded = self._index.read(sample)

@@ -61,7 +61,7 @@ class Records:
         return Records(self.keys[keep], self.positions[keep], starts, offsets, lengths, self.notes)
 
     def skip_bytes(self, header: np.ndarray) -> None:
-        """Move the ranges past the first `header` bytes of each payload, int64 [N], in place."""
+        """Advance the ranges past the first `header` bytes of each payload, int64 [N], in place."""
         first = self.starts[:-1]
         taken = np.minimum(header, self.lengths[first])
         self.offsets[first] += taken.astype(np.uint64)
@@ -301,7 +301,7 @@ class RecordWriter:
         self._rec.seek(end)
 
     def close(self) -> None:
-        """Finish both files and move them to their names."""
+        """Finish both files and give them their names."""
         if self._rec.closed:
             return
         for file in (self._rec, self._idx):

@@ -30,40 +30,40 @@ if TYPE_CHECKING:  # a training that exports nothing does without these packages
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OWN_OPSET = 18
-"""What torch's exporter writes; at others the file is converted, which not every network stands."""
+"""Opset that torch's exporter writes; a file at another one is converted, which fails for some networks."""
 OLDER_BELOW = 17
-"""Opsets that torch's older exporter has to write, by tracing."""
+"""Bound below which torch's older exporter, which traces, has to write the file."""
 MAX_BYTES = 2_000_000_000
-"""A protobuf message, so an ONNX file without external data, cannot pass 2 GiB."""
+"""Limit of the backbone's size: a protobuf message, so an ONNX file without external data, has at most 2 GiB."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far ONNX Runtime's embeddings are from the backbone's, at worst."""
+    """Largest differences between ONNX Runtime's embeddings and the backbone's."""
 
     max_difference: float
-    """Largest |difference| of a value, relative to the embedding's norm."""
+    """Largest absolute difference of a value, relative to the embedding's norm."""
     min_cosine: float
     """Smallest cosine."""
 
 
 def export_onnx(backbone: nn.Module, path: Path | str, metadata: Mapping[str, Any], settings: config.Export) -> Parity:
-    """Write `backbone` to the ONNX file `path`, with a card beside it, and say how well ONNX Runtime reproduces it.
+    """Write `backbone` to the ONNX file `path` with a card beside it; return how closely ONNX Runtime reproduces it.
 
     `backbone` has `image_size` and `embedding_size`, and maps float32 [N, 3, H, H] in [-1, 1] to [N, D]; it turns off
-    autocast when it is called with `float32=True`, if it has that keyword. It is left as it is: a copy in eval mode on
-    the CPU, in float32, is exported. The file has the input `data` [N, 3, H, H], RGB, already (x - 127.5) / 127.5, and
-    the output `embedding` [N, D], with N free. The conditions of InsightFace's loader (`model_zoo.py`,
-    `arcface_onnx.py`) are met: H fixed, one output, no early node that it takes for normalisation.
+    autocast when it is called with `float32=True`, if it has that keyword. It is not changed: a copy is exported, in
+    eval mode on the CPU, in float32. The file has the input `data` [N, 3, H, H], RGB, already (x - 127.5) / 127.5, and
+    the output `embedding` [N, D], with N free. The file meets the conditions of InsightFace's loader
+    (`model_zoo.py`, `arcface_onnx.py`): H fixed, one output, no early node that it would take for normalisation.
 
-    The file's metadata holds the preprocessing, `metadata` (JSON values) and the parity, measured at batches of 1
+    The metadata in the file holds the preprocessing, `metadata` (JSON values) and the parity, measured at batches of 1
     and 5. The card, at `card_path(path)`, holds the same as JSON, and the file's size and SHA-256.
 
-    Raises UserError where a package is missing, where the card would replace a file that is no card, where the network
-    cannot be exported or is too large for one file, and where the parity is beyond the tolerances in `settings`; `path`
-    is then not touched.
+    Raises UserError if a package is missing, the card would replace a file that is no card, the network cannot be
+    exported or is too large for one file, or the parity is beyond the tolerances in `settings`; `path` is then left
+    alone.
     """
     _require_packages()
     import onnx
@@ -104,7 +104,7 @@ def export_onnx(backbone: nn.Module, path: Path | str, metadata: Mapping[str, An
 
 
 def card_path(path: Path) -> Path:
-    """Where the card of an ONNX file lies: beside it, `x.json` for `x.onnx`, and `x.y.json` for any other `x.y`."""
+    """Return the path of an ONNX file's card beside it: `x.json` for `x.onnx`, `x.y.json` for any other `x.y`."""
     return path.with_suffix(".json") if path.suffix == ".onnx" else path.with_name(f"{path.name}.json")
 
 
@@ -121,7 +121,7 @@ def _refuse_to_replace(card: Path) -> None:
 
 
 class _Frozen(nn.Module):
-    """A copy of a backbone as it is deployed: on the CPU, in eval mode, in float32."""
+    """Copy of a backbone as it is deployed: on the CPU, in eval mode, in float32."""
 
     def __init__(self, backbone: Any) -> None:
         super().__init__()
@@ -136,9 +136,9 @@ class _Frozen(nn.Module):
 
 
 def check_export(backbone: nn.Module, settings: config.Export) -> None:
-    """Find out before a training whether `backbone` can be exported as `settings` say.
+    """Check before a training that `backbone` can be exported as `settings` say.
 
-    The packages are looked for; at an opset other than the exporter's own, an export is tried. Raises UserError.
+    The packages are imported; at an opset other than the exporter's own, an export is tried. Raises UserError.
     """
     _require_packages()
     if settings.opset != OWN_OPSET:
@@ -158,12 +158,12 @@ def _require_packages() -> None:
 
 
 def _to_onnx(backbone: _Frozen, opset: int) -> "onnx.ModelProto":
-    """The model at `opset`, checked. Raises UserError, with the lowest opset at which the network can be written."""
+    """Convert the backbone to a checked model at `opset`. Raises UserError, naming the lowest opset that works."""
     try:
         return _written(backbone, opset)
-    except _Unable as error:
+    except _Unexportable as error:
         for other in (*range(opset + 1, OWN_OPSET), OWN_OPSET):
-            with contextlib.suppress(_Unable):
+            with contextlib.suppress(_Unexportable):
                 _written(backbone, other)
                 raise UserError(
                     f"the backbone cannot be exported to ONNX at opset {opset}: {error}; set export.opset={other} "
@@ -172,8 +172,8 @@ def _to_onnx(backbone: _Frozen, opset: int) -> "onnx.ModelProto":
         raise UserError(f"the backbone cannot be exported to ONNX: {error}") from None
 
 
-class _Unable(Exception):
-    """The network cannot be written at an opset."""
+class _Unexportable(Exception):
+    """Error for a network that cannot be written at an opset."""
 
 
 def _written(backbone: _Frozen, opset: int) -> "onnx.ModelProto":
@@ -181,8 +181,8 @@ def _written(backbone: _Frozen, opset: int) -> "onnx.ModelProto":
 
     try:
         model = _traced(backbone, opset) if opset < OLDER_BELOW else _exported(backbone, opset)
-    except Exception as error:  # each exporter has its own, and lets through those of the network
-        raise _Unable(_first_line(error)) from error
+    except Exception as error:  # each exporter has its own exceptions, and lets the network's pass
+        raise _Unexportable(_first_line(error)) from error
     graph = model.graph
     for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del item.metadata_props[:]  # stack traces, with the folders of the machine that trained
@@ -192,11 +192,11 @@ def _written(backbone: _Frozen, opset: int) -> "onnx.ModelProto":
             node.name = f"node_{node.name}"
     found = next(item.version for item in model.opset_import if not item.domain)
     if found != opset:
-        raise _Unable(f"it could not be converted from opset {found}")
+        raise _Unexportable(f"it could not be converted from opset {found}")
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise _Unable(_first_line(error)) from error
+        raise _Unexportable(_first_line(error)) from error
     return model
 
 
@@ -217,15 +217,15 @@ def _exported(backbone: _Frozen, opset: int) -> "onnx.ModelProto":
 
 
 def _traced(backbone: _Frozen, opset: int) -> "onnx.ModelProto":
-    """The model by torch's older exporter, in the oldest file format that has `opset`, as readers of old opsets do."""
+    """Convert by torch's older exporter, to the oldest file format with `opset`, which old readers need."""
     import onnx
 
     for module in backbone.modules():
-        if hasattr(module, "fused_attn"):  # timm's attention, for which that exporter has no operator before opset 14
+        if hasattr(module, "fused_attn"):  # timm's attention, which that exporter cannot write before opset 14
             setattr(module, "fused_attn", False)  # noqa: B010  # a module's attribute, for mypy, is another module
     content = io.BytesIO()
     with warnings.catch_warnings(), _silence():
-        warnings.simplefilter("ignore")  # it says at each call that it is the older one
+        warnings.simplefilter("ignore")  # it warns at each call that it is deprecated
         torch.onnx.export(
             backbone,
             (_example(backbone),),
@@ -244,7 +244,7 @@ def _traced(backbone: _Frozen, opset: int) -> "onnx.ModelProto":
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep standard output free of the whole graph, which the older exporter's C++ prints where it fails."""
+    """Silence standard output, to which the older exporter's C++ prints the whole graph when it fails."""
     sys.stdout.flush()
     kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -265,6 +265,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _parity(backbone: _Frozen, model: "onnx.ModelProto") -> Parity:
+    """Compare ONNX Runtime's embeddings of random images with the backbone's. Raises UserError if it cannot run."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

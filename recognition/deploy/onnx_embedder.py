@@ -1,4 +1,4 @@
-"""An embedder in an ONNX file, this program's or another's, run by ONNX Runtime."""
+"""Embedder that runs an ONNX file, exported here or by others, by ONNX Runtime; torch is not needed."""
 
 import re
 from collections.abc import Sequence
@@ -24,34 +24,34 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """How a file of others is to be read, where it does not say so itself; None: as it seems."""
+    """Options for ONNX files by other programs, which lack our metadata; None: deduced from the file."""
 
     size: int | None = None
-    """Height and width of the images, for a file that leaves them free."""
+    """Height and width of the images, for a file with dynamic ones."""
     output: str | None = None
     """Name of the output that is the embedding."""
     mean: Sequence[float] | None = None
-    """What is subtracted from the levels, 0 to 255: one number, or one for each of the network's channels."""
+    """Mean subtracted from the levels 0 to 255: one number, or one for each channel in the network's order."""
     std: Sequence[float] | None = None
-    """What the difference is divided by, likewise."""
+    """Divisor of the difference: one number, or one for each channel in the network's order."""
     bgr: bool | None = None
-    """Whether the network's channels are blue, green, red."""
+    """Order of the network's channels: true for blue, green, red."""
 
 
 class OnnxEmbedder:
-    """An ONNX file behind the Embedder interface: uint8 RGB faces in, float32 embeddings out, not normalised.
+    """ONNX file behind the Embedder interface: uint8 RGB faces in, float32 embeddings out, not normalised.
 
     The file has one input, [N, 3, H, H] or [N, H, H, 3], of floats of any length or uint8. One of its outputs is [N, D]
-    with D > 1, or [N, D, 1, 1]: the embedding. How pixels are normalised is read from the metadata that
-    `recognition.deploy.export` writes. A file without it is taken for InsightFace's own: RGB and (x - 127.5) /
-    127.5, or nothing where the graph begins with its own subtraction and multiplication (the rule of InsightFace's
+    with D > 1, or [N, D, 1, 1]: the embedding. The normalisation of pixels is read from the metadata that
+    `recognition.deploy.export` writes. A file without it is treated as InsightFace's: RGB and (x - 127.5) / 127.5, or
+    RGB levels as they are if the graph begins with a subtraction and a multiplication (the rule of InsightFace's
     `arcface_onnx.py`) or takes uint8.
     """
 
     def __init__(self, path: Path | str, options: OnnxOptions | None = None) -> None:
-        """Open the file at `path` for `threads` CPU threads (0: all cores), or for a GPU if ONNX Runtime has one.
+        """Open the file at `path`, on all CPU cores, or on a GPU if ONNX Runtime has one.
 
-        Raises UserError where the file is missing, corrupt, or no embedder.
+        Raises UserError if the file is missing, damaged, or no embedder.
         """
         self.path = Path(path)
         self._shown = escape(str(path))
@@ -63,9 +63,9 @@ class OnnxEmbedder:
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise UserError(f"{self._shown}: ONNX Runtime cannot load it: {_reason(self.path, error)}") from error
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
-        """The file's metadata."""
+        """Metadata in the file."""
         self.notes: list[str] = []
-        """What was assumed of the file: a sentence each."""
+        """Assumptions about the file, a sentence each."""
         self._name, self._type, self._fixed_batch, self._channels_last, self.image_size = self._input()
         mean, std = self._normalisation()
         self._mean, self._std = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (mean, std))
@@ -74,7 +74,7 @@ class OnnxEmbedder:
         self._output, self.embedding_size = self._probe()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Embeddings, float32 [n, D], of images, uint8 [n, H, H, 3] RGB."""
+        """Embed RGB images, uint8 [n, H, H, 3], as float32 [n, D], not normalised."""
         size = self.image_size
         if images.shape[1:] != (size, size, 3) or images.dtype != np.uint8:
             raise ValueError(f"{self.path} takes uint8 [n, {size}, {size}, 3], not {images.dtype} {list(images.shape)}")
@@ -94,7 +94,7 @@ class OnnxEmbedder:
         return np.concatenate([empty, *outputs])[: len(images)].astype(np.float32, copy=False)
 
     def _input(self) -> tuple[str, Any, int | None, bool, int]:
-        """Name, type, batch if it is fixed, whether channels come last, and image size."""
+        """Return the input's name, type, fixed batch or None, whether channels come last, and image size."""
         inputs = self._session.get_inputs()
         shape = inputs[0].shape if len(inputs) == 1 and inputs[0].type in _TYPES else []
         match shape:
@@ -137,7 +137,7 @@ class OnnxEmbedder:
         return int(text) if text.isdecimal() else None
 
     def _normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
-        own_mean, own_std = self._as_file_says()
+        own_mean, own_std = self._default_normalisation()
         mean = [own_mean] if self._options.mean is None else self._options.mean
         std = [own_std] if self._options.std is None else self._options.std
         for values, name in ((mean, "mean"), (std, "std")):
@@ -147,7 +147,7 @@ class OnnxEmbedder:
             raise UserError(f"--std divides the levels, so it is not 0: {list(std)}")
         return mean, std
 
-    def _as_file_says(self) -> tuple[float, float]:
+    def _default_normalisation(self) -> tuple[float, float]:
         if "input_mean" in self.metadata and "input_std" in self.metadata:
             try:
                 return float(self.metadata["input_mean"]), float(self.metadata["input_std"])
@@ -166,7 +166,7 @@ class OnnxEmbedder:
         return mean, std
 
     def _probe(self) -> tuple[str, int]:
-        """The embedding's output and its D, from runs on black images."""
+        """Find the output that is the embedding, and its D, by running black images."""
         names = [output.name for output in self._session.get_outputs()]
         batch = self._fixed_batch or 1
         shapes = dict(zip(names, self._run_black(batch), strict=True))
@@ -204,12 +204,12 @@ class OnnxEmbedder:
             return False
 
     def _run_black(self, batch: int, names: list[str] | None = None) -> list[tuple[int, ...]]:
-        """The shapes of the outputs for black images."""
+        """Return the shapes of the outputs for black images."""
         size = self.image_size
         shape = (batch, size, size, 3) if self._channels_last else (batch, 3, size, size)
         try:
             outputs = self._session.run(names, {self._name: np.zeros(shape, self._type)})
-        except Exception as error:  # as above
+        except Exception as error:  # see __init__
             raise UserError(
                 f"{self._shown}: ONNX Runtime cannot run it on {list(shape)}: {_first_line(error)}; if it was made for "
                 "images of another size, say --size"
@@ -223,7 +223,9 @@ def _flat(output: np.ndarray) -> np.ndarray:
 
 def _session(model: str) -> Any:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # InsightFace's own files declare an output batch of 1, warned about at each call
+    options.log_severity_level = (
+        3  # InsightFace's files declare an output batch of 1, for which it would warn at each call
+    )
     providers: list[Any] = ["CPUExecutionProvider"]
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": 0}))
@@ -231,7 +233,7 @@ def _session(model: str) -> Any:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Why a file cannot be loaded, and the way out."""
+    """Explain why a file cannot be loaded, and the way out."""
     kind = what_is(path)
     if kind not in ("an ONNX model", "binary, of no known kind"):
         return f"it is {kind}; give an ONNX file, exported or downloaded again"
@@ -253,6 +255,6 @@ def _reason(path: Path, error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    # Without the code, the path and the place in ONNX Runtime's source that it begins with.
+    # Strip the code, the path and the line of ONNX Runtime's source at the beginning.
     pattern = r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:)?(/onnxruntime_src/.*?\) (?=[A-Z]))?"
     return escape(re.sub(pattern, "", lines[0])) if lines else type(error).__name__

@@ -73,29 +73,29 @@ def _iresnet(
 
 @register_model
 def iresnet18(pretrained: bool = False, **options: Any) -> IResNet:
-    """IResNet-18."""
+    """Build IResNet-18."""
     return _iresnet((2, 2, 2, 2), pretrained, **options)
 
 
 @register_model
 def iresnet34(pretrained: bool = False, **options: Any) -> IResNet:
-    """IResNet-34."""
+    """Build IResNet-34."""
     return _iresnet((3, 4, 6, 3), pretrained, **options)
 
 
 @register_model
 def iresnet50(pretrained: bool = False, **options: Any) -> IResNet:
-    """IResNet-50."""
+    """Build IResNet-50."""
     return _iresnet((3, 4, 14, 3), pretrained, **options)
 
 
 @register_model
 def iresnet100(pretrained: bool = False, **options: Any) -> IResNet:
-    """IResNet-100."""
+    """Build IResNet-100."""
     return _iresnet((3, 13, 30, 3), pretrained, **options)
 
 
 @register_model
 def iresnet200(pretrained: bool = False, **options: Any) -> IResNet:
-    """IResNet-200."""
+    """Build IResNet-200."""
     return _iresnet((6, 26, 60, 6), pretrained, **options)

@@ -84,7 +84,7 @@ class MobileFaceNet(nn.Module):
 def mobilefacenet(
     pretrained: bool = False, num_classes: int = 0, global_pool: str = "", **options: Any
 ) -> MobileFaceNet:
-    """MobileFaceNet as InsightFace trains it (`mbf`): twice the paper's width, 4, 6 and 2 residual blocks."""
+    """Build MobileFaceNet as InsightFace's `mbf`: twice the paper's width, 4, 6 and 2 residual blocks."""
     for timm_argument in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         options.pop(timm_argument, None)
     if pretrained or num_classes or global_pool:

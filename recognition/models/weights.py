@@ -1,8 +1,8 @@
 """Loading of a backbone's weights from state dicts of this and other trainers.
 
 A checkpoint holds its state dict under some key, and the names in it have some prefix. Neither is assumed: every
-mapping
-of tensors in the file is tried with every prefix of its names, and the one that fits the backbone best is loaded.
+mapping of tensors in the file is tried with every prefix of its names, and the one that fits the backbone best is
+loaded.
 """
 
 import inspect

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from recognition.config import Augment, Data
@@ -168,7 +170,7 @@ def test_other_sizes_become_the_same_in_training_and_in_verification(loader: str
 
 
 @pytest.mark.parametrize("how", ["resize", "crop"])
-@pytest.mark.parametrize("shape", [(250, 250), (90, 131), (131, 90), (21, 17)])
+@given(shape=st.tuples(st.integers(17, 250), st.integers(17, 250)))
 def test_fitting_is_linear_interpolation_smoothed_where_it_shrinks(shape: tuple[int, int], how: str) -> None:
     levels = np.asarray(picture(3, shape[::-1]))
     side = min(shape)

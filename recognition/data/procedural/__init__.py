@@ -1,1 +1,1 @@
-"""Procedural faces: a labelled data set drawn from a seed, for demonstrations and tests."""
+"""Procedural faces: a labelled training set and a verification set drawn from a seed, for demonstrations and tests."""

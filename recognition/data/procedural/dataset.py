@@ -1,7 +1,7 @@
-"""Procedural faces: a labelled training set and a verification set from a seed, for demos, tests and load.
+"""Writing of procedural faces: a labelled training set and a verification set, rendered in parallel.
 
-An image is a function of (seed, identity, image) alone: neither the order nor the process that draws it matters. On one
-machine its bytes are always the same; elsewhere another NumPy or Pillow may round a pixel differently.
+An image is a function of (seed, identity, image) alone, whatever the order and the process that draws it. On one
+machine its bytes are always the same; another release of NumPy or Pillow may round a pixel differently.
 """
 
 import functools
@@ -30,14 +30,14 @@ from recognition.tracking.progress import task
 
 __all__ = ["Identity", "contact_sheet", "encode", "identity_parameters", "render", "verification_pairs", "write_faces"]
 
-UNSEEN = 1_000_000_000
-"""The number of the first identity of the verification set: above those of any training set, and the same for all."""
+FIRST_TEST_IDENTITY = 1_000_000_000
+"""Number of the verification set's first identity, above those of any training set."""
 
 FOLDS = 10
-"""Folds of the verification protocol; an identity belongs to one fold, as in LFW."""
+"""Number of folds of the verification protocol; an identity belongs to one fold, as in LFW."""
 
 VERSION = 1
-"""Raised when the same parameters give other faces, so that finished folders are rendered anew."""
+"""Version of the drawing; it is raised when faces change, so that finished folders are rendered anew."""
 
 _RECORD = "faces.json"
 _PAIRS = "pairs.bin"
@@ -49,13 +49,13 @@ _log = logging.getLogger(__name__)
 
 
 def render(seed: int, identity: int, image: int) -> np.ndarray:
-    """Image number `image` of an identity, uint8 [112, 112, 3] RGB, before JPEG."""
+    """Render image number `image` of an identity, uint8 [112, 112, 3] RGB, before JPEG."""
     capture = capture_parameters(seed, identity, image)
     return expose(draw(identity_parameters(seed, identity), capture), capture)
 
 
 def encode(seed: int, identity: int, image: int, size: int = SIZE) -> bytes:
-    """The same image, resized to `size` pixels a side, as a JPEG file of a quality that varies with the image."""
+    """Render an image as a JPEG file of `size` pixels a side, with a quality that varies with the image."""
     pixels = render(seed, identity, image)
     if size != SIZE:
         pixels = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
@@ -63,10 +63,10 @@ def encode(seed: int, identity: int, image: int, size: int = SIZE) -> bytes:
 
 
 def verification_pairs(seed: int, pairs: int, identities: int) -> tuple[list[tuple[int, int]], list[bool]]:
-    """The images of a verification set as (identity, image), two a pair, and whether each pair is genuine.
+    """Choose the images of a verification set as (identity, image), two per pair, and tell which pairs are genuine.
 
-    Genuine and impostor pairs take turns, no image occurs twice, and each of the ten folds has its own identities.
-    Raises UserError unless `pairs` is a multiple of 20 and there are two identities or more a fold.
+    Genuine and impostor pairs alternate, no image occurs twice, and each of the ten folds has its own identities.
+    Raises UserError unless `pairs` is a multiple of 20 and there are two identities or more per fold.
     """
     if pairs < 2 * FOLDS or pairs % (2 * FOLDS):
         raise UserError(f"pairs is {pairs}: give a multiple of {2 * FOLDS}, for {FOLDS} folds that are half genuine")
@@ -77,7 +77,7 @@ def verification_pairs(seed: int, pairs: int, identities: int) -> tuple[list[tup
 
     def fresh(identity: int) -> tuple[int, int]:
         seen[identity] += 1
-        return UNSEEN + identity, seen[identity] - 1
+        return FIRST_TEST_IDENTITY + identity, seen[identity] - 1
 
     images: list[tuple[int, int]] = []
     same = [pair % 2 == 0 for pair in range(pairs)]
@@ -96,7 +96,7 @@ def write_faces(
     folder: Path,
     *,
     identities: int,
-    images_per_identity: int,
+    images: int,
     pairs: int = 1200,
     seed: int = 0,
     image_size: int = SIZE,
@@ -104,25 +104,23 @@ def write_faces(
     workers: int | None = None,
     progress: bool = True,
 ) -> None:
-    """Render a training set `train.rec` with its index and `pairs.bin`, a verification set of identities not in it.
+    """Render a training set `train.rec` with its .idx, and `pairs.bin`, a verification set of other identities.
 
-    `identities` times `images_per_identity` images go into the training set in InsightFace's layout; `pairs` pairs are
-    drawn from `pair_identities` others, the same ones whatever the training set. Images have `image_size` pixels a
-    side. `workers` processes render, by default as many as there are cores. A folder that holds these very faces is
-    left as it is, an unfinished or other rendering is replaced. Raises UserError for numbers that make no set, and for
-    a folder whose files are not ours to overwrite.
+    The training set has `identities` times `images` images in InsightFace's layout; the `pairs` pairs are drawn from
+    `pair_identities` identities that do not depend on the training set. Images have `image_size` pixels a side.
+    `workers` processes render, by default one per core. A folder that holds exactly these faces is left as it is; an
+    unfinished or different rendering is replaced. Raises UserError for numbers that make no set, and for a folder with
+    files that were not rendered here.
     """
-    if not (0 < identities <= UNSEEN and images_per_identity > 0 and seed >= 0 and image_size > 0):
+    if not (0 < identities <= FIRST_TEST_IDENTITY and images > 0 and seed >= 0 and image_size > 0):
         size = f"{image_size} x {image_size} pixels"
-        raise UserError(
-            f"cannot render {identities} identities x {images_per_identity} images of {size} with seed {seed}"
-        )
+        raise UserError(f"cannot render {identities} identities x {images} images of {size} with seed {seed}")
     tested, same = verification_pairs(seed, pairs, pair_identities)
     parameters = {
         "version": VERSION,
         "seed": seed,
         "identities": identities,
-        "images": images_per_identity,
+        "images": images,
         "pairs": pairs,
         "pair_identities": pair_identities,
         "image_size": image_size,
@@ -131,18 +129,14 @@ def write_faces(
         _log.info("%s holds these faces already", folder)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    # Without sizes the record says that the folder is ours and not finished.
+    # A record without sizes marks the folder as ours, and unfinished.
     _write(folder / _RECORD, json.dumps(parameters | {"sizes": {}}, indent=2).encode() + b"\n")
-    # An identity's images may be many, so a task is a part of them; all parts of one come before the next identity.
-    starts = range(0, images_per_identity, _CHUNK)
-    parts = [range(start, min(start + _CHUNK, images_per_identity)) for start in starts]
+    # A task is a part of an identity's images, which may be many; the writer needs identities in order.
+    parts = [range(start, min(start + _CHUNK, images)) for start in range(0, images, _CHUNK)]
     trained = ([(identity, image) for image in part] for identity in range(identities) for part in parts)
     verified = [tested[start : start + _CHUNK] for start in range(0, len(tested), _CHUNK)]
     encode_all = functools.partial(_encode_all, seed, image_size)
-    with (
-        _pool(workers) as pool,
-        _counter("rendering faces", identities * images_per_identity + len(tested), progress) as advance,
-    ):
+    with _pool(workers) as pool, _counter("rendering faces", identities * images + len(tested), progress) as advance:
         with InsightFaceWriter(folder) as writer:
             for names, encoded in _rendered(pool, encode_all, trained):
                 for (identity, _), image in zip(names, encoded, strict=True):
@@ -158,13 +152,13 @@ def write_faces(
 
 
 def contact_sheet(seed: int, identities: Sequence[int], images: int) -> Image.Image:
-    """A picture of faces: one row an identity, `images` columns."""
+    """Draw a picture of faces with a row per identity and `images` columns."""
     rows = [np.concatenate([render(seed, identity, image) for image in range(images)], 1) for identity in identities]
     return Image.fromarray(np.concatenate(rows, 0))
 
 
 def _is_finished(folder: Path, parameters: dict[str, int]) -> bool:
-    """Whether the folder holds exactly these faces. Raises UserError where it holds somebody else's data."""
+    """Tell whether the folder holds exactly these faces. Raises UserError if it holds other data."""
     record = folder / _RECORD
     if not record.exists():
         foreign = [name for name in _FILES if (folder / name).exists()]
@@ -192,21 +186,21 @@ def _encode_all(seed: int, size: int, names: list[tuple[int, int]]) -> list[byte
     return [encode(seed, identity, image, size) for identity, image in names]
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
 def _pool(workers: int | None) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes to render in, or none where one core is all there is.
+    """Start processes to render in, or none if there is one core.
 
-    A fresh start rather than a fork: the caller may hold threads and a GPU.
+    They are spawned, not forked, as the caller may have threads and use a GPU.
     """
     workers = workers or cores()
     if workers == 1:
         yield None
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_leave_interrupts_to_the_parent) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_ignore_interrupts) as pool:
         try:
             yield pool
         except BaseException:
@@ -219,7 +213,7 @@ def _rendered(
     encode_all: Callable[[list[tuple[int, int]]], list[bytes]],
     tasks: Iterable[list[tuple[int, int]]],
 ) -> Iterator[tuple[list[tuple[int, int]], list[bytes]]]:
-    """The tasks and the JPEG files that `encode_all` makes of them, in order, a few ahead of their writer."""
+    """Yield the tasks with their JPEG files by `encode_all`, in order; up to 64 tasks are rendered ahead."""
     if pool is None:
         for names in tasks:
             yield names, encode_all(names)
@@ -236,7 +230,7 @@ def _rendered(
 
 @contextmanager
 def _counter(what: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A function that counts images, and shows them if asked to."""
+    """Provide a function that counts images, and shows progress if `show`."""
     if not show:
         yield lambda images: None
         return

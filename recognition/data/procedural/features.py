@@ -1,6 +1,6 @@
-"""The parts of a procedural face: skin and marks, nostrils, eyes, brows and mouth.
+"""Features of a procedural face: skin and marks, beard, nostrils, eyes, brows and mouth.
 
-Each is laid over a patch and depends on an identity and, where it moves, on a capture.
+Each function paints on a patch; it depends on the identity, and on the capture for features that move.
 """
 
 import numpy as np
@@ -10,12 +10,12 @@ from recognition.data.procedural.shapes import Patch, Plane, bump, inside, line,
 
 
 def mouth_y(identity: Identity) -> float:
-    """Where the mouth is: a share of the way from the nose to the chin."""
+    """Return the height of the mouth, between the nose and the chin."""
     return identity.nose_length + identity.mouth_height * (identity.chin - identity.nose_length)
 
 
 def draw_skin(patch: Patch, identity: Identity, head: Plane) -> None:
-    """The head's colour, blush, freckles and spots. `head` is the mask of the head."""
+    """Paint skin, blush, freckles and spots. `head` is the mask of the head."""
     x, y, side = patch.x, patch.y, patch.side
     skin = identity.skin_colour
     red = (skin[0] * 0.98, skin[1] * 0.74, skin[2] * 0.74)
@@ -38,7 +38,7 @@ def draw_skin(patch: Patch, identity: Identity, head: Plane) -> None:
 
 
 def draw_beard(patch: Patch, identity: Identity, head: Plane) -> None:
-    """Stubble or beard along the jaw and the chin, and a moustache."""
+    """Paint stubble or a beard along the jaw and the chin, and a moustache."""
     if identity.beard + identity.moustache <= 0:
         return
     x, y, side = patch.x, patch.y, patch.side
@@ -52,7 +52,7 @@ def draw_beard(patch: Patch, identity: Identity, head: Plane) -> None:
 
 
 def draw_nostrils(face: Patch, identity: Identity) -> None:
-    """Two openings, the crease of the wings and the shade under the tip."""
+    """Paint the nostrils, the creases of the wings and the shade under the tip."""
     patch = face.rows(identity.nose_length - 8, identity.nose_length + 8)
     width, skin = identity.nose_width, identity.skin_colour
     x, y = patch.side - width * 0.5, patch.y - identity.nose_length - 2.2
@@ -64,7 +64,7 @@ def draw_nostrils(face: Patch, identity: Identity) -> None:
 
 
 def draw_eyes(face: Patch, identity: Identity, capture: Capture) -> None:
-    """Eyeball, iris, pupil and glint between two lids; lashes, and the fold above them."""
+    """Paint eyeball, iris, pupil and glint between two lids; lashes, and the fold above them."""
     patch = face.rows(-12, 11)
     skin = identity.skin_colour
     outward = patch.side - identity.eye_distance
@@ -93,7 +93,7 @@ def draw_eyes(face: Patch, identity: Identity, capture: Capture) -> None:
 
 
 def draw_brows(face: Patch, identity: Identity, capture: Capture) -> None:
-    """Two tapering arcs with a trace of hairs."""
+    """Paint two tapering arcs with a trace of hairs."""
     middle = -identity.brow_height - capture.brow_raise
     patch = face.rows(middle - 10, middle + 8)
     s = (patch.side - identity.eye_distance - 0.5) / identity.brow_length
@@ -105,7 +105,7 @@ def draw_brows(face: Patch, identity: Identity, capture: Capture) -> None:
 
 
 def draw_mouth(face: Patch, identity: Identity, capture: Capture) -> None:
-    """Two lips about a line that a smile bends; teeth and dark between them when it opens."""
+    """Paint two lips about a line that a smile bends, with teeth and dark between them in an open mouth."""
     middle = mouth_y(identity)
     patch = face.rows(middle - 10, middle + 14)
     lip = identity.lip_colour

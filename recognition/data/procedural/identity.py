@@ -1,6 +1,6 @@
-"""What makes a procedural face: the parameters of an identity, and those of one photograph of it.
+"""Parameters of a procedural face: those of an identity, and those of one photograph of it.
 
-Lengths are pixels of the 112 x 112 image, angles radians, colours RGB in 0..1, the rest runs over 0..1 or -1..1.
+Lengths are pixels of the 112 x 112 image, angles are radians, colours RGB in 0..1; all others run over 0..1 or -1..1.
 The origin is the middle between the eyes, x to the right, y down.
 """
 
@@ -17,7 +17,7 @@ _IDENTITY, _CAPTURE = 1, 2
 
 @dataclass(frozen=True)
 class Identity:
-    """The parameters of one identity. Every image of it is drawn from these and a `Capture`."""
+    """Parameters of one identity. Every image of it is drawn from these and a `Capture`."""
 
     # Skull: half widths, distances above and below the eyes, and how square the outline is.
     head_width: float
@@ -92,7 +92,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Capture:
-    """The parameters of one photograph: pose, expression, light, background, occlusion and the camera."""
+    """Parameters of one photograph: pose, expression, light, background, occlusion and camera."""
 
     # Pose: turns, and what remains of an imperfect alignment.
     yaw: float
@@ -134,7 +134,7 @@ def _mix(a: Colour, b: Colour, share: float) -> Colour:
 
 
 def _ramp(colours: tuple[Colour, ...], position: float) -> Colour:
-    """The colour at `position` in 0..1 along evenly spaced stops."""
+    """Interpolate the colour at `position` in 0..1 along evenly spaced stops."""
     place = min(max(position, 0.0), 1.0) * (len(colours) - 1)
     stop = min(int(place), len(colours) - 2)
     return _mix(colours[stop], colours[stop + 1], place - stop)
@@ -150,7 +150,7 @@ def _generator(seed: int, *key: int) -> np.random.Generator:
 
 
 def identity_parameters(seed: int, identity: int) -> Identity:
-    """The identity's parameters, a function of (seed, identity) alone. Both are non-negative integers."""
+    """Draw the identity's parameters, a function of (seed, identity) alone; both are non-negative integers."""
     generator = _generator(seed, _IDENTITY, identity)
 
     def between(low: float, high: float, lean: float = 0.0) -> float:
@@ -243,7 +243,7 @@ def identity_parameters(seed: int, identity: int) -> Identity:
 
 
 def capture_parameters(seed: int, identity: int, image: int) -> Capture:
-    """The parameters of image `image` of an identity, a function of (seed, identity, image) alone."""
+    """Draw the parameters of image `image` of an identity, a function of (seed, identity, image) alone."""
     generator = _generator(seed, _CAPTURE, identity, image)
 
     def between(low: float, high: float) -> float:

@@ -1,7 +1,7 @@
-"""Draws a procedural face: soft masks and a height field on the pixel grid, lit by one lamp and the sky, photographed.
+"""Renderer of a procedural face: soft masks and a height field on the pixel grid, lit by one lamp and the sky.
 
-Pixels are first mapped back to the face as it looks from the front (`_face_coordinates`), so that a turned head needs
-no second set of shapes. Layers follow from back to front, as in `draw`.
+Pixels are first mapped to coordinates of the frontal face (`_face_coordinates`), so that a turned head needs no second
+set of shapes. `draw` paints the layers from back to front, `expose` is the camera, `compress` the JPEG file.
 """
 
 import io
@@ -25,16 +25,16 @@ SIZE = 112
 """Height and width of an image, in pixels, as in InsightFace's aligned sets."""
 
 EYES = (56.0, 51.7)
-"""The pixel between the eyes of that alignment."""
+"""Pixel between the eyes in that alignment."""
 
 _PIXEL_Y, _PIXEL_X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
 
 _ROUND = 42.0
-"""About the radius of a head in pixels: turns its relative radius into a distance."""
+"""Approximate radius of a head in pixels, which turns a relative radius into a distance."""
 
 
 def draw(identity: Identity, capture: Capture) -> np.ndarray:
-    """An identity under a capture, before the camera's part: float32 [3, 112, 112] RGB, roughly 0..1."""
+    """Draw an identity under a capture, before the camera: float32 [3, 112, 112] RGB, roughly 0..1."""
     x, y = _face_coordinates(identity, capture)
     face = Patch(np.empty((3, SIZE, SIZE), np.float32), x, y, np.abs(x))
     radius = _radius(face, identity, capture, 0.0, 0.0)
@@ -58,7 +58,7 @@ def draw(identity: Identity, capture: Capture) -> np.ndarray:
 
 
 def expose(canvas: np.ndarray, capture: Capture) -> np.ndarray:
-    """What the camera makes of it: colour cast, exposure, blur and noise; uint8 [112, 112, 3] RGB."""
+    """Apply the camera: colour cast, exposure, gamma, blur and noise; uint8 [112, 112, 3] RGB."""
     grey = canvas.mean(axis=0)
     gain = 255 * capture.exposure * np.array(capture.tint, np.float32)[:, None, None]
     linear = np.clip((grey + capture.saturation * (canvas - grey)) * gain + 0.5, 0, 255).astype(np.uint8)
@@ -72,14 +72,14 @@ def expose(canvas: np.ndarray, capture: Capture) -> np.ndarray:
 
 
 def compress(image: np.ndarray, capture: Capture) -> bytes:
-    """The JPEG file of a photograph, at the capture's quality."""
+    """Compress a photograph to a JPEG file, at the capture's quality."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, format="JPEG", quality=capture.quality)
     return stream.getvalue()
 
 
 def _face_coordinates(identity: Identity, capture: Capture) -> tuple[Plane, Plane]:
-    """Where on the frontal face each pixel looks: the inverse of turning a shallow bowl with a nose on it."""
+    """Map each pixel to x and y on the frontal face: the inverse of turning a shallow bowl with a nose on it."""
     cos, sin = float(np.cos(capture.roll)) / capture.zoom, float(np.sin(capture.roll)) / capture.zoom
     across, down = _PIXEL_X - (EYES[0] + capture.shift[0]), _PIXEL_Y - (EYES[1] + capture.shift[1])
     seen_x, seen_y = cos * across + sin * down, cos * down - sin * across
@@ -97,7 +97,7 @@ def _face_coordinates(identity: Identity, capture: Capture) -> tuple[Plane, Plan
 
 
 def _radius(face: Patch, identity: Identity, capture: Capture, wider: float, taller: float) -> Plane:
-    """The distance from the middle of the head relative to its outline, grown by two lengths: 1 on it, less inside."""
+    """Return the distance from the head's middle relative to its outline, which is enlarged by two lengths."""
     middle = 5.0
     below = np.clip((face.y - middle) / (identity.chin + 3 * capture.mouth_open + wider * 0.3 - middle), 0, 2)
     above = np.clip((middle - face.y) / (identity.crown + taller + middle), 0, 2)
@@ -107,7 +107,7 @@ def _radius(face: Patch, identity: Identity, capture: Capture, wider: float, tal
 
 
 def _height(face: Patch, identity: Identity, capture: Capture, radius: Plane) -> Plane:
-    """The height of the face over a plane, in pixels: what the lamp sees."""
+    """Return the height of the face over a plane, in pixels, for shading."""
     round_ = np.minimum(radius, 1.05)
     height = 30 * np.sqrt(1.12 - round_ * round_)
     length, nose, smile = identity.nose_length, identity.nose_height, max(capture.smile, 0.0)
@@ -145,7 +145,7 @@ def _height(face: Patch, identity: Identity, capture: Capture, radius: Plane) ->
 
 
 def _light(face: Patch, identity: Identity, capture: Capture, radius: Plane, head: Plane) -> None:
-    """Lambert's law and a little gloss from one lamp, the rest from all around; on the head and just about it."""
+    """Shade the head by Lambert's law and a little gloss from one lamp, and by light from all around."""
     slope_y, slope_x = np.gradient(_height(face, identity, capture, radius))
     # The head turns under a lamp that stays.
     slope_x += float(np.tan(capture.yaw))
@@ -165,7 +165,7 @@ def _light(face: Patch, identity: Identity, capture: Capture, radius: Plane, hea
 
 
 def _draw_background(face: Patch, capture: Capture) -> None:
-    """Two washes of colour and soft blobs of a third."""
+    """Paint two washes of colour and soft blobs of a third."""
     slope_x, slope_y, phase_x, phase_y = capture.background_waves
     wash = 0.5 + 0.5 * np.sin(slope_x * _PIXEL_X + slope_y * _PIXEL_Y + phase_x)
     blobs = 0.6 * rise(np.sin(_PIXEL_X[:1] * 0.06 + phase_y) + np.sin(_PIXEL_Y[:, :1] * 0.05 + phase_x), -0.2, 0.6)
@@ -175,7 +175,7 @@ def _draw_background(face: Patch, capture: Capture) -> None:
 
 
 def _draw_body(face: Patch, identity: Identity, capture: Capture) -> None:
-    """The neck in the head's shade, and the collar."""
+    """Paint the neck in the head's shade, and the collar."""
     part = face.rows(25, 200)
     neck = 0.62 * identity.head_width + 0.004 * np.maximum(part.y - 50, 0) ** 2
     part.paint(scaled(identity.skin_colour, 0.62), inside(part.side - neck) * inside(30 - part.y))
@@ -183,7 +183,7 @@ def _draw_body(face: Patch, identity: Identity, capture: Capture) -> None:
 
 
 def _draw_ears(face: Patch, identity: Identity) -> None:
-    """Two ovals with a darker bowl, at the height of the nose."""
+    """Paint two ovals with a darker bowl, at the height of the nose."""
     part = face.rows(-5, 23)
     across = (part.side - identity.head_width - identity.ear_out + 2) / (identity.ear_size * 0.48)
     oval = np.hypot(across, (part.y - 9) / identity.ear_size)
@@ -192,7 +192,7 @@ def _draw_ears(face: Patch, identity: Identity) -> None:
 
 
 def _hair_light(face: Patch, identity: Identity, capture: Capture) -> Plane:
-    """The brightness of the hair: wavy strands that run away from the parting, and a shine on the crown."""
+    """Return the brightness of the hair: wavy strands from the parting, and a shine on the crown."""
     curl, crown = identity.hair_curl, face.y + identity.crown
     run = np.arctan2(face.x - identity.hair_part * 20, crown + 25) * 26
     wave = (0.5 + 2.5 * curl) * np.sin(face.y * (0.14 + 0.30 * curl) + 0.15 * face.x)
@@ -202,13 +202,13 @@ def _hair_light(face: Patch, identity: Identity, capture: Capture) -> Plane:
 
 
 def _paint_hair(face: Patch, identity: Identity, light: Plane, mask: Plane) -> None:
-    """Hair over the canvas; even black hair shows its strands."""
+    """Paint hair over the canvas; even black hair shows its strands."""
     for plane, value in zip(face.canvas, identity.hair_colour, strict=True):
         plane += mask * ((value + 0.03) * light - plane)
 
 
 def _draw_back_hair(face: Patch, identity: Identity, capture: Capture, light: Plane) -> None:
-    """What is seen of the hair around and behind the head, down to its length."""
+    """Paint the hair around and behind the head, down to its length."""
     if identity.hair_volume <= 0:
         return
     radius = _radius(face, identity, capture, identity.hair_side + 0.5, identity.hair_volume)
@@ -221,7 +221,7 @@ def _draw_back_hair(face: Patch, identity: Identity, capture: Capture, light: Pl
 
 
 def _draw_front_hair(face: Patch, identity: Identity, capture: Capture, light: Plane, head: Plane) -> None:
-    """Hair on the forehead and the temples, its shadow, and long hair in front of the ears."""
+    """Paint hair on the forehead and the temples, its shadow, and long hair in front of the ears."""
     part = identity.hair_part * 0.5 * identity.head_width
     across = np.abs(face.x - part) / (identity.head_width - part * np.sign(face.x - part))
     fall = np.minimum(across * 1.06, 1.3) ** identity.hairline_power
@@ -240,7 +240,7 @@ def _draw_front_hair(face: Patch, identity: Identity, capture: Capture, light: P
 
 
 def _draw_glasses(face: Patch, identity: Identity, capture: Capture, head: Plane) -> None:
-    """Two rounded frames, a bridge and temples."""
+    """Paint two rounded frames, a bridge and temples."""
     if capture.glasses <= 0:
         return
     outward, y = face.side - identity.eye_distance, face.y - 1.5
@@ -253,7 +253,7 @@ def _draw_glasses(face: Patch, identity: Identity, capture: Capture, head: Plane
 
 
 def _draw_object(face: Patch, capture: Capture) -> None:
-    """A smooth edge of something that reaches in from the border of the image."""
+    """Paint an object with a smooth edge that reaches in from the border of the image."""
     if capture.object_edge is None:
         return
     angle, distance, bend = capture.object_edge

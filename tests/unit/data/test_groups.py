@@ -3,6 +3,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from scipy.stats import chi2_contingency, chisquare
 
 from recognition.data import groups
@@ -20,20 +22,23 @@ def in_groups(found: GroupedOrder, size: int, rounds: range) -> np.ndarray:
     return found.samples_at(positions)[1].reshape(len(rounds), -1, size)
 
 
-@pytest.mark.parametrize("labels", [ASCENDING, SHUFFLED], ids=["ascending", "shuffled"])
-@pytest.mark.parametrize("size", [2, 3, 4, 8, 40])
+@given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=12), size=st.integers(2, 9), seed=st.integers(0, 2**64))
+@example(counts=COUNTS, size=40, seed=4)
+@pytest.mark.parametrize("shuffled", [False, True])
 def test_a_round_shows_each_identity_its_groups_and_each_image_as_evenly_as_can_be(
-    labels: np.ndarray, size: int
+    counts: list[int], size: int, seed: int, shuffled: bool
 ) -> None:
-    found = GroupedOrder(labels, size, seed=4)
-    numbers = [-(-count // size) for count in COUNTS]
+    labels = np.repeat(np.arange(len(counts)), counts)
+    labels = np.random.default_rng(seed).permutation(labels) if shuffled else labels
+    found = GroupedOrder(labels, size, seed)
+    numbers = [-(-count // size) for count in counts]
     assert found.length == size * sum(numbers)
-    for samples in in_groups(found, size, range(3)):
+    for samples in in_groups(found, size, range(2)):
         people = labels[samples]
         assert (people == people[:, :1]).all()
         assert np.bincount(people[:, 0]).tolist() == numbers
         seen = np.bincount(samples.ravel(), minlength=len(labels))
-        for person, (count, number) in enumerate(zip(COUNTS, numbers, strict=True)):
+        for person, (count, number) in enumerate(zip(counts, numbers, strict=True)):
             times = seen[labels == person]
             assert times.sum() == number * size
             assert times.max() - times.min() <= 1

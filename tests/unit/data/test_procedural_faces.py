@@ -50,7 +50,7 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def test_an_image_depends_on_neither_order_nor_process():
-    names = [(identity, image) for identity in (0, 3, dataset.UNSEEN) for image in (0, 5)]
+    names = [(identity, image) for identity in (0, 3, dataset.FIRST_TEST_IDENTITY) for image in (0, 5)]
     here = [digest(*name) for name in names]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         there = pool.starmap(digest, names[::-1])[::-1]
@@ -143,7 +143,7 @@ def test_verification_pairs_are_of_unseen_identities_in_balanced_folds_of_their_
     names, same = dataset.verification_pairs(7, pairs, identities)
     assert len(same) == pairs and len(set(names)) == len(names) == 2 * pairs
     people = np.array(names)[:, 0].reshape(-1, 2)
-    assert people.min() >= dataset.UNSEEN
+    assert people.min() >= dataset.FIRST_TEST_IDENTITY
     assert ((people[:, 0] == people[:, 1]) == same).all()
     folds = [set(fold.ravel().tolist()) for fold in np.array_split(people, 10)]
     assert sum(len(fold) for fold in folds) == len(set.union(*folds)) == identities

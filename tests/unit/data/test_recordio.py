@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from recognition.data.insightface_rec import InsightFaceWriter, pack_image, scan
 from recognition.data.recordio import Records, RecordWriter, read_records
@@ -106,10 +108,14 @@ def test_insightface_writer_leaves_nothing_behind_when_it_fails(tmp_path):
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_any_payload_comes_back(tmp_path):
-    random = np.random.default_rng(1)
-    words = [MAGIC, b"abcd", MAGIC[:2], b"x"]
-    wanted = [b"".join(words[i] for i in random.integers(0, 4, random.integers(0, 12))) for _ in range(500)]
+# Magic numbers at multiples of 4 divide a payload, elsewhere they do not.
+PAYLOADS = st.lists(st.sampled_from([MAGIC, b"abcd", MAGIC[:2], b"x"]) | st.binary(max_size=9), max_size=12).map(
+    b"".join
+)
+
+
+@given(wanted=st.lists(PAYLOADS, min_size=1, max_size=40))
+def test_any_payload_comes_back(tmp_path: Path, wanted: list[bytes]) -> None:
     rec = tmp_path / "any.rec"
     with RecordWriter(rec) as writer:
         for key, payload in enumerate(wanted):
@@ -117,6 +123,22 @@ def test_any_payload_comes_back(tmp_path):
     assert payloads(rec, read_records(rec)[0]) == wanted
     rec.with_suffix(".idx").unlink()
     assert payloads(rec, read_records(rec)[0]) == wanted
+
+
+LABELS = st.integers(0, 2**24 - 1)
+
+
+@given(images=st.lists(st.tuples(LABELS | st.lists(LABELS, min_size=1, max_size=3), PAYLOADS), min_size=1, max_size=20))
+@example(images=[([0, 1], b"image")])
+def test_any_image_and_label_comes_back(tmp_path: Path, images: list[tuple[int | list[int], bytes]]) -> None:
+    # Two labels without an image are InsightFace's records of identities.
+    images = [(label, image or b"image") for label, image in images]
+    with RecordWriter(tmp_path / "any.rec") as writer:
+        for number, (label, image) in enumerate(images):
+            writer.write(number, pack_image(label, number, image))
+    found, labels = scan(tmp_path / "any.rec")
+    assert payloads(tmp_path / "any.rec", found) == [image for _, image in images]
+    assert labels.tolist() == [label if isinstance(label, int) else label[0] for label, _ in images]
 
 
 def test_labels_cut_by_a_magic_number_come_back(tmp_path):
