@@ -96,7 +96,7 @@ def write_faces(
     folder: Path,
     *,
     identities: int,
-    images: int,
+    images_per_identity: int,
     pairs: int = 1200,
     seed: int = 0,
     image_size: int = SIZE,
@@ -106,21 +106,24 @@ def write_faces(
 ) -> None:
     """Render a training set `train.rec` with its .idx, and `pairs.bin`, a verification set of other identities.
 
-    The training set has `identities` times `images` images in InsightFace's layout; the `pairs` pairs are drawn from
+    The training set has `identities` times `images_per_identity` images in InsightFace's layout; the `pairs` pairs
+    are drawn from
     `pair_identities` identities that do not depend on the training set. Images have `image_size` pixels a side.
     `workers` processes render, by default one per core. A folder that holds exactly these faces is left as it is; an
     unfinished or different rendering is replaced. Raises UserError for numbers that make no set, and for a folder with
     files that were not rendered here.
     """
-    if not (0 < identities <= FIRST_TEST_IDENTITY and images > 0 and seed >= 0 and image_size > 0):
+    if not (0 < identities <= FIRST_TEST_IDENTITY and images_per_identity > 0 and seed >= 0 and image_size > 0):
         size = f"{image_size} x {image_size} pixels"
-        raise UserError(f"cannot render {identities} identities x {images} images of {size} with seed {seed}")
+        raise UserError(
+            f"cannot render {identities} identities x {images_per_identity} images of {size} with seed {seed}"
+        )
     tested, same = verification_pairs(seed, pairs, pair_identities)
     parameters = {
         "version": VERSION,
         "seed": seed,
         "identities": identities,
-        "images": images,
+        "images": images_per_identity,
         "pairs": pairs,
         "pair_identities": pair_identities,
         "image_size": image_size,
@@ -132,11 +135,14 @@ def write_faces(
     # A record without sizes marks the folder as ours, and unfinished.
     _write(folder / _RECORD, json.dumps(parameters | {"sizes": {}}, indent=2).encode() + b"\n")
     # A task is a part of an identity's images, which may be many; the writer needs identities in order.
-    parts = [range(start, min(start + _CHUNK, images)) for start in range(0, images, _CHUNK)]
+    parts = [range(start, min(start + _CHUNK, images_per_identity)) for start in range(0, images_per_identity, _CHUNK)]
     trained = ([(identity, image) for image in part] for identity in range(identities) for part in parts)
     verified = [tested[start : start + _CHUNK] for start in range(0, len(tested), _CHUNK)]
     encode_all = functools.partial(_encode_all, seed, image_size)
-    with _pool(workers) as pool, _counter("rendering faces", identities * images + len(tested), progress) as advance:
+    with (
+        _pool(workers) as pool,
+        _counter("rendering faces", identities * images_per_identity + len(tested), progress) as advance,
+    ):
         with InsightFaceWriter(folder) as writer:
             for names, encoded in _rendered(pool, encode_all, trained):
                 for (identity, _), image in zip(names, encoded, strict=True):
