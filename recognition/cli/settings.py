@@ -1,0 +1,31 @@
+"""`recognition settings` and `recognition recipes`: what can be set, and what comes with the program."""
+
+import click
+
+from recognition.cli.command import command
+
+
+@command("settings", examples="recognition settings training.epochs\nrecognition settings | less")
+@click.argument("key", required=False, metavar="[SECTION[.KEY]]")
+def settings(key: str | None) -> None:
+    """Explain a setting, or all of them: its meaning, type and default."""
+    from recognition.config import reference
+
+    click.echo((reference.markdown() if key is None else reference.describe(key)).rstrip("\n"))
+
+
+@command("recipes", examples="recognition recipes\nrecognition recipes demo > my.toml")
+@click.argument("name", required=False, metavar="[NAME]")
+def show_recipes(name: str | None) -> None:
+    """List the recipes that come with the program, or print one."""
+    from recognition.config import recipes
+    from recognition.errors import UserError
+
+    if name is None:
+        width = max(map(len, recipes.names()))
+        for each in recipes.names():
+            click.echo(f"{each:<{width}}  {recipes.summary(each)}")
+    elif name.removesuffix(".toml") in recipes.names():
+        click.echo((recipes.folder() / f"{name.removesuffix('.toml')}.toml").read_text(encoding="utf-8"), nl=False)
+    else:
+        raise UserError(f"there is no recipe {name}, but {', '.join(recipes.names())}")
