@@ -58,6 +58,12 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")(function)
 
 
+def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--device` to a subcommand."""
+    choices = click.Choice(["cpu", "cuda"])
+    return click.option("--device", type=choices, default="cpu", help="Where to measure.")(function)
+
+
 def head_settings(options: dict[str, Any]) -> "config.Head":
     """Return settings of the head made of a subcommand's options. Raises UserError that names the wrong ones."""
     from pydantic import ValidationError

@@ -55,8 +55,6 @@ def plan(as_json: bool, **options: Any) -> None:
     """
     from recognition.tracking import progress
 
-    with progress.working("loading torch"):
-        from recognition.planning import run  # noqa: F401
     with progress.working("counting the backbone's operations"):
         planned = _planned(options)
     nearest: list[tuple[str, RunPlan]] = []
