@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from recognition.cli.argument_types import PATH, POSITIVE
-from recognition.cli.command import Several, command, device_option, json_option
+from recognition.cli.command import Several, check_cuda, command, device_option, json_option
 
 
 @command("data", examples="recognition benchmark data --data runs/demo-faces --loader dali torchvision")
@@ -28,9 +28,9 @@ from recognition.cli.command import Several, command, device_option, json_option
 def benchmark_data(
     data: Path, device: str, loader: tuple[str, ...], batch: int, steps: int, threads: int, as_json: bool
 ) -> None:
-    """Measure the data pipeline: read, decode, augment, put on the device.
+    """Measure the data pipeline.
 
-    Rates are in images per second, and per second of processor time, that of all threads of the process together.
+    It reads, decodes, augments, and puts batches on the device. Rates are in images per second, and per second of processor time, that of all threads of the process together.
     """
     from recognition.tracking.progress import working
 
@@ -39,7 +39,6 @@ def benchmark_data(
 
         from recognition import hardware
         from recognition.benchmarks.data import AUGMENTS, WARM_UP, measure, settings_of
-        from recognition.cli.devices import check_cuda
         from recognition.data.index import open_index
 
     check_cuda(device)

@@ -47,9 +47,9 @@ recognition benchmark head --device cuda --ranks 8 --classes 10000000 --batch 12
 @click.option("--reference", is_flag=True, help="Also measure three steps of a plain PyTorch head.")
 @json_option
 def benchmark_head(as_json: bool, **options: Any) -> None:
-    """Measure the head: time, memory and operations of a training step, and their floor.
+    """Measure the head on random embeddings.
 
-    The ranks are processes that this program starts itself. Embeddings are random, as near to their identities as those
+    Prints time, memory and operations of a training step, and their floor. The ranks are processes that this program starts itself. Embeddings are random, as near to their identities as those
     of a network half trained. The plain head of --reference is CosFace on all logits in float32.
     """
     from recognition.tracking.progress import working

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from recognition.cli.argument_types import ABOVE_ONE, ABOVE_ZERO, PATH, WHOLE
-from recognition.cli.command import Several, command, device_option, json_option
+from recognition.cli.command import Several, check_cuda, command, device_option, json_option
 
 if TYPE_CHECKING:
     from recognition import config
@@ -54,9 +54,9 @@ recognition benchmark training --device cuda --recipe ms1mv3_r50 --grid
 @click.option("--peak", type=ABOVE_ZERO, metavar="TFLOPS", help="Of the device in bfloat16, for MFU.")
 @json_option
 def benchmark_training(as_json: bool, **options: Any) -> None:
-    """Measure training on one device: images per second and MFU, on random data.
+    """Measure training on one device, on random data.
 
-    Three trainings take turns in one run: bfloat16, channels-last and compiled, as one should train; the same without a
+    Prints images per second and MFU. Three trainings take turns in one run: bfloat16, channels-last and compiled, as one should train; the same without a
     compiler; and the baseline, float16 autocast with a GradScaler (on a CPU: float32), NCHW, as arcface_torch does.
     --grid measures each precision, layout and torch.compile instead, which is what the settings that say `auto` rest
     on.
@@ -80,7 +80,6 @@ def benchmark_training(as_json: bool, **options: Any) -> None:
 def _measured(options: dict[str, Any]) -> "Result | list[Variant]":
     from recognition import config, distributed
     from recognition.benchmarks.training import measure, measure_grid
-    from recognition.cli.devices import check_cuda
     from recognition.tracking.progress import working
 
     check_cuda(options["device"])

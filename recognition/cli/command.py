@@ -64,6 +64,16 @@ def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--device", type=choices, default="cpu", help="Where to measure.")(function)
 
 
+def check_cuda(device: str) -> None:
+    """Raise UserError if `device` is cuda and this machine has none."""
+    import torch
+
+    from recognition.errors import UserError
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: there is no CUDA device")
+
+
 def head_settings(options: dict[str, Any]) -> "config.Head":
     """Return settings of the head made of a subcommand's options. Raises UserError that names the wrong ones."""
     from pydantic import ValidationError

@@ -12,7 +12,10 @@ VARIABLE = "_RECOGNITION_COMPLETE"
 @command("completion", examples='eval "$(recognition completion bash)"')
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print a script that lets a shell complete subcommands, options and files."""
+    """Print a script for completion in a shell.
+
+    It lets the shell complete subcommands, options and files.
+    """
     found = get_completion_class(shell)
     assert found is not None
     click.echo(found(click.get_current_context().find_root().command, {}, "recognition", VARIABLE).source())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from recognition.cli.argument_types import PATH, POSITIVE
-from recognition.cli.command import command, json_option
+from recognition.cli.command import check_cuda, command, json_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,9 +28,9 @@ recognition doctor --ranks 8 --folder /data --quick --json
 @click.option("--quick", is_flag=True, help="Measure a tenth as long, which is less certain.")
 @json_option
 def doctor(device: str, ranks: int | None, folder: Path, quick: bool, as_json: bool) -> None:
-    """Say what this machine has, what `auto` settings become here, and how fast each part is.
+    """Say what this machine has and how fast it is.
 
-    Takes less than a minute. Each measurement stands for itself: what a whole training step does with precision, layout
+    Also what the settings that say `auto` become here. Takes less than a minute. Each measurement stands for itself: what a whole training step does with precision, layout
     and torch.compile is told by `recognition benchmark training --grid`.
     """
     found = _examine(device, ranks, folder, quick)
@@ -54,7 +54,6 @@ def _examine(device_name: str, ranks: int | None, folder: Path, quick: bool) -> 
 
         from recognition import config, hardware
         from recognition.benchmarks import doctor, machine
-        from recognition.cli.devices import check_cuda
 
     check_cuda(device_name)
     on_gpu = device_name != "cpu" and torch.cuda.is_available()

@@ -56,7 +56,7 @@ _CHANNELS = "one number, or one for each of the network's channels."
 )
 @click.option("--batch", type=POSITIVE, default=64, help="Images per forward pass.")
 @json_option
-@click.option("--size", type=POSITIVE, help="ONNX files of other programs: image size, where the file leaves it free.")
+@click.option("--size", type=POSITIVE, help="ONNX files of others: image size, where the file leaves it free.")
 @click.option("--output", metavar="NAME", help="ONNX files of others: the output that is the embedding, of several.")
 @click.option(
     "--mean", cls=Several, type=float, metavar="X...", help=f"ONNX files of others: subtracted from levels: {_CHANNELS}"
@@ -64,11 +64,11 @@ _CHANNELS = "one number, or one for each of the network's channels."
 @click.option(
     "--std", cls=Several, type=float, metavar="X...", help=f"ONNX files of others: divisor after that: {_CHANNELS}"
 )
-@click.option(
-    "--bgr/--no-bgr", default=None, help="ONNX files of others: whether the channels are blue, green, red."
-)
+@click.option("--bgr/--no-bgr", default=None, help="ONNX files of others: whether the channels are blue, green, red.")
 def evaluate(as_json: bool, **options: Any) -> None:
-    """Verify a model on pairs of faces: 10-fold accuracy and TAR@FAR of each set.
+    """Verify a model on pairs of faces.
+
+    Prints accuracy by the 10-fold protocol of LFW and TAR@FAR for each set of pairs.
 
     Needs no torch for an ONNX file: the extra `evaluate` is enough.
     """
@@ -104,9 +104,7 @@ def evaluate(as_json: bool, **options: Any) -> None:
 def _reading(options: dict[str, Any]) -> "Reading":
     from recognition.deploy.embedder import Reading
 
-    return Reading(
-        options["size"], options["output"], options["mean"] or None, options["std"] or None, options["bgr"]
-    )
+    return Reading(options["size"], options["output"], options["mean"] or None, options["std"] or None, options["bgr"])
 
 
 def load_embedder(model: Path, reading: "Reading") -> "Embedder":

@@ -33,7 +33,10 @@ def faces(
     workers: int | None,
     contact_sheet: Path | None,
 ) -> None:
-    """Render procedural faces: a training set in InsightFace's format and a verification set of other identities."""
+    """Render procedural faces, to train and to verify on.
+
+    DIR gets a training set in InsightFace's format, and a verification set of other identities.
+    """
     from recognition.files.outputs import check_output
 
     if output is None and contact_sheet is None:

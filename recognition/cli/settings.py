@@ -8,7 +8,10 @@ from recognition.cli.command import command
 @command("settings", examples="recognition settings training.epochs\nrecognition settings | less")
 @click.argument("key", required=False, metavar="[SECTION[.KEY]]")
 def settings(key: str | None) -> None:
-    """Explain a setting, or all of them: its meaning, type and default."""
+    """Explain a setting, or all of them.
+
+    Prints meaning, type and default.
+    """
     from recognition.config import reference
 
     click.echo((reference.markdown() if key is None else reference.describe(key)).rstrip("\n"))

@@ -29,8 +29,10 @@ def train(wants_settings: bool, arguments: tuple[str, ...]) -> int:
     interrupted, on any number of processes.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 (as of SLURM's --signal=USR1@120) leave a checkpoint and end the run with
-    status 130. torchrun hands them on to its processes; SIGUSR1 it does with
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 alone.
+    status 130. torchrun hands them on to its processes, SIGUSR1 only with
+
+    \b
+        --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
     """
     from recognition import config
     from recognition.config import recipes

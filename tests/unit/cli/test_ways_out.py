@@ -10,8 +10,9 @@ import onnx
 import pytest
 import torch
 
-from recognition import config, distributed, hardware
+from recognition import config, hardware
 from recognition.deploy.embedder import OnnxEmbedder, Reading
+from recognition.distributed import group
 from recognition.distributed.launcher import launched
 from recognition.files.outputs import check_output
 from recognition.models.backbone import build_backbone
@@ -217,7 +218,7 @@ def test_what_this_machine_lacks(
     def attempt(setting: str) -> None:
         settings = config.load(file, [setting])
         hardware.resolve(settings, CPU)
-        distributed._device(settings.distributed.backend, 0, 1, alone=False)
+        group._device(settings.distributed.backend, 0, 1, alone=False)
 
     attempt(way_out(refusal(lambda: attempt(mistake)), pattern).expand(template))
 
