@@ -15,10 +15,10 @@ from pathlib import Path
 _PACKAGES = {"PIL": "pillow", "nvidia": "nvidia-dali-cuda130"}
 _EXTRAS = {
     "evaluate": ("onnx", "onnxruntime"),
-    "export": ("torch", "timm", "onnxscript", "safetensors"),
-    "train": ("torchvision", "tensorboard"),
+    "export": ("onnxscript",),
+    "train": ("torch", "torchvision", "timm", "tensorboard", "safetensors"),
 }
-"""Packages that come with an extra, and with those further down; pyproject.toml has the same."""
+"""The extra of pyproject.toml that most of those need who lack one of these packages."""
 _POSIX = {"resource", "fcntl", "termios", "pwd", "grp"}
 # What the machine lacks, and the program cannot mend.
 _LACKING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EROFS}
@@ -76,5 +76,7 @@ def _how_to_install(package: str) -> str:
         return f"install it: {command}"
     # Of a clone, its folder; else the distribution that is installed, which an index may not have.
     clone = Path(__file__).resolve().parents[1]
-    project = f"-e {shlex.quote(f'{clone}[{extra}]')}" if (clone / "pyproject.toml").is_file() else f"'recognition[{extra}]'"
+    project = (
+        f"-e {shlex.quote(f'{clone}[{extra}]')}" if (clone / "pyproject.toml").is_file() else f"'recognition[{extra}]'"
+    )
     return f"the extra {extra} has it: {sys.executable} -m pip install {project}\nOr alone: {command}"

@@ -1,5 +1,6 @@
 """Measure the tiles of the head's Triton kernels on a GPU: the fastest candidate for each kernel, work and type."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from recognition.errors import UserError
 from recognition.head.backends import tiles
 from recognition.head.backends.problem import ActiveClasses, LogitOptions, NegativeTerm
 from recognition.head.backends.tiles import Kernel, Problem, Section, Tile, Work
+from recognition.head.class_weights.gradient import RowGradient
 from recognition.head.class_weights.shard import RowFormat, WeightShard
 from recognition.head.losses.negatives import AffineNegatives, CurricularNegatives, FilteredNegatives
 
@@ -113,9 +115,11 @@ class _Bench:
         from recognition.head.backends import triton_backend
 
         options = replace(self.options, chunk=chunk or self.options.chunk)
-        vectors: list[Tensor] = [self.vector] * 4
-        on_rows = (lambda part, gradient: gradient.product()) if rows_too else None
-        triton_backend.backward(self.rows, self.active, self.x, options, self.negative_term, *vectors, on_rows)
+        on_rows = _multiply if rows_too else None
+        each = self.vector
+        triton_backend.backward(
+            self.rows, self.active, self.x, options, self.negative_term, each, each, each, each, on_rows
+        )
 
     def best_chunk(self, workspace: int, known: dict[Problem, Tile], report: Callable[[str], None]) -> int:
         """Return the fastest number of rows per chunk of those that have room, in the tile `known` to be best."""
@@ -126,9 +130,13 @@ class _Bench:
         for chunk in CHUNKS:
             if chunk <= len(self.rows) and 2 * chunk * (batch + 3 * size) <= workspace:
                 with tiles.forced(best):
-                    times[chunk] = _milliseconds(lambda chunk=chunk: self.backward(chunk, rows_too=True))
+                    times[chunk] = _milliseconds(functools.partial(self.backward, chunk, rows_too=True))
                 report(f"chunk of {chunk}: {times[chunk]:.3f} ms")
         return min(times, key=lambda chunk: times[chunk]) if times else min(CHUNKS)
+
+
+def _multiply(part: slice | Tensor, gradient: RowGradient) -> None:
+    gradient.product()
 
 
 def _fastest(what: str, run: Callable[[], Any], report: Callable[[str], None]) -> Tile:

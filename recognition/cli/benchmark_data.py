@@ -30,7 +30,8 @@ def benchmark_data(
 ) -> None:
     """Measure the data pipeline.
 
-    It reads, decodes, augments, and puts batches on the device. Rates are in images per second, and per second of processor time, that of all threads of the process together.
+    It reads, decodes, augments, and puts batches on the device. Rates are in images per second, and per second of
+    processor time, that of all threads of the process together.
     """
     from recognition.tracking.progress import working
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 recognition benchmark head --classes 100000 --batch 64 --reference
-recognition benchmark head --device cuda --ranks 8 --classes 10000000 --batch 128
+recognition benchmark head --device cuda --ranks 8 --classes 10000000
 """
 
 
@@ -49,8 +49,9 @@ recognition benchmark head --device cuda --ranks 8 --classes 10000000 --batch 12
 def benchmark_head(as_json: bool, **options: Any) -> None:
     """Measure the head on random embeddings.
 
-    Prints time, memory and operations of a training step, and their floor. The ranks are processes that this program starts itself. Embeddings are random, as near to their identities as those
-    of a network half trained. The plain head of --reference is CosFace on all logits in float32.
+    Prints time, memory and operations of a training step, and their floor. The ranks are processes that this program
+    starts itself. Embeddings are random, as near to their identities as those of a network half trained. The plain head
+    of --reference is CosFace on all logits in float32.
     """
     from recognition.tracking.progress import working
 

@@ -56,10 +56,10 @@ recognition benchmark training --device cuda --recipe ms1mv3_r50 --grid
 def benchmark_training(as_json: bool, **options: Any) -> None:
     """Measure training on one device, on random data.
 
-    Prints images per second and MFU. Three trainings take turns in one run: bfloat16, channels-last and compiled, as one should train; the same without a
-    compiler; and the baseline, float16 autocast with a GradScaler (on a CPU: float32), NCHW, as arcface_torch does.
-    --grid measures each precision, layout and torch.compile instead, which is what the settings that say `auto` rest
-    on.
+    Prints images per second and MFU. Three trainings take turns in one run: bfloat16, channels-last and compiled, as
+    one should train; the same without a compiler; and the baseline, float16 autocast with a GradScaler (on a CPU:
+    float32), NCHW, as arcface_torch does. --grid measures each precision, layout and torch.compile instead, which is
+    what the settings that say `auto` rest on.
     """
     if options["backbone"] is not None and options["recipe"] is not None:
         raise click.UsageError("give --backbone or --recipe, not both", click.get_current_context())

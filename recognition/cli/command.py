@@ -44,7 +44,7 @@ class Several(click.Option):
     """An option that takes one value or more: `--pairs a b`, or `--pairs a --pairs b`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, multiple=True, **kwargs)
+        super().__init__(*args, **(kwargs | {"multiple": True}))
 
 
 def command(name: str, *, examples: str, **attributes: Any) -> Callable[[Callable[..., Any]], Command]:

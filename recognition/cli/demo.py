@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def demo(started: float | None, overrides: tuple[str, ...]) -> int:
     """Train on procedural faces, from rendering to evaluation.
 
-    Renders faces, trains on 2 processes, verifies, exports, and evaluates the ONNX file. SECTION.KEY=VALUE changes a setting of the recipe demo.
+    Renders faces, trains on 2 processes, verifies, exports, and evaluates the ONNX file. SECTION.KEY=VALUE changes a
+    setting of the recipe demo.
     """
     began = time.time() if started is None else started
     from rich.console import Console

@@ -30,8 +30,9 @@ recognition doctor --ranks 8 --folder /data --quick --json
 def doctor(device: str, ranks: int | None, folder: Path, quick: bool, as_json: bool) -> None:
     """Say what this machine has and how fast it is.
 
-    Also what the settings that say `auto` become here. Takes less than a minute. Each measurement stands for itself: what a whole training step does with precision, layout
-    and torch.compile is told by `recognition benchmark training --grid`.
+    Also what the settings that say `auto` become here. Takes less than a minute. Each measurement stands for itself:
+    what a whole training step does with precision, layout and torch.compile is told by `recognition benchmark training
+    --grid`.
     """
     found = _examine(device, ranks, folder, quick)
     if as_json:

@@ -1,9 +1,9 @@
 """The program `recognition`, and doors to its subcommands."""
 
-import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 from recognition import __version__
 from recognition.cli import program
@@ -30,6 +30,14 @@ with program.imports():
     from recognition.cli.settings import settings, show_recipes
     from recognition.cli.train import train
     from recognition.cli.tune import tune
+
+
+class Main(Protocol):
+    """Runs a program with arguments, those of the command line by default; returns the exit status."""
+
+    def __call__(self, arguments: Sequence[str] | None = None) -> int:
+        """Run."""
+
 
 _STATUSES = "\n".join(f"{status:>3}  {meaning}" for status, meaning in program.STATUSES.items())
 
@@ -62,13 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return program.run(lambda: _invoke(given))
 
 
-def door(name: str) -> Callable[[Sequence[str] | None], int]:
+def door(name: str) -> Main:
     """Return the `main` of a script that is one subcommand, such as `index` or `benchmark head`."""
-    return functools.partial(_through, name.split())
 
+    def through(arguments: Sequence[str] | None = None) -> int:
+        return main([*name.split(), *(sys.argv[1:] if arguments is None else arguments)])
 
-def _through(name: list[str], arguments: Sequence[str] | None = None) -> int:
-    return main([*name, *(sys.argv[1:] if arguments is None else arguments)])
+    return through
 
 
 def _invoke(arguments: list[str]) -> int:

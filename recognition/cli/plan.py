@@ -50,8 +50,9 @@ recognition plan --classes 10000000 --gpus 8 --gpu-memory 80 \\
 def plan(as_json: bool, **options: Any) -> None:
     """Plan a run: its memory, its time, and what would fit.
 
-    Prints memory per GPU, bytes sent, and the time of a step. Nothing is allocated. GB are 10^9 bytes. The floor is what no step can beat at the given rates, an H100's by
-    default; the throughput that is expected is the floor's, times --efficiency, an assumption.
+    Prints memory per GPU, bytes sent, and the time of a step. Nothing is allocated. GB are 10^9 bytes. The floor is
+    what no step can beat at the given rates, an H100's by default; the throughput that is expected is the floor's,
+    times --efficiency, an assumption.
     """
     from recognition.tracking import progress
 

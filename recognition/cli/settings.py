@@ -25,9 +25,9 @@ def show_recipes(name: str | None) -> None:
     from recognition.errors import UserError
 
     if name is None:
-        width = max(map(len, recipes.names()))
-        for each in recipes.names():
-            click.echo(f"{each:<{width}}  {recipes.summary(each)}")
+        formatter = click.get_current_context().make_formatter()
+        formatter.write_dl([(each, recipes.summary(each)) for each in recipes.names()])
+        click.echo(formatter.getvalue(), nl=False)
     elif name.removesuffix(".toml") in recipes.names():
         click.echo((recipes.folder() / f"{name.removesuffix('.toml')}.toml").read_text(encoding="utf-8"), nl=False)
     else:

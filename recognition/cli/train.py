@@ -41,7 +41,7 @@ def train(wants_settings: bool, arguments: tuple[str, ...]) -> int:
     if wants_settings:
         from recognition.config import reference
 
-        click.echo(reference.markdown())
+        click.echo(reference.markdown().rstrip("\n"))
         return 0
     path, overrides = config.command_line(arguments, Path("demo"))
     settings = config.load(recipes.find(path), overrides)

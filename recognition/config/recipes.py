@@ -1,6 +1,7 @@
 """The recipes that come with the program: configs/ of the repository, and the same files in an installed package."""
 
 import difflib
+import re
 from pathlib import Path
 
 from recognition.errors import UserError
@@ -37,11 +38,10 @@ def find(path: Path) -> Path:
 
 
 def summary(name: str) -> str:
-    """Return the comment that a recipe begins with, on one line."""
-    lines = (folder() / f"{name}.toml").read_text(encoding="utf-8").splitlines()
-    comments = []
-    for line in lines:
+    """Return the first sentence of the comment that a recipe begins with."""
+    comment = []
+    for line in (folder() / f"{name}.toml").read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
-        comments.append(line.lstrip("# "))
-    return " ".join(comments).split(". ")[0].rstrip(".:")
+        comment.append(line.lstrip("# "))
+    return re.split(r"[.:](?: |$)", " ".join(comment))[0]
