@@ -14,7 +14,7 @@ export ROUNDS SECONDS SEED GOLDEN_BASE
 
 setup: $(READY)
 
-$(READY): pyproject.toml requirements/dev.txt requirements/uv.txt
+$(READY): pyproject.toml setup.py requirements/dev.txt requirements/uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/uv.txt
@@ -23,7 +23,7 @@ $(READY): pyproject.toml requirements/dev.txt requirements/uv.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python tools/demo.py --started $(STARTED)
+	$(BIN)/recognition demo --started $(STARTED)
 
 # A worker for each core takes a file at a time, whose tests share what is slow to set up; the long ones come first.
 # The number at the end is the part of lines and branches that the workers' own processes ran, ranks not included.
@@ -43,7 +43,7 @@ soak: $(READY)
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy recognition
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -51,10 +51,10 @@ format: $(READY)
 
 # Newer versions of everything that is pinned.
 pins: $(READY)
-	for extra in run dev; do \
-	  $(BIN)/uv pip compile pyproject.toml $$([ $$extra = dev ] && echo --extra dev) --upgrade --universal \
-	    --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
-	    --output-file requirements/$$extra.txt || exit 1; \
+	for pair in run:all dev:dev; do \
+	  $(BIN)/uv pip compile pyproject.toml --extra $${pair#*:} --upgrade --universal --python-version 3.11 \
+	    --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
+	    --output-file requirements/$${pair%:*}.txt || exit 1; \
 	done
 
 clean:

@@ -7,10 +7,18 @@ import errno
 import importlib.util
 import os
 import platform
+import shlex
 import sys
+from pathlib import Path
 
 # Names of packages that are not those of their modules.
 _PACKAGES = {"PIL": "pillow", "nvidia": "nvidia-dali-cuda130"}
+_EXTRAS = {
+    "evaluate": ("onnx", "onnxruntime"),
+    "export": ("onnxscript",),
+    "train": ("torch", "torchvision", "timm", "tensorboard", "safetensors"),
+}
+"""The extra of pyproject.toml that most of those need who lack one of these packages."""
 _POSIX = {"resource", "fcntl", "termios", "pwd", "grp"}
 # What the machine lacks, and the program cannot mend.
 _LACKING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EROFS}
@@ -58,4 +66,17 @@ def _missing(error: ImportError) -> str | None:
     if error.name != module and module not in _PACKAGES and importlib.util.find_spec(module) is not None:
         return f"the {module} that is installed here has no {error.name}: install a release of it that is complete"
     package = _PACKAGES.get(module, module)
-    return f"the package {package} is not installed here; install it: {sys.executable} -m pip install {package}"
+    return f"the package {package} is not installed here; {_how_to_install(package)}"
+
+
+def _how_to_install(package: str) -> str:
+    extra = next((extra for extra, packages in _EXTRAS.items() if package in packages), None)
+    command = f"{sys.executable} -m pip install {package}"
+    if extra is None:
+        return f"install it: {command}"
+    # Of a clone, its folder; else the distribution that is installed, which an index may not have.
+    clone = Path(__file__).resolve().parents[1]
+    project = (
+        f"-e {shlex.quote(f'{clone}[{extra}]')}" if (clone / "pyproject.toml").is_file() else f"'recognition[{extra}]'"
+    )
+    return f"the extra {extra} has it: {sys.executable} -m pip install {project}\nOr alone: {command}"

@@ -29,6 +29,8 @@ _SIDE = {"cpu": 512, "cuda": 4096}
 _CHANNELS, _MAP, _BATCH = 64, 28, 32
 _FACES = 32
 _BATCHES = 16
+PARTS = 5
+"""Parts that `measure` measures."""
 
 
 @dataclass(frozen=True)
@@ -97,23 +99,29 @@ class Measurements:
     """Load average over the minute before: the number of processes that wanted a core."""
 
 
-def measure(device: torch.device, folder: Path, *, ranks: int, effort: Effort) -> Measurements:
-    """Measure everything; the disk is that of `folder`.
+def measure(
+    device: torch.device,
+    folder: Path,
+    *,
+    ranks: int,
+    effort: Effort,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Measurements:
+    """Measure all there is to measure, in `folder` as to the disk; `advance` is told how many parts are done.
 
     Raises UserError if `folder` is not writable.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     # The disk comes first, because a mistake in the folder's name shows there.
     on_disk = disk(folder, effort.file)
-    faces = [encode(0, identity, 0) for identity in range(_FACES)]
-    return Measurements(
-        products(device, effort.seconds),
-        convolutions(device, effort.seconds),
-        decoding(faces, device, effort.seconds),
-        exchange(device, ranks, effort),
-        on_disk,
-        load,
-    )
+    advance(1)
+    by_product = products(device, effort.seconds)
+    advance(2)
+    by_convolution = convolutions(device, effort.seconds)
+    advance(3)
+    by_decoder = decoding([encode(0, identity, 0) for identity in range(_FACES)], device, effort.seconds)
+    advance(4)
+    return Measurements(by_product, by_convolution, by_decoder, exchange(device, ranks, effort), on_disk, load)
 
 
 def products(device: torch.device, seconds: float) -> dict[str, float]:

@@ -1,50 +1,66 @@
-"""Types of command-line arguments, for argparse, whose messages say what is wrong with a value."""
+"""Types of command-line arguments, whose messages say what is wrong with a value."""
 
-import argparse
 from pathlib import Path
+from typing import Any
+
+import click
 
 from recognition.errors import UserError
 from recognition.files.paths import expanded
 
 
-def path(text: str) -> Path:
-    """Take a path, in which `~` is the home folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("an empty path; write . for the current folder")
-    try:
-        return expanded(Path(text))
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+class _PathType(click.Path):
+    """A path, in which `~` is the home folder; shells complete the names of files."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path. Fails for an empty text."""
+        if isinstance(value, Path):
+            return value
+        if not value.strip():
+            self.fail("an empty path; write . for the current folder", param, ctx)
+        try:
+            return expanded(Path(value))
+        except UserError as error:
+            self.fail(str(error), param, ctx)
 
 
-def positive(text: str) -> int:
-    """Take a whole number above 0."""
-    return _whole(text, above=0)
+class _WholeType(click.ParamType):
+    """A whole number from `least`."""
+
+    name = "N"
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number. Fails for what is none, or below the least."""
+        text = str(value)
+        # Digits of other scripts are decimal too, and a number of thousands of digits is more than Python converts.
+        if not text.isascii() or not text.isdecimal() or len(text) > 18 or int(text) < self.least:
+            bound = f"above {self.least - 1}" if self.least else "from 0"
+            self.fail(f"{text} is not a whole number {bound}", param, ctx)
+        return int(text)
 
 
-def above_one(text: str) -> int:
-    """Take a whole number above 1: BatchNorm needs two images, and a loss two classes."""
-    return _whole(text, above=1)
+class _AboveZeroType(click.ParamType):
+    """A finite number above 0."""
+
+    name = "X"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number. Fails for what is none."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < float("inf"):
+            self.fail(f"{value} is not a number above 0", param, ctx)
+        return number
 
 
-def whole(text: str) -> int:
-    """Take a whole number from 0."""
-    return _whole(text, above=-1)
-
-
-def above_zero(text: str) -> float:
-    """Take a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
-
-
-def _whole(text: str, *, above: int) -> int:
-    # Digits of other scripts are decimal too, and a number of thousands of digits is more than Python converts.
-    if not text.isascii() or not text.isdecimal() or len(text) > 18 or int(text) <= above:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number {f'above {above}' if above >= 0 else 'from 0'}")
-    return int(text)
+PATH = _PathType(path_type=Path)
+POSITIVE = _WholeType(1)
+ABOVE_ONE = _WholeType(2)
+"""BatchNorm needs two images, and a loss two classes."""
+WHOLE = _WholeType(0)
+ABOVE_ZERO = _AboveZeroType()

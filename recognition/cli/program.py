@@ -1,7 +1,6 @@
-"""How train.py and the tools start and end: what is said of an error, by which rank, and the exit status."""
+"""How the programs start and end: exit status, the message of an error, and which rank writes it."""
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -14,7 +13,16 @@ from pathlib import Path
 
 from recognition.errors import user_message
 
-DEFECT, MISTAKE, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
+DEFECT, MISTAKE, REQUEUE, INTERRUPTED, CLOSED_PIPE = 1, 2, 75, 130, 141
+STATUSES = {
+    0: "complete",
+    DEFECT: "a defect of the program, or a check that failed",
+    MISTAKE: "a mistake in what was given, or something that the machine lacks",
+    REQUEUE: "reserved: to be started again (EX_TEMPFAIL); nothing ends so yet",
+    INTERRUPTED: "interrupted; a run has left a checkpoint",
+    CLOSED_PIPE: "standard output was closed, as by `| head`",
+}
+"""Meaning of each exit status."""
 OLDEST = (3, 11)
 """The oldest Python that will do."""
 
@@ -22,9 +30,8 @@ OLDEST = (3, 11)
 def run(main: Callable[[], int]) -> int:
     """Call `main` and return its exit status, or that of its error, which is told on standard error.
 
-    2: a mistake of the user's, in one message; 130: interrupted; 141: standard output was closed, as by `| head`;
-    1: a defect of the program, with a traceback and how to report it. A rank tells an error of its own; what follows
-    from another rank's error is told by that one.
+    `STATUSES` has their meanings. A mistake is one message; a defect is a traceback and how to report it. A rank tells
+    an error of its own; what follows from another rank's error is told by that one.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -99,6 +106,8 @@ def _local_rank() -> str:
 
 
 def _how_to_report() -> str:
+    import importlib.metadata
+
     versions = [f"Python {platform.python_version()}", platform.platform()]
     for package in ("timm", "torch", "recognition"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

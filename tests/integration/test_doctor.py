@@ -74,7 +74,7 @@ def test_doctor(tool: ModuleType, ranks: int, tmp_path: Path, capsys: pytest.Cap
 
 def test_a_capped_processor_is_one_without_bfloat16(tmp_path: Path) -> None:
     # In a process of its own: torch and oneDNN ask the environment once. What is emulated there is measured in small.
-    small = "import runpy, recognition.measure as m; m._SIDE, m._BATCH, m._FACES = {'cpu': 64}, 2, 4"
+    small = "import runpy, recognition.benchmarks.machine as m; m._SIDE, m._BATCH, m._FACES = {'cpu': 64}, 2, 4"
     program = f"{small}; runpy.run_path({str(TOOL)!r}, run_name='__main__')"
     command = [sys.executable, "-c", program, "--quick", "--json", "--folder", str(tmp_path), "--device", "cpu"]
     done = subprocess.run(command, env=os.environ | CAP, capture_output=True, text=True, timeout=100)

@@ -150,9 +150,7 @@ def test_mistakes_exit_with_2_and_no_traceback(main, model, make_set, tmp_path, 
 
 @pytest.mark.parametrize("batch", ["0", "x"])
 def test_a_batch_below_one_is_refused(main, model, make_set, batch, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--model", str(model), "--pairs", str(make_set("faces.bin", 20)), "--batch", batch])
-    assert stop.value.code == 2
+    assert main(["--model", str(model), "--pairs", str(make_set("faces.bin", 20)), "--batch", batch]) == 2
     assert "--batch" in capsys.readouterr().err
 
 

@@ -154,6 +154,18 @@ WRONG = [
     ("benchmark_training", "--recipe page.toml", "an HTML page"),
     ("benchmark_training", "--backbone nonsense --compiler none", "no timm model nonsense"),
     ("tune_head", "--classes 0", "0 is not a whole number above 0"),
+    ("tune_head", "--work nonsense", "--work: nonsense: not one of plain"),
+    ("gpu_check", "file", "file: is a file; give the name of a folder"),
+    ("benchmark_training", "--backbone iresnet18 --recipe page.toml", "--backbone or --recipe, not both"),
+    # What the parser itself refuses.
+    ("evaluate", "--modle model.onnx", "there is no option --modle; did you mean --model"),
+    ("evaluate", "--model model.onnx", "--pairs is missing"),
+    ("evaluate", "--model model.onnx --pairs page.bin --fit stretch", "--fit: 'stretch' is not one of 'resize'"),
+    ("index", "shwo folder", "there is no subcommand shwo; did you mean show?"),
+    ("index", "show", "DATA is missing"),
+    ("export", "run", "--output is missing\nSee recognition export --help"),
+    ("plan", "--classes", "--classes"),
+    ("train", "dmeo", "did you mean the recipe demo?"),
     # Outputs that are folders, inputs, files of a run, or cannot be written.
     ("export", "run --output folder", "folder: is a folder; give the name of a file"),
     ("export", "run --output run", "run: is an input"),
@@ -270,7 +282,7 @@ def test_a_rank_tells_what_is_its_own(capsys: pytest.CaptureFixture[str], monkey
 ENDS = """
 import sys
 sys.path.insert(0, {repository!r})
-from recognition import program
+from recognition.cli import program
 def main():
     print("x" * 200000)
     return 0
