@@ -20,7 +20,7 @@ with program.imports():
     from pydantic import ValidationError
 
     from recognition import config, hardware
-    from recognition.benchmarks.head import REFERENCE_STEPS, Details, Result, measure
+    from recognition.benchmarks.head import BASELINE_STEPS, Details, Result, measure
     from recognition.cli.argument_types import positive
     from recognition.errors import UserError
     from recognition.planning.head import HeadPlan
@@ -52,14 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chunk", type=positive, help="classes per chunk (default: what suits the device)")
     parser.add_argument("--steps", type=positive, default=5, help="steps to measure after a warm-up (default: 5)")
     parser.add_argument("--threads", type=positive, default=1, help="threads per process on a CPU (default: 1)")
-    parser.add_argument("--reference", action="store_true", help=f"and {REFERENCE_STEPS} steps of the plain head")
+    parser.add_argument("--reference", action="store_true", help=f"and {BASELINE_STEPS} steps of the plain head")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 
 
 def _main(options: argparse.Namespace) -> int:
     plan = _plan(options)
-    result, details = measure(plan, options.steps, threads=options.threads, reference=options.reference)
+    result, details = measure(plan, options.steps, threads=options.threads, baseline=options.reference)
     _show(plan, result, details)
     if options.json:
         print(json.dumps(result.to_json()))
@@ -115,15 +115,15 @@ def _show(plan: HeadPlan, result: Result, details: Details) -> None:
         ),
         ("above the floor", f"{result.floor_ratio:.2f} times"),
     ]
-    if result.reference_step_seconds is not None and result.reference_peak_bytes is not None:
+    if result.baseline_step_seconds is not None and result.baseline_peak_bytes is not None:
         how = "in turns with the head" if details.alternating else "after the head, for want of memory"
         lines += [
-            ("plain head", f"{_seconds(result.reference_step_seconds)} a step, measured {how}"),
-            ("its peak memory", f"{_bytes(result.reference_peak_bytes)} per rank"),
-            ("times faster", f"{result.reference_ratio:.2f}"),
+            ("plain head", f"{_seconds(result.baseline_step_seconds)} a step, measured {how}"),
+            ("its peak memory", f"{_bytes(result.baseline_peak_bytes)} per rank"),
+            ("times faster", f"{result.baseline_ratio:.2f}"),
         ]
-    elif details.plain_bytes is not None:
-        lines.append(("plain head", f"out of memory: it needs about {_bytes(details.plain_bytes)}"))
+    elif details.baseline_bytes is not None:
+        lines.append(("plain head", f"out of memory: it needs about {_bytes(details.baseline_bytes)}"))
     for name, value in lines:
         print(f"{name:<16} {value}")
 
