@@ -61,7 +61,7 @@ class BaselineHead(nn.Module):
             )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of `embeddings` [b, D], not normalised, with `labels` [b], int64: a scalar, equal on all ranks.
+        """Return the loss of `embeddings` [b, D], not normalised, for `labels` [b], int64: a scalar equal on all ranks.
 
         b has to be equal on all ranks. The embeddings get the gradient times the number of ranks, as from the package's
         head; the rows' gradient is in `weight.grad` after `backward`.
