@@ -1,7 +1,7 @@
-"""The plain sharded head: what the fused one is measured and tested against, and what nobody should train with.
+"""The baseline head that the package's own is measured and tested against; not for training.
 
-It is PyTorch as one would write it down: CosFace (Wang et al. 2018) on all logits of a rank at once, a gradient for
-every row, `torch.optim` over the whole shard. Partial FC (An et al. 2022, arXiv 2203.15565) saves products, but neither
+It is straightforward PyTorch: CosFace (Wang et al. 2018) on all logits of a rank at once, a gradient for
+every row, `torch.optim` over the whole shard. Partial FC (An et al. 2022, arXiv:2203.15565) saves products, but neither
 gradient nor update: sampled rows are copied out, and the copy's gradient is spread over a gradient of all rows.
 """
 
@@ -18,9 +18,9 @@ from recognition.distributed import all_gather_rows, reduce_scatter_rows, shard_
 
 
 class BaselineHead(nn.Module):
-    """CosFace over C classes, sharded over all ranks, in float32. Logits, their gradient and that of all rows are made.
+    """CosFace over C classes, sharded over all ranks, in float32, with all logits and a dense gradient of all rows.
 
-    `weight` [c, D] holds this rank's rows, drawn from N(0, 0.01), each rank's its own.
+    `weight` [c, D]: this rank's rows, drawn with mean 0 and standard deviation 0.01.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class BaselineHead(nn.Module):
         rank = dist.get_rank()
         self.shard = shard_rows(num_classes, dist.get_world_size(), rank)
         self.loss, self.sample_rate = loss or config.CosFace(), sample_rate
-        # Of the CPU, as is the generator whose numbers choose the classes.
+        # On the CPU, so that the sampled classes do not depend on the device.
         self._generator = torch.Generator().manual_seed(seed + rank)
         weight = torch.empty(len(self.shard), embedding_size).normal_(std=0.01, generator=self._generator)
         self.weight = nn.Parameter(weight.to(device))
@@ -61,10 +61,10 @@ class BaselineHead(nn.Module):
             )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Loss of `embeddings` [b, D], not normalised, with `labels` [b] (int64): a scalar, equal on all ranks.
+        """Return the loss of `embeddings` [b, D], not normalised, for `labels` [b], int64: a scalar equal on all ranks.
 
-        b is the same on all ranks. The embeddings get the gradient times the number of ranks, as from the fused head;
-        the rows' gradient is in `weight.grad` after `backward`.
+        b has to be equal on all ranks. The embeddings get the gradient times the number of ranks, as from the package's
+        head; the rows' gradient is in `weight.grad` after `backward`.
         """
         x = F.normalize(_Gather.apply(embeddings))
         labels = all_gather_rows(labels)
@@ -72,30 +72,28 @@ class BaselineHead(nn.Module):
         samples, classes = own.nonzero().squeeze(1), labels[own] - self.shard.start
         weight: Tensor = self.weight
         if self.sample_rate < 1:
-            taken = self._sampled(classes)
-            classes = torch.searchsorted(taken, classes)
-            weight = weight[taken]
+            active = self._sampled(classes)
+            classes = torch.searchsorted(active, classes)
+            weight = weight[active]
         logits = F.linear(x, F.normalize(weight)).clamp(-1, 1)
         logits[samples, classes] -= self.loss.margin
         return _CrossEntropy.apply(logits * self.loss.scale, samples, classes)
 
     def update(self, lr: float) -> None:
-        """Move all rows by their gradient, momentum and decay, and drop the gradient."""
+        """Update all rows by a step of the optimizer, and drop the gradient."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
-        """The rows and, once there was an update, the optimizer's tensors of their shape, by name."""
-        cached_exp = self.optimizer.state[self.weight]
-        moments = {
-            name: tensor for name, tensor in cached_exp.items() if isinstance(tensor, Tensor) and tensor.ndim == 2
-        }
+        """Return the rows and, after the first update, the optimizer's moments, by name, [c, D] each."""
+        state = self.optimizer.state[self.weight]
+        moments = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and tensor.ndim == 2}
         return {"weight": self.weight.detach()} | moments
 
     def _sampled(self, positives: Tensor) -> Tensor:
-        """The rows that take part, ascending: the batch's, and random others up to the rate."""
+        """Return the active rows, ascending: the batch's, and random others up to the rate."""
         positives = positives.unique()
         count = int(self.sample_rate * len(self.shard))
         if count <= len(positives):
@@ -106,7 +104,7 @@ class BaselineHead(nn.Module):
 
 
 class _Gather(torch.autograd.Function):
-    """The embeddings of all ranks, [b, D] to [B, D]."""
+    """Gather the embeddings of all ranks, [b, D] to [B, D]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -119,7 +117,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of logits [B, n] whose columns are spread over the ranks; they are overwritten.
+    """Mean cross-entropy of logits [B, n] whose columns are sharded over the ranks; the logits are overwritten.
 
     `samples`, `classes`: row and column of each target that is on this rank.
     """
@@ -128,7 +126,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, samples: Tensor, classes: Tensor) -> Tensor:
         targets = logits.new_zeros(len(logits))
         targets[samples] = logits[samples, classes]
-        # A rank may have no classes, whose largest logit is none.
+        # A rank may have no classes.
         largest = logits.amax(1) if logits.shape[1] else torch.full_like(targets, -torch.inf)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         logits.sub_(largest[:, None]).exp_()

@@ -215,8 +215,8 @@ def _shown(record: dict[str, Any]) -> str:
     if "floor_ratio" in found:
         line = f"{1000 * found['step_seconds']:.2f} ms, {found['floor_ratio']:.2f} x floor, "
         line += f"{found['flops_per_second'] / 1e12:.0f} TFLOP/s, peak {found['peak_bytes'] / 1e9:.1f} GB"
-        if found["reference_ratio"] is not None:
-            line += f", plain head {found['reference_ratio']:.1f} x slower"
+        if found["baseline_ratio"] is not None:
+            line += f", plain head {found['baseline_ratio']:.1f} x slower"
         elif "--reference" in record["command"]:
             line += ", plain head: out of memory"
         return line

@@ -80,7 +80,7 @@ def benchmark_head(as_json: bool, **options: Any) -> None:
         optimizer=config.AdamW() if options["optimizer"] == "adamw" else config.SGD(),
     )
     with task("measuring the head"):
-        result, details = measure(plan, options["steps"], threads=options["threads"], reference=options["reference"])
+        result, details = measure(plan, options["steps"], threads=options["threads"], baseline=options["reference"])
     _show(plan, result, details)
     if as_json:
         click.echo(json.dumps(result.to_json()))
@@ -113,15 +113,15 @@ def _show(plan: "HeadPlan", result: "Result", details: "Details") -> None:
         ),
         ("above the floor", f"{result.floor_ratio:.2f} times"),
     ]
-    if result.reference_step_seconds is not None and result.reference_peak_bytes is not None:
+    if result.baseline_step_seconds is not None and result.baseline_peak_bytes is not None:
         how = "in turns with the head" if details.alternating else "after the head, for want of memory"
         lines += [
-            ("plain head", f"{_seconds(result.reference_step_seconds)} a step, measured {how}"),
-            ("its peak memory", f"{_bytes(result.reference_peak_bytes)} per rank"),
-            ("times faster", f"{result.reference_ratio:.2f}"),
+            ("plain head", f"{_seconds(result.baseline_step_seconds)} a step, measured {how}"),
+            ("its peak memory", f"{_bytes(result.baseline_peak_bytes)} per rank"),
+            ("times faster", f"{result.baseline_ratio:.2f}"),
         ]
-    elif details.plain_bytes is not None:
-        lines.append(("plain head", f"out of memory: it needs about {_bytes(details.plain_bytes)}"))
+    elif details.baseline_bytes is not None:
+        lines.append(("plain head", f"out of memory: it needs about {_bytes(details.baseline_bytes)}"))
     for name, value in lines:
         click.echo(f"{name:<16} {value}")
 

@@ -1,4 +1,4 @@
-"""What a backbone costs to train, counted by the shapes alone of what flows through it: nothing is allocated."""
+"""Count what a backbone costs to train, from the shapes of its tensors alone: nothing is allocated."""
 
 from dataclasses import dataclass
 
@@ -13,32 +13,37 @@ from recognition.models.backbone import Backbone
 
 @dataclass(frozen=True)
 class BackboneCost:
-    """What one rank needs."""
+    """Cost of training a backbone, for one rank."""
 
     parameters: int
-    """How many, float32 each."""
+    """Number of parameters, float32 each."""
     forward_flops: int
     """Floating-point operations of one image's convolutions and matrix products; the backward pass takes twice them."""
     activation_bytes: int
-    """What one image leaves for the backward pass, and two of the largest gradients on the way."""
+    """Bytes per image: activations saved for the backward pass, and two of its largest gradients."""
     copied_bytes: int
-    """What is kept whatever the batch: weights in the products' type."""
+    """Bytes saved whatever the batch: the weights in the products' type."""
 
 
 def backbone_cost(settings: BackboneConfig) -> BackboneCost:
-    """Count the backbone that `settings` describe. Raises UserError for one that does not exist or does not work."""
+    """Return the cost of the backbone that `settings` describe.
+
+    Raises UserError for one that does not exist or does not work.
+    """
     with torch.device("meta"):
         backbone = Backbone(settings).train()
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     (flops, small), (_, large) = (_forward(backbone, batch) for batch in (2, 4))
-    # What doubles with the batch belongs to the images.
-    kept = (sum(large) - sum(small)) // 2
-    return BackboneCost(parameters, flops // 2, kept + (max(large) - max(small)), max(0, sum(small) - 2 * kept))
+    # What grows with the batch belongs to the images, two more of them; the rest is copies of the weights.
+    activations = (sum(large) - sum(small)) // 2
+    copies = max(0, sum(small) - 2 * activations)
+    # The largest tensors differ by those of two images, which stand for two gradients of one.
+    return BackboneCost(parameters, flops // 2, activations + (max(large) - max(small)), copies)
 
 
 def _forward(backbone: Backbone, batch: int) -> tuple[int, list[int]]:
-    """Floating-point operations of a forward pass, and the bytes of each thing that it keeps beside the parameters."""
-    kept: dict[int, torch.UntypedStorage] = {}
+    """Return the operations of a forward pass, and the bytes of each tensor that autograd saves, but parameters."""
+    saved: dict[int, torch.UntypedStorage] = {}
     with FakeTensorMode():
         state = {
             name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
@@ -48,16 +53,16 @@ def _forward(backbone: Backbone, batch: int) -> tuple[int, list[int]]:
             state[name].requires_grad_(parameter.requires_grad)
         own = {tensor.untyped_storage()._cdata for tensor in state.values()}
 
-        def keep(tensor: Tensor) -> Tensor:
+        def save(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in own:
-                kept[storage._cdata] = storage
+                saved[storage._cdata] = storage
             return tensor
 
         images = torch.empty(batch, 3, backbone.image_size, backbone.image_size)
         with (
             FlopCounterMode(display=False) as counter,
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
         ):
             torch.func.functional_call(backbone, state, (images,))
-        return counter.get_total_flops(), [storage.nbytes() for storage in kept.values()]
+        return counter.get_total_flops(), [storage.nbytes() for storage in saved.values()]

@@ -102,7 +102,7 @@ class RunPlan:
     @property
     def images_per_second(self) -> float:
         """Expected throughput of all GPUs together."""
-        return self.rates.efficiency * self.head.gathered / self.floor_seconds
+        return self.rates.efficiency * self.head.global_batch / self.floor_seconds
 
     def alternatives(self) -> list[tuple[dict[str, str | int], "RunPlan"]]:
         """Return the plans that fit with one change, or with two: rows in bfloat16 and more GPUs.

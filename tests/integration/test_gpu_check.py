@@ -16,7 +16,7 @@ HEAD = {
     "floor_ratio": 1.25,
     "flops_per_second": 5e14,
     "peak_bytes": 3e9,
-    "reference_ratio": None,
+    "baseline_ratio": None,
 }
 TRAINING = {"images_per_second": 5000.0, "mfu": 0.25, "baseline_ratio": 2.5, "eager_ratio": 1.5}
 PARTS = 13

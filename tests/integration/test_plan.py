@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recognition import config, hardware
-from recognition.benchmarks.head_rank import Bench
+from recognition.benchmarks.head_rank import RankBenchmark
 from recognition.planning.head import HeadPlan
 from tests.support.ranks import run_ranks
 
@@ -31,8 +31,8 @@ PLANS = {
 
 
 def _measured(plan: HeadPlan) -> tuple[int, int]:
-    bench = Bench(plan, torch.device(plan.device))
-    bench.take(1)
+    bench = RankBenchmark(plan, torch.device(plan.device))
+    bench.run_steps(1)
     return bench.peak_bytes(), sum(bench.state_bytes().values())
 
 
@@ -69,9 +69,9 @@ def test_benchmark(tool: ModuleType, capsys) -> None:
         "flops_per_second",
         "floor_seconds",
         "floor_ratio",
-        "reference_step_seconds",
-        "reference_peak_bytes",
-        "reference_ratio",
+        "baseline_step_seconds",
+        "baseline_peak_bytes",
+        "baseline_ratio",
     ]
     assert min(found.values()) > 0
     step = found["step_seconds"]
@@ -81,7 +81,7 @@ def test_benchmark(tool: ModuleType, capsys) -> None:
     # Half the rank's 2000 classes take part.
     assert found["flops_per_second"] == pytest.approx(8 * 16 * 1000 * 64 / step)
     assert found["floor_ratio"] == pytest.approx(step / found["floor_seconds"])
-    assert found["reference_ratio"] == pytest.approx(found["reference_step_seconds"] / step)
+    assert found["baseline_ratio"] == pytest.approx(found["baseline_step_seconds"] / step)
     assert "in turns" in text
     assert str(hardware.detect(torch.device("cpu"))) in text
     assert "in float32" in text

@@ -1,4 +1,4 @@
-"""The plain head against CosFace in float64 on one process, written down from its paper."""
+"""The baseline head against CosFace in float64 on one process, written down from its paper."""
 
 from typing import Any
 

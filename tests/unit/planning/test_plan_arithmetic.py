@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recognition import config
-from recognition.benchmarks.head_rank import PeakMemory
+from recognition.benchmarks.memory import PeakMemory
 from recognition.models.backbone import Backbone
 from recognition.planning.backbone import backbone_cost
 from recognition.planning.head import HeadPlan
@@ -82,8 +82,8 @@ def test_operations_and_wire() -> None:
     assert plan().flops == 8 * 128 * 500_000 * 512
     assert plan(sample_rate=0.1).flops == 8 * 128 * 50_000 * 512
     # The batch's own classes take part whatever the rate.
-    assert plan(sample_rate=0.0).taken == 64
-    assert plan(classes=3, sample_rate=0.5).taken == 2
+    assert plan(sample_rate=0.0).active_rows == 64
+    assert plan(classes=3, sample_rate=0.5).active_rows == 2
     assert not sum(plan(ranks=1).wire.values())
     wire = plan(ranks=8, batch=1024).wire
     assert wire["all-gather of embeddings"] == 7 * 1024 * 512 * 2
@@ -220,7 +220,7 @@ def test_what_is_no_number_is_refused(tool: ModuleType, capsys, arguments: list[
 def test_peak_memory_sees_what_is_freed_again(sampled: bool, monkeypatch, tmp_path) -> None:
     if sampled:
         # As where a process may not reset its maximum.
-        monkeypatch.setattr("recognition.benchmarks.head_rank._CLEAR", tmp_path)
+        monkeypatch.setattr("recognition.benchmarks.memory._CLEAR", tmp_path)
     size = 64_000_000
     before = torch.ones(3 * size, dtype=torch.uint8)
     del before
