@@ -1,4 +1,7 @@
-"""The reference of all settings, from their types, defaults and descriptions: `python -m recognition.config.reference`."""
+"""The reference of all settings, written from their types, defaults and descriptions.
+
+`python -m recognition.config.reference` prints it as Markdown.
+"""
 
 import difflib
 import inspect
@@ -22,7 +25,7 @@ _HEAD = """# Settings
 `make docs` writes this file from the descriptions in `recognition/config/`.
 
 A run is described by a TOML file: sections `[name]`, below them `key = value`, one a line; text in quotes, `true` and
-`false` in small letters. A setting that is left out has its default; only `data.path` has none. An optional section,
+`false` in small letters. A setting that is left out has its default; only `data.path` is always required. An optional section,
 such as `[faces]` or `[head.filter]`, is on when it is written.
 
 - **Overrides.** `python train.py run.toml optimizer.lr=0.05 head.loss.name=cosface` sets single keys for one run.
@@ -31,7 +34,7 @@ such as `[faces]` or `[head.filter]`, is on when it is written.
   of that section.
 - **Old names.** A setting that was renamed is refused, and the error gives its present name. The settings that earlier
   runs stored are still read.
-- **Mistakes** are reported all at once, each with its key: unknown keys, wrong types, values that contradict each other.
+- **Mistakes** are reported all at once, each with its key: unknown keys, wrong types, values that do not go together.
 - **arcface_torch.** `recognition/config/arcface_torch.py` converts its Python configurations.
 """
 _WORDS = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path", Any: "value"}
@@ -84,17 +87,20 @@ def markdown() -> str:
 
 
 def _found(parts: list[str]) -> Iterator[str]:
-    """Yield the descriptions of the settings and sections at a key."""
+    """Yield the descriptions of the settings and sections at a key, variants with the same one together."""
     path, last = ".".join(parts), parts[-1]
+    names: dict[str, list[str]] = {}
     for section, model in _sections():
-        name = model.model_fields["name"].default if _is_variant(section) else None
-        chosen = f" (name = {json.dumps(name)})" if name else ""
+        name = f"name = {json.dumps(model.model_fields['name'].default)}" if _is_variant(section) else ""
         settings = dict(_settings(model))
         if section == path:
-            lines = [f"[{section}]{chosen}: {_text(inspect.getdoc(model))}"]
-            yield "\n".join(lines + [f"  {_line(each, field)}" for each, field in settings.items()])
+            lines = [f"[{section}] {_text(inspect.getdoc(model))}"]
+            lines += [f"  {_line(each, field)}" for each, field in settings.items() if not (name and each == "name")]
+            names.setdefault("\n".join(lines), []).append(name)
         elif section == ".".join(parts[:-1]) and last in settings:
-            yield f"{section}.{_line(last, settings[last])}{chosen}"
+            names.setdefault(f"{section}.{_line(last, settings[last])}", []).append(name)
+    for text, variants in names.items():
+        yield f"With {', '.join(variants)}:\n{text}" if all(variants) else text
 
 
 def _describe_names(section: list[str]) -> str:
@@ -139,7 +145,7 @@ def _introduction(path: str) -> str:
     field = model.model_fields[name]
     words = [_text(field.description)] if field.description else []
     if _is_variant(path) and isinstance(field.default, Section):
-        words.append(f"Default: `name = {json.dumps(getattr(field.default, 'name'))}`.")
+        words.append(f"Default: `name = {json.dumps(dict(field.default)['name'])}`.")
     elif field.default is None and "efault" not in (field.description or ""):
         words.append("Optional: off unless the section is written.")
     return " ".join(words)
@@ -152,7 +158,7 @@ def _text(described: str | None) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    value = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+    value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined:
         return "required"
     if value is None:
