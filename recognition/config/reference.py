@@ -25,8 +25,8 @@ _HEAD = """# Settings
 `make docs` writes this file from the descriptions in `recognition/config/`.
 
 A run is described by a TOML file: sections `[name]`, below them `key = value`, one a line; text in quotes, `true` and
-`false` in small letters. A setting that is left out has its default; only `data.path` is always required. An optional section,
-such as `[faces]` or `[head.filter]`, is on when it is written.
+`false` in small letters. A setting that is left out has its default; only `data.path` is always required. An optional
+section, such as `[faces]` or `[head.filter]`, is on when it is written.
 
 - **Overrides.** `python train.py run.toml optimizer.lr=0.05 head.loss.name=cosface` sets single keys for one run.
 - **`extends = "other.toml"`**, above all sections, takes over the settings of another file, whose path is relative to
@@ -91,7 +91,7 @@ def _found(parts: list[str]) -> Iterator[str]:
     path, last = ".".join(parts), parts[-1]
     names: dict[str, list[str]] = {}
     for section, model in _sections():
-        name = f"name = {json.dumps(model.model_fields['name'].default)}" if _is_variant(section) else ""
+        name = model.model_fields["name"].default if _is_variant(section) else ""
         settings = dict(_settings(model))
         if section == path:
             lines = [f"[{section}] {_text(inspect.getdoc(model))}"]
@@ -100,7 +100,7 @@ def _found(parts: list[str]) -> Iterator[str]:
         elif section == ".".join(parts[:-1]) and last in settings:
             names.setdefault(f"{section}.{_line(last, settings[last])}", []).append(name)
     for text, variants in names.items():
-        yield f"With {', '.join(variants)}:\n{text}" if all(variants) else text
+        yield f"{text}\n  with name = {', '.join(variants)}" if all(variants) else text
 
 
 def _describe_names(section: list[str]) -> str:
