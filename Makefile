@@ -10,7 +10,7 @@ STARTED := $(shell date +%s)
 SOAK ?= kills fuzzing faces
 export ROUNDS SECONDS SEED GOLDEN_BASE
 
-.PHONY: setup demo test unit soak lint format pins clean
+.PHONY: setup demo test unit soak lint format docs pins clean
 
 setup: $(READY)
 
@@ -48,6 +48,11 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The reference of settings, from their descriptions.
+docs: $(READY)
+	$(BIN)/python -m recognition.config.reference > docs/settings.new
+	mv docs/settings.new docs/settings.md
 
 # Newer versions of everything that is pinned.
 pins: $(READY)

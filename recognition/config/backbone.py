@@ -17,30 +17,34 @@ class Backbone(Section):
     """The network from image to embedding."""
 
     name: str = "iresnet50"
-    """Any timm model, with our own `iresnet18/34/50/100/200` and `mobilefacenet`."""
+    """Network: `iresnet18`, `iresnet34`, `iresnet50`, `iresnet100`, `iresnet200`, `mobilefacenet`, or any model of
+    timm."""
     options: dict[str, Annotated[Any, AfterValidator(_scalar)]] = Field(default_factory=dict)
-    """Further keyword arguments of the timm model, for example `{drop_path_rate = 0.05}`."""
+    """Further keyword arguments of the network, for example `{drop_path_rate = 0.05}`."""
     image_size: PositiveInt = 112
-    """Height and width of the input, in pixels."""
+    """Height and width of the input images, in pixels."""
     embedding_size: PositiveInt = 512
-    """Length of the embedding, D."""
+    """Length of the embedding (D)."""
     neck: Literal["auto", "flatten", "pool", "linear"] = "auto"
-    """From feature map to embedding, each with a linear layer and BN last. `flatten`: BN, dropout, flatten before it;
-    `pool`: BN, mean, dropout; `linear`: flatten alone. `auto`: what the model asks for, else `flatten`."""
+    """Layers between the last feature map and the embedding. `flatten`: BatchNorm, dropout, flatten; `pool`:
+    BatchNorm, mean over the positions, dropout; `linear`: dropout, flatten; each is followed by a linear layer and
+    BatchNorm. `auto`: the one that the network prefers, else `flatten`."""
     dropout: BelowOne = 0.0
-    """Dropout in the neck."""
+    """Probability of dropout in the neck."""
     weights: InputPath | None = None
-    """Where to start from: a run's folder (its newest checkpoint), a checkpoint's folder, or a file with a state dict:
-    ours, InsightFace's `backbone.pth` for IResNet and MobileFaceNet, or timm's for the trunk; its neck starts anew."""
+    """Initial weights, for fine-tuning: a run's folder (its newest checkpoint), a checkpoint's folder, or a
+    state-dict file of this program, of InsightFace (`backbone.pth` of IResNet and MobileFaceNet) or of timm (without
+    the neck, which is initialised at random). Default: random weights."""
     freeze: Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(as_list)] = ()
-    """Modules that stay as `weights` have them, their running statistics too: names as `named_modules` has them, for
-    example `["trunk.stem", "trunk.layer1"]`; one stands for all below it."""
+    """Modules that keep the values of `weights`, BatchNorm statistics included, for example `["trunk.stem",
+    "trunk.layer1"]`. Names are those of PyTorch's `named_modules`; each includes all modules below it."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of products and convolutions; parameters stay float32. `float16` scales the loss, so that small gradients do
-    not vanish, and keeps a float32 gradient of the class weights until the backbone's is known. `auto`: bfloat16 where
-    the hardware has units for it (NVIDIA from Ampere on; AMX, AVX-512 or Arm with bfloat16), float16 on NVIDIA's Volta
-    and Turing, else float32."""
+    """Type of convolutions and matrix products; parameters stay float32. `float16` uses loss scaling and needs
+    memory for a float32 gradient of the class weights. `auto`: bfloat16 where the hardware supports it (NVIDIA from
+    Ampere on; CPUs with AMX, AVX-512 or Arm bfloat16), float16 on NVIDIA Volta and Turing, else float32."""
     channels_last: Literal["auto", True, False] = "auto"
-    """Memory format of images and convolutions. `auto`: channels-last."""
+    """Memory format of images and convolutions: true for channels-last, false for channels-first. `auto`:
+    channels-last."""
     compile: Literal["auto", True, False] = "auto"
-    """Run the backbone through `torch.compile`: on a CPU it needs a C++ compiler, on a GPU Triton. `auto`: do not."""
+    """Whether the backbone runs through `torch.compile`, which needs a C++ compiler on a CPU and Triton on a GPU.
+    `auto`: false."""

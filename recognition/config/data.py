@@ -8,66 +8,68 @@ from recognition.config.base import BelowOne, Fraction, InputPath, OutputPath, S
 
 
 class Augment(Section):
-    """Random changes to a training image; all numbers are a function of (seed, epoch, sample), or (seed, position,
-    sample) where images of an identity stand together."""
+    """Random changes to a training image. Seed, epoch and image determine them; where images of an identity come
+    together in a batch, seed, position and image do."""
 
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     shift: Fraction = 0.0
-    """Largest shift, as a fraction of the image's side, in either direction and along both axes."""
+    """Largest random shift along each axis, as a fraction of the image's side."""
     zoom: BelowOne = 0.0
-    """Largest relative change of scale, in either direction."""
+    """Largest random change of scale: 0.1 is 10 % larger or smaller."""
     rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Largest rotation, in either direction."""
+    """Largest random rotation in degrees, clockwise or counter-clockwise."""
     brightness: Fraction = 0.0
-    """Largest relative change of brightness, in either direction."""
+    """Largest random change of brightness: 0.2 is 20 % brighter or darker."""
     contrast: Fraction = 0.0
-    """Largest relative change of contrast, in either direction."""
+    """Largest random change of contrast: 0.2 is 20 % more or less."""
     saturation: Fraction = 0.0
-    """Largest relative change of saturation, in either direction."""
+    """Largest random change of saturation: 0.2 is 20 % more or less."""
     gray: Fraction = 0.0
-    """Probability of dropping the colour."""
+    """Probability of turning an image to greyscale."""
     erase: Fraction = 0.0
-    """Probability of painting a rectangle with the mean grey."""
+    """Probability of covering a random rectangle with mid-grey."""
     erase_area: Fraction = 0.2
-    """Largest area of that rectangle, as a fraction of the image."""
+    """Largest area of the erased rectangle, as a fraction of the image."""
 
 
 class Data(Section):
-    """The training set."""
+    """The training set: its files, decoding and augmentation."""
 
     path: InputPath
-    """A .rec file with its .idx, a folder that holds `train.rec`, or a folder of identity folders."""
+    """Training images: a `.rec` file with its `.idx`, a folder that holds `train.rec`, or a folder with one folder
+    of images per identity."""
     index_folder: OutputPath | None = None
-    """Where the index goes when the data's own folder is read-only. Default: the user's cache folder."""
+    """Folder for the index of the data; set it when the data's own folder is read-only. Default: the user's cache
+    folder."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
-    """What decodes and changes images. `auto`: NVIDIA DALI where it is installed, else torchvision, which gives the
-    same images but for rounding, and decodes more slowly."""
+    """Library that decodes and augments images. `auto`: NVIDIA DALI where it is installed, else torchvision, which
+    gives the same images up to rounding and is slower."""
     fit: Literal["exact", "resize", "crop"] = "resize"
-    """What becomes of images that are not of `backbone.image_size`, in training and in verification alike. `resize`:
-    scaled to it, which changes the proportions of an image that is not square; `crop`: the largest square in the middle
-    is; `exact`: refused. What is changed is counted and said."""
+    """Handling of images whose size is not `backbone.image_size`, in training and verification. `resize`: scale to
+    that size, which distorts images that are not square; `crop`: cut out the largest square in the middle and scale
+    it; `exact`: stop with an error. The number of changed images is reported."""
     threads: PositiveInt = 2
-    """Threads per process that decode."""
+    """Threads per process that decode images. Raise it when the GPU waits for data."""
     prefetch: PositiveInt = 2
-    """Batches decoded ahead, and threads that read ahead: more of them hide a slow storage."""
+    """Batches decoded in advance, and also the number of threads that read ahead. Raise it for slow storage."""
     augment: Augment = Augment()
-    """Random changes to the images."""
+    """Augmentation of the training images."""
     images_per_identity: PositiveInt = 1
-    """K, images of an identity that stand together in a batch, for losses on pairs; 1 is a plain random order. An
-    identity with fewer repeats some; epochs still count images."""
+    """Images of an identity that come together in a batch (K), required above 1 by the triplet and contrastive
+    losses; 1 is a plain random order. Identities with fewer images repeat some; an epoch still counts images."""
 
 
 class Faces(Section):
     """Procedural faces, rendered into `data.path` by a run that finds none there: `train.rec` and `pairs.bin`."""
 
     identities: PositiveInt
-    """Identities to train on."""
+    """Number of identities to render."""
     images_per_identity: PositiveInt
-    """Images of each."""
+    """Number of images to render for each identity."""
     pairs: PositiveInt = 1200
-    """Verification pairs, half of them genuine."""
+    """Number of verification pairs, half of them genuine."""
     image_size: PositiveInt = 112
-    """Height and width of the images, in pixels."""
+    """Height and width of the rendered images, in pixels."""
     seed: NonNegativeInt = 0
-    """Key of all that is drawn."""
+    """Seed of the rendered faces; another seed gives other identities."""

@@ -10,41 +10,44 @@ from recognition.config.optimizers import Optimizer
 
 
 class Head(Section):
-    """The class-sharded head."""
+    """The classification head: the loss, and the class weights, which are divided among the processes."""
 
     loss: Loss = ArcFace()
-    """The loss over classes."""
+    """Loss over the classes; `docs/losses.md` compares them."""
     margin_warmup_epochs: NonNegativeFloat = 0.0
-    """Epochs over which the margin grows linearly from zero."""
+    """Epochs over which the margin grows linearly from zero. Raise it when the loss does not fall at the start."""
     subcenters: PositiveInt = 1
-    """K, rows of each class; the nearest counts (sub-center ArcFace, Deng et al. 2020)."""
+    """Class weights per identity (K), of which the nearest counts (sub-center ArcFace, Deng et al. 2020). Use 3 for
+    noisy labels; memory and time grow with it."""
     filter: Filter | None = None
-    """Inter-class filtering, with any loss on cosines."""
+    """Leaves out negatives that are probably the same person."""
     center: Center | None = None
-    """Center loss beside the loss over classes."""
+    """Adds the center loss to the loss over the classes."""
     triplet: Triplet | None = None
-    """Triplet loss beside the loss over classes."""
+    """Adds the triplet loss to the loss over the classes."""
     contrastive: Contrastive | None = None
-    """Contrastive loss beside the loss over classes."""
+    """Adds the contrastive loss to the loss over the classes."""
     sample_rate: Fraction = 1.0
-    """Partial FC: the fraction of classes whose rows take part in a step; those of the batch always do."""
+    """Partial FC: fraction of the classes that take part in an update; those of the batch always do. Lower it, to
+    0.1 for example, for 300,000 classes and more: time and memory of a step fall with it."""
     inactive_rows: Literal["sparse", "lazy"] = "sparse"
-    """What rows do that take no part in a step. `sparse`: nothing, they neither move nor decay. `lazy`: what SGD does
-    to them, momentum and decay; it is caught up with, exactly, when they next take part."""
+    """Treatment of the class weights that Partial FC leaves out of an update. `sparse`: they stay unchanged. `lazy`:
+    momentum and weight decay of SGD apply to them, exactly as without Partial FC, when they next take part."""
     optimizer: Optimizer | None = None
-    """What moves the class weights. Default: what moves the backbone, with the same settings."""
+    """Optimizer of the class weights. Default: the settings of `[optimizer]`."""
     row_format: Literal["float32", "split", "bfloat16"] = "float32"
-    """How rows are kept. `split`: as `float32`, in two halves of which bfloat16 products read the upper alone;
-    `bfloat16`: rows and moments in half the memory, rounded at random."""
+    """Storage of the class weights. `float32`; `split`: the same precision in two 16-bit halves, so that bfloat16
+    products read only the upper one; `bfloat16`: half the memory for weights and moments, with stochastic rounding."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the matrix products. `auto`: bfloat16 where the processor has units for it, else float32."""
+    """Type of the head's matrix products. `auto`: bfloat16 where the hardware supports it, else float32."""
     chunk: PositiveInt | None = None
-    """Classes per chunk; logits exist for one chunk at a time. Default: what suits the device."""
+    """Classes whose logits are in memory at a time. Lower it when the head runs out of memory. Default: chosen for
+    the device."""
     backend: Literal["auto", "torch", "triton"] = "auto"
-    """What goes over the class weights. `auto`: Triton's kernels on NVIDIA's GPUs from Ampere on, elsewhere PyTorch."""
+    """Implementation of the head. `auto`: Triton kernels on NVIDIA GPUs from Ampere on, else PyTorch."""
     workspace_mib: PositiveInt = 256
-    """MiB for what the backward pass takes over from the forward pass, and for a chunk of the kernels' backward pass.
-    Where `chunk` is given, nothing is taken over."""
+    """MiB for exponentials of logits that are kept from the forward to the backward pass, and for a chunk of the Triton
+    backward pass. With `chunk` set, none are kept."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Head":

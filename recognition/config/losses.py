@@ -61,7 +61,7 @@ class ScaledLoss(Loss):
     """Base of the losses on cosines that a constant scale makes large enough for a softmax."""
 
     scale: PositiveFloat = 64.0
-    """s, factor on the cosines."""
+    """Scale s, factor on the cosines."""
 
 
 class Softmax(Loss):
@@ -88,13 +88,13 @@ class SphereFace(Loss):
     unit_embeddings = False
     name: Literal["sphereface"] = "sphereface"
     margin: AngleFactor = 4.0
-    """m, factor on the angle"""
+    """Margin m, factor on the target's angle."""
     lambda_start: NonNegativeFloat = 1000.0
-    """lambda of the first step"""
+    """Weight lambda of the plain cosine in the first step."""
     lambda_decay: NonNegativeFloat = 0.12
-    """lambda is `lambda_start / (1 + lambda_decay step)`, but at least `lambda_end`."""
+    """Speed of the annealing: lambda is `lambda_start / (1 + lambda_decay step)`, but at least `lambda_end`."""
     lambda_end: NonNegativeFloat = 5.0
-    """Smallest lambda."""
+    """Smallest lambda; the margin is fully in force at 0."""
 
 
 class SphereFaceR(ScaledLoss):
@@ -103,11 +103,11 @@ class SphereFaceR(ScaledLoss):
 
     name: Literal["sphereface_r"] = "sphereface_r"
     scale: PositiveFloat = 30.0
-    """s"""
+    """Scale s, factor on the cosines."""
     margin: AngleFactor = 1.5
-    """m, factor on the angle"""
+    """Margin m, factor on the angle."""
     version: Literal[1, 2] = 1
-    """1: m changes the target's angle; 2: the others'."""
+    """Place of the margin: 1 multiplies the target's angle by m, 2 divides the others' angles by m."""
 
 
 class CosFace(ScaledLoss):
@@ -115,7 +115,7 @@ class CosFace(ScaledLoss):
 
     name: Literal["cosface"] = "cosface"
     margin: NonNegativeFloat = 0.4
-    """m"""
+    """Margin m, subtracted from the target's cosine; 0.35 to 0.4 for large data."""
 
 
 class ArcFace(ScaledLoss):
@@ -123,9 +123,10 @@ class ArcFace(ScaledLoss):
 
     name: Literal["arcface"] = "arcface"
     margin: Angle = 0.5
-    """m, in radians"""
+    """Margin m, added to the target's angle, in radians. Lower it for noisy data."""
     straight_through: bool = False
-    """Whether to do as arcface_torch: no factor sin(theta + m) / sin(theta) in the gradient, no guard of theta + m."""
+    """Whether to train as arcface_torch: the gradient without the factor sin(theta + m) / sin(theta), and no limit
+    on theta + m. Default: the true gradient."""
 
 
 class Combined(ScaledLoss):
@@ -133,11 +134,11 @@ class Combined(ScaledLoss):
 
     name: Literal["combined"] = "combined"
     m1: AngleFactor = 1.0
-    """Factor on the angle."""
+    """Margin m1, factor on the target's angle."""
     m2: Angle = 0.5
-    """Addition to the angle, in radians."""
+    """Margin m2, added to the target's angle, in radians."""
     m3: NonNegativeFloat = 0.0
-    """Subtraction from the cosine."""
+    """Margin m3, subtracted from the target's cosine."""
 
 
 class AdaFace(ScaledLoss):
@@ -145,11 +146,11 @@ class AdaFace(ScaledLoss):
 
     name: Literal["adaface"] = "adaface"
     margin: Angle = 0.4
-    """m"""
+    """Margin m, in radians on the angle and as a difference of cosines."""
     concentration: PositiveFloat = 0.333
-    """h; norms within 1 / h standard deviations of the mean span the range of the margin."""
+    """Concentration h: norms within 1 / h standard deviations of the mean span the range of the margin."""
     momentum: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Weight of a batch in the running mean and deviation of the norms."""
+    """Weight of the current batch in the running mean and standard deviation of the norms."""
 
 
 class MagFace(ScaledLoss):
@@ -157,15 +158,15 @@ class MagFace(ScaledLoss):
 
     name: Literal["magface"] = "magface"
     lower_norm: PositiveFloat = 10.0
-    """l_a; norms are clamped to [l_a, u_a]."""
+    """Smallest norm l_a; smaller norms count as l_a."""
     upper_norm: PositiveFloat = 110.0
-    """u_a"""
+    """Largest norm u_a; larger norms count as u_a."""
     lower_margin: Angle = 0.45
-    """Margin at l_a, in radians."""
+    """Margin at the norm l_a, in radians."""
     upper_margin: Angle = 0.8
-    """Margin at u_a, in radians."""
+    """Margin at the norm u_a, in radians."""
     norm_weight: NonNegativeFloat = 35.0
-    """lambda_g, weight of `g(a) = a / u_a^2 + 1 / a`."""
+    """Weight lambda_g of the term `g(a) = a / u_a^2 + 1 / a`, which favours large norms."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "MagFace":
@@ -179,13 +180,14 @@ class ElasticFace(ScaledLoss):
 
     name: Literal["elasticface"] = "elasticface"
     base: Literal["arcface", "cosface"] = "arcface"
-    """Target's margin, on the angle or on the cosine."""
+    """Margin on the target's angle (`arcface`) or on its cosine (`cosface`)."""
     margin: Angle = 0.5
-    """Mean of the margins."""
+    """Mean of the margins, in radians for `arcface`, as a difference of cosines for `cosface`."""
     deviation: NonNegativeFloat = 0.05
-    """Standard deviation of the margins."""
+    """Standard deviation of the margins, in the units of `margin`."""
     plus: bool = False
-    """ElasticFace+: the larger a target's cosine within the batch, the smaller the margin that it gets."""
+    """Whether margins are sorted (ElasticFace+): the larger the target's cosine within the batch, the smaller its
+    margin."""
 
 
 class AdaCos(Loss):
@@ -199,9 +201,9 @@ class CurricularFace(ScaledLoss):
 
     name: Literal["curricularface"] = "curricularface"
     margin: Angle = 0.5
-    """m, in radians"""
+    """Margin m, added to the target's angle, in radians."""
     momentum: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Weight of a batch's mean target cosine in t."""
+    """Weight of the current batch in t, the running mean of the target's cosine."""
 
 
 class MVSoftmax(ScaledLoss):
@@ -209,13 +211,14 @@ class MVSoftmax(ScaledLoss):
 
     name: Literal["mv_softmax"] = "mv_softmax"
     scale: PositiveFloat = 32.0
-    """s"""
+    """Scale s, factor on the cosines."""
     base: Literal["arcface", "cosface"] = "cosface"
-    """Target's margin, on the angle or on the cosine; a negative beyond it is hard."""
+    """Margin on the target's angle (`arcface`) or on its cosine (`cosface`); negatives above the target with its
+    margin are hard."""
     margin: Angle = 0.35
-    """m"""
+    """Margin m, in radians for `arcface`, as a difference of cosines for `cosface`."""
     weight: Annotated[float, Field(ge=1)] = 1.12
-    """w"""
+    """Weight w of hard negatives; 1 treats them as any other."""
 
 
 class Circle(ScaledLoss):
@@ -223,9 +226,9 @@ class Circle(ScaledLoss):
 
     name: Literal["circle"] = "circle"
     scale: PositiveFloat = 256.0
-    """gamma"""
+    """Scale gamma, factor on the weighted cosines."""
     margin: Fraction = 0.25
-    """m, relaxation"""
+    """Relaxation m: the target's cosine should exceed 1 - m, and the others' stay below m."""
 
 
 class SphereFace2(ScaledLoss):
@@ -233,15 +236,15 @@ class SphereFace2(ScaledLoss):
 
     name: Literal["sphereface2"] = "sphereface2"
     scale: PositiveFloat = 40.0
-    """r"""
+    """Scale r, factor on the cosines."""
     margin: NonNegativeFloat = 0.4
-    """m"""
+    """Margin m, on the cosine."""
     exponent: PositiveFloat = 3.0
-    """t, of `g(cos) = 2 ((cos + 1) / 2)^t - 1`"""
+    """Exponent t of the similarity `g(cos) = 2 ((cos + 1) / 2)^t - 1`."""
     balance: Annotated[float, Field(gt=0, lt=1)] = 0.7
-    """lambda, weight of the target's class; the others have 1 - lambda."""
+    """Weight lambda of the target's class; each other class has 1 - lambda."""
     weight: PositiveFloat = 50.0
-    """Factor on the whole loss, besides 1 / r."""
+    """Factor on the whole loss, in addition to 1 / r."""
 
 
 class UCE(ScaledLoss):
@@ -249,25 +252,26 @@ class UCE(ScaledLoss):
 
     name: Literal["uce"] = "uce"
     margin: NonNegativeFloat = 0.4
-    """m"""
+    """Margin m, subtracted from the target's cosine."""
 
 
 class Filter(Section):
     """Inter-class filtering (An et al. 2022): negatives that are too near are taken for the same person."""
 
     threshold: Annotated[float, Field(gt=-1, lt=1)]
-    """Cosine beyond which a negative is filtered."""
+    """Cosine above which a negative is filtered; 0.4 is usual."""
     zero: bool = False
-    """Whether its cosine counts as 0, as in arcface_torch, instead of being left out of the sum."""
+    """Whether a filtered negative counts with a cosine of 0, as in arcface_torch. Default: it is left out of the
+    sum."""
 
 
 class Center(Section):
     """Center loss (Wen et al. 2016): half the squared distance of an embedding from its class's centre."""
 
     weight: PositiveFloat = 0.003
-    """lambda, factor on this loss beside the one over classes."""
+    """Weight lambda of this loss relative to the loss over the classes."""
     rate: Fraction = 0.5
-    """alpha, fraction of the way to its embeddings that a centre moves in a step."""
+    """Fraction alpha of the distance to its embeddings by which a centre moves in an update."""
 
 
 class Triplet(Section):
@@ -277,9 +281,9 @@ class Triplet(Section):
     """
 
     weight: PositiveFloat = 1.0
-    """Factor on this loss beside the one over classes."""
+    """Weight of this loss relative to the loss over the classes."""
     margin: NonNegativeFloat = 0.2
-    """Distance by which the nearest impostor is to be further away than the furthest genuine image."""
+    """Euclidean distance by which the nearest impostor should be further away than the furthest genuine image."""
 
 
 class Contrastive(Section):
@@ -289,6 +293,6 @@ class Contrastive(Section):
     """
 
     weight: PositiveFloat = 1.0
-    """Factor on this loss beside the one over classes."""
+    """Weight of this loss relative to the loss over the classes."""
     margin: PositiveFloat = 1.0
-    """Euclidean distance beyond which an impostor pair counts no more."""
+    """Euclidean distance from which on an impostor pair adds nothing to the loss."""

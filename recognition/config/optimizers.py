@@ -12,11 +12,11 @@ class SGD(Section):
 
     name: Literal["sgd"] = "sgd"
     lr: PositiveFloat = 0.1
-    """Peak learning rate."""
+    """Peak learning rate, reached after the warm-up. Scale it with `training.global_batch`."""
     momentum: BelowOne = 0.9
-    """Momentum."""
+    """Momentum, the fraction of the previous update that is kept."""
     weight_decay: NonNegativeFloat = 5e-4
-    """Weight decay."""
+    """Weight decay, multiplied by the learning rate in each update."""
 
 
 class AdamW(Section):
@@ -24,13 +24,13 @@ class AdamW(Section):
 
     name: Literal["adamw"] = "adamw"
     lr: PositiveFloat = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate, reached after the warm-up. Scale it with `training.global_batch`."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    """Decay rates of the moments."""
+    """Decay rates of the running means of the gradient and of its square."""
     eps: PositiveFloat = 1e-8
-    """Added to the denominator."""
+    """Constant added to the denominator, for numerical stability."""
     weight_decay: NonNegativeFloat = 0.1
-    """Weight decay."""
+    """Weight decay, multiplied by the learning rate in each update."""
 
 
 Optimizer = Annotated[SGD | AdamW, Field(discriminator="name")]

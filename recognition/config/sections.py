@@ -24,120 +24,133 @@ from recognition.config.optimizers import SGD, Optimizer
 
 
 class Run(Section):
-    """Where a run lives and what its randomness is keyed by."""
+    """The run's output folder and seed."""
 
     folder: OutputPath = Path("runs/run")
-    """Output folder; a run found there is resumed."""
+    """Output folder for checkpoints, logs and the exported model. A run that is found there is resumed, so give each
+    new run its own folder."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Key of everything random: order, augmentation, initial weights, dropout."""
+    """Seed of everything random: initial weights, order of the images, augmentation, dropout. Change it to repeat an
+    experiment with other random numbers."""
 
 
 class Training(Section):
-    """How long, how fast, how large."""
+    """Length of the training, batch size, learning-rate schedule and numerical safety."""
 
     epochs: PositiveFloat = 20.0
-    """Passes over the data; fractions are allowed."""
+    """Passes over the training set; fractions such as 0.5 are allowed."""
     global_batch: PositiveInt = 1024
-    """Images per update over all ranks."""
+    """Images per update, all processes and accumulation steps together; it does not change with the number of GPUs.
+    Scale `optimizer.lr` with it."""
     accumulation_steps: PositiveInt = 1
-    """Forward and backward passes per update; `global_batch` is split over them."""
+    """Forward and backward passes per update, over which `global_batch` is split. Raise it when a batch does not fit
+    in memory."""
     warmup_epochs: NonNegativeFloat = 0.0
-    """Epochs of linear warm-up; the first step already learns."""
+    """Epochs over which the learning rate rises linearly to its peak, starting above zero. Raise it for large
+    batches or when the loss diverges at the start."""
     schedule: Literal["polynomial", "cosine", "multistep"] = "polynomial"
-    """How the learning rate falls after the warm-up: to zero, or at `milestones`."""
+    """Fall of the learning rate after the warm-up. `polynomial`: to zero, with exponent `power`; `cosine`: to zero
+    along half a cosine; `multistep`: by the factor `gamma` at each of `milestones`."""
     power: PositiveFloat = 1.0
-    """Exponent of the polynomial."""
+    """Exponent of the `polynomial` schedule; 1 is a linear fall."""
     milestones: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] = ()
-    """Epochs at which `multistep` multiplies the rate by `gamma`, rising."""
+    """Epochs, in rising order, at which the `multistep` schedule multiplies the learning rate by `gamma`. Required
+    by that schedule and refused by the others."""
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """What `multistep` multiplies by."""
+    """Factor on the learning rate at each milestone of the `multistep` schedule."""
     more_epochs: Literal["refuse", "stretch", "restart"] = "refuse"
-    """What happens when a run is started again with more `epochs` than it had. `refuse`: an error. `stretch`: it goes
-    on as if it had had them from the beginning. `restart`: the learning rate starts again, warm-up included, and falls
-    over the added epochs."""
+    """Behaviour when a run is resumed with more `epochs` than before. `refuse`: an error. `stretch`: the schedule
+    continues as if the run had had the larger number from the beginning. `restart`: a new schedule, warm-up
+    included, runs over the added epochs."""
     clip_norm: NonNegativeFloat = 5.0
-    """Largest global norm of the backbone's gradient; 0: no clipping."""
+    """Largest norm of the backbone's gradient, all parameters together; larger gradients are scaled down to it. 0
+    turns clipping off."""
     decay_norms_and_biases: bool = False
-    """Whether norms' and biases' parameters decay too, as in arcface_torch."""
+    """Whether weight decay also applies to biases and to the parameters of normalisation layers. Set it to true to
+    train as arcface_torch does."""
     initial_loss_scale: PositiveFloat = 65536.0
-    """What the loss is multiplied by at the start of a run in float16. A step in which a gradient overflows changes
-    nothing but to halve it."""
+    """Factor on the loss at the start of a run in float16, which keeps small gradients from vanishing. When a
+    gradient overflows, the update is skipped and the factor is halved."""
     loss_scale_growth_steps: PositiveInt = 2000
-    """Steps in a row without an overflow after which the loss's scale doubles."""
+    """Steps in a row without an overflow after which the loss scale of a float16 run doubles."""
     max_nonfinite_steps: PositiveInt = 20
-    """A step whose loss is not finite changes nothing; after so many in a row the run stops."""
+    """Steps in a row with a loss of NaN or infinity after which the run stops with an error; each such step is
+    skipped."""
     threads: NonNegativeInt = 0
-    """CPU threads per process for torch; 0 shares the cores out evenly over the local processes."""
+    """CPU threads per process for PyTorch. 0 divides the cores evenly among the processes of the machine."""
 
 
 class Evaluation(Section):
-    """Verification as training goes."""
+    """Face verification during and after the training."""
 
     pairs: Annotated[tuple[InputPath, ...], Field(strict=False), BeforeValidator(as_list)] = ()
-    """Verification sets: InsightFace `.bin` files, or lists of pairs beside their image folder, such as LFW's
-    `pairs.txt`, CALFW's, CPLFW's, or lines `path path label`."""
+    """Verification sets: InsightFace's `.bin` files, or lists of pairs with an image folder (LFW's `pairs.txt`, the
+    lists of CALFW and CPLFW, or lines `path path label`). Without one, nothing is verified."""
     image_folder: InputPath | None = None
-    """The folder of the lists' images. Default: looked for beside each list."""
+    """Folder of the images that lists of pairs name. Default: a folder beside each list."""
     missing_images: Literal["refuse", "skip"] = "refuse"
-    """What becomes of pairs one of whose images is missing or cannot be decoded, as where alignment found no face.
-    `refuse`: the run does not begin; `skip`: they are left out, which is said, and changes the set's numbers."""
+    """Handling of pairs with an image that is missing or cannot be decoded, for example because alignment found no
+    face. `refuse`: the run does not start; `skip`: these pairs are left out with a warning, so results are not
+    comparable with published ones."""
     folds: Literal["file", "even"] = "file"
-    """What the ten folds of a set are. `file`: consecutive pairs in the file's order, as arcface_torch has them;
-    `even`: genuine and impostor pairs are spread evenly over them first."""
+    """How pairs are divided into the ten folds of cross-validation. `file`: consecutive pairs, as in arcface_torch;
+    `even`: the same share of genuine and impostor pairs in each fold, for files whose order is unbalanced."""
     every_steps: NonNegativeInt = 2000
-    """Steps between verifications, each of which follows a checkpoint; 0: only at the end."""
+    """Updates between verifications; a checkpoint is written before each. 0: only at the end."""
     batch_per_rank: PositiveInt = 64
-    """Images per forward pass, per rank."""
+    """Images per forward pass in each process. Lower it when verification runs out of memory."""
 
 
 class Checkpoint(Section):
-    """Saving and retention."""
+    """How often checkpoints are written, and how many are kept."""
 
     every_steps: NonNegativeInt = 2000
-    """Steps between checkpoints; 0: only at the end and on an interruption."""
+    """Updates between checkpoints, the most that a crash can cost. 0: only at the end and on an interruption."""
     keep: Annotated[int, Field(ge=1)] = 2
-    """How many of the newest checkpoints stay; the best is kept apart."""
+    """Number of newest checkpoints that are kept; the best one by verification is kept in addition."""
 
 
 class Tracking(Section):
-    """What is recorded as training goes."""
+    """How often metrics are recorded, for TensorBoard and the run's log."""
 
     every_steps: PositiveInt = 10
-    """Steps between two records."""
+    """Updates between two records of loss, learning rate and speed."""
     preview_images: NonNegativeInt = 32
-    """Images of the first batch that go to TensorBoard."""
+    """Images of the first batch that are shown in TensorBoard, to check the augmentation. 0: none."""
 
 
 class Distributed(Section):
-    """Process groups."""
+    """Communication between the processes of a run."""
 
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """`auto`: NCCL when every process has a GPU, else gloo on the CPU; a run of one process on a Mac has its backbone
-    on the GPU (MPS) and its head on the CPU. `gloo` keeps all on the CPU."""
+    """Communication library and devices. `auto`: NCCL when every process has a GPU, else Gloo on the CPU; a single
+    process on a Mac runs the backbone on the GPU (MPS) and the head on the CPU. `gloo` keeps everything on the CPU."""
     init_timeout_seconds: PositiveInt = 300
-    """Bound on a collective until the first step is done."""
+    """Seconds that processes wait for each other until the first update is done. Raise it when start-up is slow, for
+    example on cold storage."""
     timeout_seconds: PositiveInt = 120
-    """Bound on a collective after that."""
+    """Seconds that processes wait for each other after the first update; then the run stops with an error."""
     bucket_mib: PositiveInt = 25
-    """MiB of the backbone's gradients that are summed over the ranks at a time, while the backward pass goes on."""
+    """MiB of backbone gradients that are summed over the processes at a time, during the backward pass."""
 
 
 class Export(Section):
-    """The deployable."""
+    """The ONNX model that is written at the end of a run."""
 
     enabled: bool = True
-    """Write `model.onnx` at the end of the run."""
+    """Whether `model.onnx` is written at the end of the run."""
     opset: Annotated[int, Field(ge=11)] = 18
-    """ONNX operator set. Below 17 torch's older exporter writes the file, which knows fewer networks; IResNet,
-    MobileFaceNet, ResNet, ConvNeXt and ViT go down to 11, for TensorRT 7 and the like."""
+    """ONNX operator set. Lower it for older runtimes such as TensorRT 7; below 17, PyTorch's older exporter is used,
+    which supports IResNet, MobileFaceNet, ResNet, ConvNeXt and ViT down to 11."""
     max_difference: PositiveFloat = 1e-3
-    """Largest allowed |difference| between ONNX Runtime's and the backbone's embedding, relative to its norm."""
+    """Largest allowed distance between ONNX Runtime's embedding and the backbone's, relative to the norm of the
+    latter; a larger one is an error."""
     min_cosine: Fraction = 0.9999
-    """Smallest allowed cosine between the two."""
+    """Smallest allowed cosine between ONNX Runtime's embedding and the backbone's; a smaller one is an error."""
 
 
 class Config(Section):
-    """A run, whole."""
+    """All settings of a run."""
 
     run: Run = Run()
     data: Data
