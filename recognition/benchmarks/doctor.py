@@ -134,7 +134,7 @@ def _on_layout(resolved: hardware.Resolved, measured: Measurements) -> list[str]
         return []
     return [
         f"channels_last is {str(chosen.channels_last).lower()}, and a convolution is {ratio:.1f}x faster the other way "
-        "here: see what tools/benchmark_training.py --grid says of your backbone"
+        "here: see what recognition benchmark training --grid says of your backbone"
     ]
 
 

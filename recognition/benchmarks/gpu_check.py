@@ -254,8 +254,9 @@ def facts() -> dict[str, Any]:
         if torch.cuda.is_available():
             memory = torch.cuda.get_device_properties(0).total_memory
             found |= {"device": torch.cuda.get_device_name(0), "memory_gb": int(memory / 1e9)}
-            import recognition.benchmarks.training
-            import recognition.cli.main  # noqa: F401
+            import click  # noqa: F401
+
+            import recognition.benchmarks.training  # noqa: F401
         else:
             found["lacking"] = "there is no CUDA device"
     except ImportError as error:

@@ -8,7 +8,7 @@ from recognition.cli.argument_types import PATH, POSITIVE
 from recognition.cli.command import command
 
 
-@command("convert", examples="recognition convert configs/ms1mv3_r50.py --gpus 8 --output ms1mv3_r50.toml")
+@command("convert", examples="recognition convert ms1mv3_r50.py --gpus 8 --output ms1mv3_r50.toml")
 @click.argument("file", type=PATH, metavar="FILE.py")
 @click.option(
     "--gpus", type=POSITIVE, default=8, help="GPUs that the batch of the file is meant for, one process each."

@@ -10,7 +10,7 @@ from recognition.cli.command import command
 
 EXAMPLES = """
 recognition faces --output faces --identities 100 --images 10 --pairs 200
-recognition faces --contact-sheet faces.png
+recognition faces --contact-sheet sheet.png
 """
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from recognition import __version__
+import recognition as package
 from recognition.cli import program
 from recognition.errors import UserError
 
@@ -43,7 +43,7 @@ _STATUSES = "\n".join(f"{status:>3}  {meaning}" for status, meaning in program.S
 
 
 @click.group("recognition", cls=Group, context_settings=SETTINGS, epilog=f"\b\nExit status:\n{_STATUSES}")
-@click.version_option(__version__, prog_name="recognition", message="%(prog)s %(version)s")
+@click.version_option(package.__version__, prog_name="recognition", message="%(prog)s %(version)s")
 def recognition() -> None:
     """Train face recognition at any number of identities.
 

@@ -1,4 +1,4 @@
-"""The command line of train.py: a configuration, and `section.key=value` overrides."""
+"""The command line of `recognition train`: a configuration, and `section.key=value` overrides."""
 
 import logging
 import os
@@ -29,7 +29,9 @@ def command_line(arguments: Sequence[str], default: Path) -> tuple[Path, list[st
         if not _OVERRIDE.match(argument) or argument.startswith("-"):
             mistakes.append(_mistake(argument, rest[place + 1 : place + 3]))
     if mistakes:
-        raise ConfigError("\n  ".join(["the command line is train.py [CONFIG] [section.key=value ...]", *mistakes]))
+        raise ConfigError(
+            "\n  ".join(["the command line is recognition train [CONFIG] [section.key=value ...]", *mistakes])
+        )
     _say_repeated(rest)
     return path, rest
 

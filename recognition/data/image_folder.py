@@ -232,7 +232,7 @@ def _no_images(folder: Path, people: int, skipped: _Skipped) -> str:
     return (
         f"{shown(folder)}: its {people} folders hold no images themselves; the first one lies deeper, {shown(found)}. "
         f"Give the folder that holds the identity folders, data.path={above}; several of them are joined by "
-        "`python tools/index.py merge OUT FOLDER FOLDER ...` and data.path=OUT"
+        "`recognition index merge OUT FOLDER FOLDER ...` and data.path=OUT"
     )
 
 

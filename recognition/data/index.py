@@ -167,7 +167,7 @@ def _build(path: Path, source: Source) -> Index:
     assert failed is not None
     raise UserError(
         f"{shown(failed.filename or source.root)}: cannot write the index: {failed.strerror}: choose another folder "
-        "for it, data.index_folder=... (--cache of tools/index.py)"
+        "for it, data.index_folder=... (--cache of recognition index)"
     )
 
 

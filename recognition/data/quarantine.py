@@ -120,7 +120,7 @@ class Quarantine:
         listed = shown(self.path)
         return (
             f"{listed} lists them. Bring lost files back and start again; or begin another run, on repaired files or "
-            f"without these images: `python tools/index.py filter DATA OUT --exclude-samples {listed}`, data.path=OUT"
+            f"without these images: `recognition index filter DATA OUT --exclude-samples {listed}`, data.path=OUT"
         )
 
     def _next(self, sample: int) -> int:

@@ -177,7 +177,7 @@ def _choose_chunks(folder: Path, named: list[str]) -> tuple[tuple[Path, ...], tu
         raise UserError(
             f"{shown(folder)}: holds {len(named)} .rec files ({', '.join(map(shown, named[:4]))}"
             f"{', ...' * (len(named) > 4)}), none of them train.rec: give one of them, or join them by "
-            "`python tools/index.py merge OUT FILE FILE ...` and data.path=OUT (with --same-identities where equal "
+            "`recognition index merge OUT FILE FILE ...` and data.path=OUT (with --same-identities where equal "
             "labels mean the same person)"
         )
     ordered = [numbers[number] for number in sorted(numbers)]

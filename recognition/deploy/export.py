@@ -87,7 +87,7 @@ def export_onnx(backbone: nn.Module, path: Path | str, metadata: Mapping[str, An
             f"{path}: not written, for ONNX Runtime does not reproduce the backbone: largest relative difference "
             f"{parity.max_difference:.2e} (export.max_difference {settings.max_difference:.2e}), smallest cosine "
             f"{parity.min_cosine:.6f} (export.min_cosine {settings.min_cosine}); try another export.opset, or widen "
-            "these limits (--opset of tools/export.py; the limits stand in the run's config.toml)"
+            "these limits (--opset of recognition export; the limits stand in the run's config.toml)"
         )
     card["parity"] = asdict(parity)
     onnx.helper.set_model_props(
@@ -167,7 +167,7 @@ def _to_onnx(backbone: _Frozen, opset: int) -> "onnx.ModelProto":
                 _written(backbone, other)
                 raise UserError(
                     f"the backbone cannot be exported to ONNX at opset {opset}: {error}; set export.opset={other} "
-                    "(--opset of tools/export.py)"
+                    "(--opset of recognition export)"
                 ) from None
         raise UserError(f"the backbone cannot be exported to ONNX: {error}") from None
 

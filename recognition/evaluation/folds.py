@@ -40,7 +40,7 @@ def fold_warnings(same: np.ndarray) -> list[str]:
         genuine = ", ".join(str(int(fold.sum())) for fold in np.array_split(same, FOLDS))
         found.append(
             f"its ten folds hold {genuine} genuine pairs, so thresholds chosen on nine of them do not suit the tenth, "
-            "and accuracy and its deviation mean little: evaluation.folds=even (--folds even for tools/evaluate.py) "
+            "and accuracy and its deviation mean little: evaluation.folds=even (--folds even for recognition evaluate) "
             "spreads both kinds over the folds"
         )
     rarer = min(same.mean(), 1 - same.mean()) if len(same) else 0

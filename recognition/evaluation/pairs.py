@@ -102,7 +102,7 @@ class PairSet:
                 f"{escape(str(self.path))}: {counted}:\n"
                 + "".join(f"  {line}\n" for line in [*first, *more])
                 + "Put right images in their places, or leave their pairs out: evaluation.missing_images=skip, and "
-                "--skip-missing for tools/evaluate.py"
+                "--skip-missing for recognition evaluate"
             )
         lost = {image // 2 for image in faults}
         kept = self.select(np.array([pair for pair in range(len(self)) if pair not in lost], int))
@@ -164,7 +164,7 @@ def _read_images(path: Path, listed: PairList, images: Path | None, missing: Mis
         where = images or f"{path.parent} or a folder in it"
         raise UserError(
             f"{name}: no image {escape(entries[0].first[0])} nor one of the next in {escape(str(where))}; put the "
-            "images' folder beside the file, or name it: evaluation.image_folder, and --images for tools/evaluate.py"
+            "images' folder beside the file, or name it: evaluation.image_folder, and --images for recognition evaluate"
         )
     read: dict[Path, bytes] = {}
     files, faults, respelled = [], {}, []

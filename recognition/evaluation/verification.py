@@ -68,7 +68,7 @@ def _decode(pairs: PairSet, image: int, size: int, how: str) -> np.ndarray:
         raise UserError(
             f"{pairs.describe(image)} is {error}, which is what the model takes. Align the faces to that size in the "
             "way of the training images, or let them be scaled: data.fit=resize or data.fit=crop, and --fit of "
-            "tools/evaluate.py"
+            "recognition evaluate"
         ) from None
 
 
@@ -93,7 +93,7 @@ def verify(embeddings: np.ndarray, same: np.ndarray) -> Verification:
         first = int(np.argmin(finite))
         raise UserError(
             f"{np.sum(~finite)} of {len(finite)} embeddings are not finite, the first that of image {first % 2 + 1} of "
-            f"pair {first // 2 + 1}: the model is broken. Of a run, `python tools/export.py RUN --output FILE "
+            f"pair {first // 2 + 1}: the model is broken. Of a run, `recognition export RUN --output FILE "
             "--which best` may give a whole one; another run can begin at an earlier checkpoint: backbone.weights=..."
         )
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)

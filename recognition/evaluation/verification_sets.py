@@ -93,7 +93,7 @@ def check_pairs(pairs: PairSet, image_size: int, *, missing: Missing = "refuse",
         if fit == "exact":
             raise UserError(
                 f"{escape(str(pairs.path))}: {many}: align the faces to that size in the way of the training images, "
-                "or set data.fit to resize or crop (--fit for tools/evaluate.py)"
+                "or set data.fit to resize or crop (--fit for recognition evaluate)"
             )
         found.append(f"{many}: {'scaled' if fit == 'resize' else 'their middle is scaled'} to that, as data.fit says")
     return replace(pairs, warnings=[*pairs.warnings, *found])

@@ -67,7 +67,7 @@ def closing(
     return [
         *found,
         "evaluate it:",
-        f"  python tools/evaluate.py --model {run} --pairs {sets}",
+        f"  recognition evaluate --model {run} --pairs {sets}",
         "go on: the same command, and",
         f"  training.epochs={2 * config.training.epochs:g} training.more_epochs=stretch",
         "curves:",

@@ -108,7 +108,7 @@ def test_another_run_from_this_one(faces: Path, run: Path, tmp_path: Path) -> No
 
 def test_what_is_said_at_the_end(faces: Path, run: Path, monkeypatch: pytest.MonkeyPatch, finished: Path) -> None:
     told = (run / "log.txt").read_text().replace(str(finished), str(run))
-    command = shlex.split(way_out(told, r"python (tools/evaluate\.py [^\n]*)")[1])
+    command = shlex.split(way_out(told, r"recognition (evaluate [^\n]*)")[1])
     assert tool("evaluate").main(command[1:]) == 0
     assert train(
         faces, run, *way_out(told, r"go on: the same command, and\s[^\n]*?(training\.epochs=[^\n]*)")[1].split()
@@ -143,7 +143,7 @@ def test_the_other_of_two_backbones(run: Path) -> None:
 
 def test_a_model_that_is_broken(faces: Path, run: Path, tmp_path: Path) -> None:
     message = refusal(lambda: verify(np.full((40, 8), np.nan), np.arange(20) % 2 == 0))
-    command = way_out(message, r"`python (tools/export\.py [^`]*)`")[1].split()
+    command = way_out(message, r"`recognition (export [^`]*)`")[1].split()
     places = {"RUN": str(run), "FILE": str(tmp_path / "best.onnx")}
     options = tool("export")._parser().parse_args([places.get(word, word) for word in command[1:]])
     load_backbone(options.run, options.which)
@@ -205,7 +205,7 @@ def test_images_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             path.write_bytes(path.read_bytes()[:40])
     short = "evaluation.pairs=[]", "training.epochs=1"
     message = refusal(lambda: train(people, tmp_path / "run", *short))
-    command = way_out(message, r"`python (tools/index\.py filter DATA OUT [^`]*)`, (data\.path)=OUT")
+    command = way_out(message, r"`recognition (index filter DATA OUT [^`]*)`, (data\.path)=OUT")
     places = {"DATA": str(people), "OUT": str(tmp_path / "out")}
     assert tool("index").main([places.get(word, word) for word in shlex.split(command[1])[1:]]) == 0
     assert train(people, tmp_path / "another", *short, f"{command[2]}={places['OUT']}")

@@ -1,7 +1,7 @@
 """Which tiles the Triton kernels work in, and how many rows make a chunk: a table, by device and by problem.
 
 `tiles.toml` has a section for each device that was looked at and `fallback` for all others. Of a section's entries the
-one whose problem is nearest to the one at hand counts. `tools/tune_head.py` measures a section anew. In the sizes, B is
+one whose problem is nearest to the one at hand counts. `recognition tune` measures a section anew. In the sizes, B is
 the gathered batch, C the classes that a kernel goes over in one call, D the embedding size.
 """
 

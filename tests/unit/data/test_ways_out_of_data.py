@@ -88,7 +88,7 @@ def test_another_folder_for_the_index(people: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "file").touch()
     monkeypatch.setattr("recognition.data.source.Source.writable_places", lambda source: (source.places[1],))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    found = way_out(refusal(lambda: open_index(people)), r"(data\.index_folder)=.*\((--cache) of tools/index\.py\)")
+    found = way_out(refusal(lambda: open_index(people)), r"(data\.index_folder)=.*\((--cache) of recognition index\)")
     file = tmp_path / "run.toml"
     file.write_text(f"[data]\npath = '{people}'\n")
     settings = config.load(file, [f"{found[1]}={tmp_path / 'cache'}"]).data

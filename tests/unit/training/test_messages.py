@@ -41,7 +41,7 @@ def test_a_run_without_sets_says_where_its_model_is_and_how_to_go_on(tmp_path: P
         "model:",
         f"  {folder}/model.onnx",
         "evaluate it:",
-        f"  python tools/evaluate.py --model '{folder}' --pairs PAIRS",
+        f"  recognition evaluate --model '{folder}' --pairs PAIRS",
         "go on: the same command, and",
         "  training.epochs=6 training.more_epochs=stretch",
         "curves:",
@@ -66,7 +66,7 @@ def test_results_and_what_was_passed_over_are_told(tmp_path: Path) -> None:
         f"  {folder.quarantine}",
         "not finite, so called off: 4 steps",
     ]
-    assert f"  python tools/evaluate.py --model {tmp_path} --pairs lfw.bin 'my set.bin'" in told
+    assert f"  recognition evaluate --model {tmp_path} --pairs lfw.bin 'my set.bin'" in told
     assert "model:" not in told
 
 
