@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.unit.data.test_pipeline import Images, as_levels, picture
 
 from recognition.config import Augment, Data
 from recognition.data.pipeline import Pipeline
@@ -19,6 +18,7 @@ from recognition.evaluation.verification import embed_pairs
 from recognition.images import decode, fit, size
 from tests.support import picture_kinds
 from tests.support.picture_kinds import GREY, RGB, Kind, save
+from tests.unit.data.test_pipeline import Images, as_levels, picture
 
 SHOWN = picture_kinds.jpegs() | picture_kinds.pngs() | picture_kinds.others() | picture_kinds.broken_but_shown()
 REFUSED = picture_kinds.refused()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.unit.data.test_pipeline import EVERYTHING, Images, encode, picture
 
 from recognition.config import Augment, Data
 from recognition.data.pipeline import Batch, Pipeline
@@ -14,6 +13,7 @@ from recognition.data.procedural import dataset
 from recognition.data.torchvision_maker import TorchvisionMaker
 from recognition.errors import UserError
 from recognition.images import Undecodable, decode
+from tests.unit.data.test_pipeline import EVERYTHING, Images, encode, picture
 
 SIZE = 112
 AUGMENTS = {
