@@ -100,9 +100,11 @@ class _Reader:
     def _new_config(self, value: ast.expr) -> dict[str, Value]:
         """Return the keys of `edict()`, `edict(dict(...))`, `edict({...})`, `edict(key=...)` or `{...}`."""
         match value:
-            case ast.Call(args=[inner], keywords=[]):
+            case ast.Call(func=kind, args=[inner], keywords=[]) if _is_dictionary(kind):
                 return self._new_config(inner)
-            case ast.Call(args=[], keywords=keywords) if all(each.arg for each in keywords):
+            case ast.Call(func=kind, args=[], keywords=keywords) if _is_dictionary(kind) and all(
+                each.arg for each in keywords
+            ):
                 pairs = [(str(each.arg), each.value) for each in keywords]
             case ast.Dict(keys=keys, values=values) if None not in keys:
                 pairs = [(str(self._evaluate(key)), each) for key, each in zip(keys, values, strict=True) if key]
@@ -166,3 +168,8 @@ class _Reader:
 
     def _error(self, node: ast.AST, message: str) -> UserError:
         return UserError(f"{self.path}:{getattr(node, 'lineno', 1)}: {message}")
+
+
+def _is_dictionary(function: ast.expr) -> bool:
+    """Return whether a call makes a dictionary: `dict`, `edict` or `easydict.EasyDict`."""
+    return ast.unparse(function).rpartition(".")[2] in ("dict", "edict", "EasyDict")
