@@ -209,7 +209,7 @@ def _keep_if_only_losses(source: Source, place: Path) -> None:
 
 
 def _count_losses_of(source: Source, content: IndexContent) -> int | None:
-    return None if source.recs else _count_losses(content.files, content.sizes, source.present())
+    return None if source.containers else _count_losses(content.files, content.sizes, source.present())
 
 
 def make_index(path: Path, folder: Path, content: IndexContent, notes: tuple[str, ...]) -> Index:

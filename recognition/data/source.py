@@ -1,9 +1,12 @@
-"""Training data as the user names it, .rec files or a folder per identity, and the places for its index."""
+"""Training data as the user names it, containers or a folder per identity, and the places for its index.
+
+A container is a file that holds many images. `CONTAINERS` lists the kinds.
+"""
 
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +15,20 @@ import numpy as np
 from recognition.data import image_folder, insightface_rec
 from recognition.data.data_files import PackedNames
 from recognition.data.index_store import INDEX_FOLDER, RANGE, IndexContent, digest
+from recognition.data.recordio import Records
 from recognition.errors import UserError
 from recognition.files.paths import shown
 
+CONTAINERS: dict[str, Callable[[Path], tuple[Records, np.ndarray]]] = {
+    ".rec": insightface_rec.scan,
+}
+"""Kinds of containers by suffix: functions that find the byte ranges of N images and their labels [N], int64 or str.
+
+They raise UserError for a file that cannot be used. Labels of any values become 0..C-1 in their sorted order.
+"""
+
 _RULES = "2"
-"""Version of the rules by which .rec files are scanned; an index made by another version is built anew."""
+"""Version of the rules by which containers are scanned; an index made by another version is built anew."""
 _CHUNK_NAME = re.compile(r"(.+)_(\d+)((?:_train)?)\.rec", re.DOTALL)
 """Name that im2rec gives to a part of one listing."""
 
@@ -25,11 +37,12 @@ _CHUNK_NAME = re.compile(r"(.+)_(\d+)((?:_train)?)\.rec", re.DOTALL)
 class Source:
     """Training data, and the two places where its index may lie, the preferred one first.
 
-    recs: the .rec files, empty for a folder per identity. choice_notes: sentences for the user on the choice of files.
+    containers: files that hold many images, empty for a folder per identity. choice_notes: sentences for the user on
+    the choice of files.
     """
 
     root: Path
-    recs: tuple[Path, ...]
+    containers: tuple[Path, ...]
     places: tuple[Path, Path]
     choice_notes: tuple[str, ...]
     listing: image_folder.Listing | None = None
@@ -41,13 +54,14 @@ class Source:
             raise UserError(f"{shown(path)}: no such file or folder")
         if path.is_dir():
             recs, notes = _choose_recs(path)
-        elif path.suffix.lower() == ".rec":
+        elif path.suffix.lower() in CONTAINERS:
             recs, notes = (path,), ()
         else:
             beside = path.with_suffix(".rec")
             way_out = f": give {shown(beside.name)}, which lies beside it" if beside.is_file() else ""
             raise UserError(
-                f"{shown(path)}: neither a .rec file nor a folder with train.rec or with a folder per identity{way_out}"
+                f"{shown(path)}: neither a {' or '.join(CONTAINERS)} file nor a folder with train.rec or with a folder "
+                f"per identity{way_out}"
             )
         lists = [rec.with_suffix(".lst").name for rec in recs if rec.with_suffix(".lst").is_file()]
         if lists:
@@ -74,15 +88,15 @@ class Source:
 
     def stamp(self) -> str:
         """Compute a hash over names, sizes and modification times, which changes when the data does."""
-        if not self.recs:
+        if not self.containers:
             listing = self._list()
             return digest(listing.names.text, listing.names.ends, listing.sizes, listing.mtimes)
-        beside = (rec.with_suffix(".idx") for rec in self.recs)
-        return file_stamp([*self.recs, *(idx for idx in beside if idx.exists())], _RULES)
+        beside = (path.with_suffix(".idx") for path in self.containers)
+        return file_stamp([*self.containers, *(idx for idx in beside if idx.exists())], _RULES)
 
     def scan(self) -> IndexContent:
         """Scan the data for the content of its index. Raises UserError for data that cannot be used."""
-        return self._scan_records() if self.recs else self._scan_folder()
+        return self._scan_containers() if self.containers else self._scan_folder()
 
     def notes(self, content: IndexContent) -> tuple[str, ...]:
         """Return the sentences for the user about the data, whose index is `content`."""
@@ -104,9 +118,9 @@ class Source:
         names, people = listing.names, listing.identities
         return IndexContent(starts, ranges, listing.labels, listing.sizes, names, people, self.stamp())
 
-    def _scan_records(self) -> IndexContent:
+    def _scan_containers(self) -> IndexContent:
         stamp = self.stamp()
-        parts = [insightface_rec.scan(rec) for rec in self.recs]
+        parts = [CONTAINERS[path.suffix.lower()](path) for path in self.containers]
         originals, labels = np.unique(np.concatenate([raw for _, raw in parts]), return_inverse=True)
         found = [records for records, _ in parts]
         pieces = [len(records.offsets) for records in found]
@@ -118,8 +132,8 @@ class Source:
             starts=range_starts(np.concatenate([np.diff(records.starts) for records in found])),
             ranges=ranges,
             labels=labels,
-            sizes=np.array([rec.stat().st_size for rec in self.recs]),
-            files=PackedNames.of([rec.name for rec in self.recs]),
+            sizes=np.array([path.stat().st_size for path in self.containers]),
+            files=PackedNames.of([path.name for path in self.containers]),
             identities=PackedNames.of([str(label) for label in originals.tolist()]),
             stamp=stamp,
             notes=tuple(note for records in found for note in records.notes),

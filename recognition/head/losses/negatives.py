@@ -91,10 +91,10 @@ class CurricularNegatives(Negatives):
     t: Tensor
 
     def logits(self, cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
-        return self.scale * torch.where(_beyond(cosine, hard_boundary), cosine * (self.t + cosine), cosine)
+        return self.scale * torch.where(beyond(cosine, hard_boundary), cosine * (self.t + cosine), cosine)
 
     def derivative(self, cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
-        return self.scale * torch.where(_beyond(cosine, hard_boundary), self.t + 2 * cosine, 1.0)
+        return self.scale * torch.where(beyond(cosine, hard_boundary), self.t + 2 * cosine, 1.0)
 
     @staticmethod
     @jit
@@ -114,10 +114,10 @@ class MVSoftmaxNegatives(Negatives):
 
     def logits(self, cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
         hard = self.weight * cosine + (self.weight - 1)
-        return self.scale * torch.where(_beyond(cosine, hard_boundary), hard, cosine)
+        return self.scale * torch.where(beyond(cosine, hard_boundary), hard, cosine)
 
     def derivative(self, cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
-        return self.scale * torch.where(_beyond(cosine, hard_boundary), self.weight, 1.0)
+        return self.scale * torch.where(beyond(cosine, hard_boundary), self.weight, 1.0)
 
     @staticmethod
     @jit
@@ -248,7 +248,8 @@ def _angle(cosine: Tensor) -> Tensor:
     return torch.acos(cosine.clamp(-edge, edge))
 
 
-def _beyond(cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
+def beyond(cosine: Tensor, hard_boundary: Tensor | None) -> Tensor:
+    """Return where `cosine` [B, n] is beyond its sample's boundary [B], bool [B, n]."""
     if hard_boundary is None:
         raise ValueError("the targets' cosines are needed before the negatives'")
     return cosine > hard_boundary[:, None]
