@@ -47,7 +47,7 @@ def test_the_tests_of_the_document_pass(extended: Path) -> None:
     assert len(tests) == len(SUBJECTS)
     done = run(extended, "pytest", "-q", "-rA", "--durations=5", "-p", "no:cacheprovider", *tests)
     assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout)
+    print(done.stdout)  # noqa: T201
     for test in tests:
         functions = re.findall(r"^def (test_\w+)", (extended / test).read_text(), re.MULTILINE)
         for function in functions:
