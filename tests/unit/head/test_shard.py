@@ -308,11 +308,11 @@ def test_gradients_are_summed(state: RowFormat, normalised: bool) -> None:
         if one.bias is not None:
             bias[part] += one.bias.double().numpy()
     np.testing.assert_allclose(total.weight.numpy(), expected, rtol=SUM, atol=SUM)
-    assert total.taken.nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 7]
+    assert total.touched.nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 7]
     if normalised:
         assert total.bias is None
     else:
         assert total.bias is not None
         np.testing.assert_allclose(total.bias.numpy(), bias, rtol=SUM, atol=SUM)
     total.clear()
-    assert not total.weight.any() and not total.taken.any() and (total.bias is None or not total.bias.any())
+    assert not total.weight.any() and not total.touched.any() and (total.bias is None or not total.bias.any())
