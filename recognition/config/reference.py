@@ -28,7 +28,7 @@ A run is described by a TOML file: sections `[name]`, below them `key = value`, 
 `false` in small letters. A setting that is left out has its default; only `data.path` is always required. An optional
 section, such as `[faces]` or `[head.filter]`, is on when it is written.
 
-- **Overrides.** `python train.py run.toml optimizer.lr=0.05 head.loss.name=cosface` sets single keys for one run.
+- **Overrides.** `python train.py my.toml optimizer.lr=0.05 head.loss.name=cosface` sets single keys for one run.
 - **`extends = "other.toml"`**, above all sections, takes over the settings of another file, whose path is relative to
   this one. Settings of the file itself win. Another `name` for a loss or an optimizer drops the other file's settings
   of that section.

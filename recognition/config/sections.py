@@ -158,6 +158,7 @@ class Config(Section):
     backbone: Backbone = Backbone()
     head: Head = Head()
     optimizer: Optimizer = SGD()
+    """Optimizer of the backbone, and of the class weights where `[head.optimizer]` is not given."""
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
