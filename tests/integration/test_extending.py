@@ -36,7 +36,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     environment = os.environ | {"PYTHONPATH": str(root)}
     command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=110)
 
 
 def test_the_tests_of_the_document_pass(extended: Path) -> None:
