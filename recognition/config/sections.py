@@ -143,8 +143,8 @@ class Export(Section):
     """ONNX operator set. Lower it for older runtimes such as TensorRT 7; below 17, PyTorch's older exporter is used,
     which supports IResNet, MobileFaceNet, ResNet, ConvNeXt and ViT down to 11."""
     max_difference: PositiveFloat = 1e-3
-    """Largest allowed distance between ONNX Runtime's embedding and the backbone's, relative to the norm of the
-    latter; a larger one is an error."""
+    """Largest allowed difference in any value of the embedding between ONNX Runtime and the backbone, relative to the
+    embedding's norm; a larger one is an error."""
     min_cosine: Fraction = 0.9999
     """Smallest allowed cosine between ONNX Runtime's embedding and the backbone's; a smaller one is an error."""
 
