@@ -15,10 +15,11 @@ PACKAGE = Path(__file__).parents[2] / "recognition"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Openings that nothing may have: their sentence is a fragment, or its subject comes too late.
-FRAGMENTS = {"what", "of", "likewise", "as", "whoever", "how", "where", "which", "why", "whether", "by"}
+FRAGMENTS = {"what", "of", "likewise", "as", "whoever", "how", "where", "which", "why", "by"}
 SAME = ("the same as", "the same,", "the same.", "the former", "the latter", "see above", "as above")
 # Words that begin the description of a thing, not of an action.
 NOUNS = {
+    "whether",
     *("a", "an", "the", "this", "these", "that", "its", "it", "their", "there", "each", "every", "all", "any", "no"),
     *("one", "two", "three", "many", "some", "several", "both", "none", "true", "false", "not", "for", "from", "to"),
     *("in", "on", "at", "with", "if", "when", "after", "before", "between", "whose", "they", "them", "us", "our"),
@@ -81,7 +82,7 @@ def test_the_check_knows_good_from_bad() -> None:
     assert all(begins_with_a_verb(text) and not opens_badly(text) for text in good)
     nouns = ("The sum.", "Returns the sum.", "Numbers in 0..1.", "A mean.", "float32 [n].", "`x` moved.", "Selection.")
     assert not any(begins_with_a_verb(text) for text in nouns)
-    bad = ("What it is.", "Of a step.", "Likewise.", "As torch's.", "The same as above.", "Whether it is there.")
+    bad = ("What it is.", "Of a step.", "Likewise.", "As torch's.", "The same as above.", "By torch.")
     assert all(opens_badly(text) for text in bad)
     assert len(docstrings()) > 900
 
