@@ -111,12 +111,16 @@ def _backbone(options: dict[str, Any]) -> "config.Backbone":
     from pydantic import ValidationError
 
     from recognition import config
-    from recognition.config import recipes, toml
+    from recognition.config import recipes
+    from recognition.config.extending import read_extended
     from recognition.errors import UserError
 
     recipe = options["recipe"]
     try:
-        tree = toml.read(recipes.find(recipe)).get("backbone", {}) if recipe else {"name": _name(options)}
+        if recipe:
+            tree = read_extended(recipes.find(recipe), config.Config).get("backbone", {})
+        else:
+            tree = {"name": _name(options)}
         return config.Backbone.model_validate(tree | {"image_size": options["image_size"]})
     except ValidationError as error:
         raise UserError("; ".join(item["msg"] for item in error.errors())) from None

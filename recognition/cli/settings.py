@@ -28,7 +28,7 @@ def show_recipes(name: str | None) -> None:
         formatter = click.get_current_context().make_formatter()
         formatter.write_dl([(each, recipes.summary(each)) for each in recipes.names()])
         click.echo(formatter.getvalue(), nl=False)
-    elif name.removesuffix(".toml") in recipes.names():
-        click.echo((recipes.folder() / f"{name.removesuffix('.toml')}.toml").read_text(encoding="utf-8"), nl=False)
+    elif (recipe := recipes.shipped(name)) is not None:
+        click.echo(recipe.read_text(encoding="utf-8"), nl=False)
     else:
         raise UserError(f"there is no recipe {name}, but {', '.join(recipes.names())}")

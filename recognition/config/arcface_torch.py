@@ -49,16 +49,16 @@ _NETWORKS = {
     "r200": "iresnet200",
     "mbf": "mobilefacenet",
 }
-# Width, depth, drop path, whether patches are masked, whether activations are computed again.
+# Width, depth, drop path, fraction of the patches that are masked, whether activations are computed again.
 _VITS = {
-    "vit_t": (256, 12, 0.1, True, False),
-    "vit_t_dp005_mask0": (256, 12, 0.05, False, False),
-    "vit_s": (512, 12, 0.1, True, False),
-    "vit_s_dp005_mask_0": (512, 12, 0.05, False, False),
-    "vit_b": (512, 24, 0.1, True, True),
-    "vit_b_dp005_mask_005": (512, 24, 0.05, True, True),
-    "vit_l_dp005_mask_005": (768, 24, 0.05, True, True),
-    "vit_h": (1024, 48, 0.1, False, True),
+    "vit_t": (256, 12, 0.1, 0.1, False),
+    "vit_t_dp005_mask0": (256, 12, 0.05, 0.0, False),
+    "vit_s": (512, 12, 0.1, 0.1, False),
+    "vit_s_dp005_mask_0": (512, 12, 0.05, 0.0, False),
+    "vit_b": (512, 24, 0.1, 0.1, True),
+    "vit_b_dp005_mask_005": (512, 24, 0.05, 0.05, True),
+    "vit_l_dp005_mask_005": (768, 24, 0.05, 0.05, True),
+    "vit_h": (1024, 48, 0.1, 0.0, True),
 }
 _NUMBER = (int, float)
 
@@ -212,7 +212,7 @@ class _Converter:
         self.put("backbone.options", options, "network")
         self.put("backbone.neck", "linear", "network")
         lost = ["its second linear map and BatchNorm before the embedding"]
-        lost += ["the random masking of a tenth of the patches"] if masked else []
+        lost += [f"the random masking of {masked:.0%} of the patches"] if masked else []
         lost += ["activations computed again in the backward pass, to save memory"] if checkpointed else []
         self.notes.append(f"network = {network!r}: without a counterpart are {'; '.join(lost)}.")
 

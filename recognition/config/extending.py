@@ -1,4 +1,7 @@
-"""Recipes that extend others: `extends = "other.toml"` at the top of a file, beside which the other is looked for.
+"""Recipes that extend others: `extends = "other.toml"` at the top of a file.
+
+The other is looked for beside the file, then among the recipes that come with the program, so that a copy of one of
+those, or a file of one's own that extends it, may lie anywhere.
 
 Tables are merged key by key, and a value of the file itself wins. A section that comes in variants, such as
 `head.loss`, is replaced whole where the file gives it another `name`, as the settings of one variant mean nothing to
@@ -10,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from recognition.config import toml
+from recognition.config import recipes, toml
 
 KEY = "extends"
 
@@ -36,7 +39,13 @@ def _read(path: Path, root: type[BaseModel], extending: tuple[Path, ...]) -> dic
         raise ValueError(f'{path}: {KEY} is the path of one other file, as in {KEY} = "other.toml", not {base!r}')
     below = path.parent / Path(base).expanduser()
     if not below.exists():
-        raise ValueError(f"{path}: extends {below}, which does not exist; the path is relative to the file's folder")
+        recipe = recipes.shipped(base)
+        if recipe is None:
+            raise ValueError(
+                f"{path}: extends {below}, which does not exist; the path is relative to the file's folder, or "
+                f"the name of one of the recipes {', '.join(recipes.names())}"
+            )
+        below = recipe
     return _merge(_read(below, root, (*extending, own)), tree, root, [])
 
 

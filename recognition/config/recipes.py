@@ -20,6 +20,12 @@ def names() -> list[str]:
     return sorted(path.stem for path in folder().glob("*.toml"))
 
 
+def shipped(name: str) -> Path | None:
+    """Return the file of the recipe `name`, with or without `.toml`; None where there is none of that name."""
+    stem = name.removesuffix(".toml")
+    return folder() / f"{stem}.toml" if stem in names() else None
+
+
 def find(path: Path) -> Path:
     """Return `path` if it exists, else the recipe of that name: `demo`, `demo.toml` and `configs/demo.toml` are one.
 
@@ -28,10 +34,9 @@ def find(path: Path) -> Path:
     """
     if path.exists() or path.parent not in (Path(), Path("configs")) or path.suffix not in ("", ".toml"):
         return path
-    name = path.name.removesuffix(".toml")
-    if name in names():
-        return folder() / f"{name}.toml"
-    near = difflib.get_close_matches(name, names(), n=1)
+    if (recipe := shipped(path.name)) is not None:
+        return recipe
+    near = difflib.get_close_matches(path.name.removesuffix(".toml"), names(), n=1)
     if near:
         raise UserError(f"{path}: No such file or directory; did you mean the recipe {near[0]}?")
     return path

@@ -29,9 +29,9 @@ A run is described by a TOML file: sections `[name]`, below them `key = value`, 
 section, such as `[faces]` or `[head.filter]`, is on when it is written.
 
 - **Overrides.** `python train.py my.toml optimizer.lr=0.05 head.loss.name=cosface` sets single keys for one run.
-- **`extends = "other.toml"`**, above all sections, takes over the settings of another file, whose path is relative to
-  this one. Settings of the file itself win. Another `name` for a loss or an optimizer drops the other file's settings
-  of that section.
+- **`extends = "other.toml"`**, above all sections, takes over the settings of another file. Its path is relative to
+  this one; if there is no such file, the recipe of that name is taken (`recognition recipes` lists them). Settings of
+  the file itself win. Another `name` for a loss or an optimizer drops the other file's settings of that section.
 - **Old names.** A setting that was renamed is refused, and the error gives its present name. The settings that earlier
   runs stored are still read.
 - **Mistakes** are reported all at once, each with its key: unknown keys, wrong types, values that do not go together.

@@ -226,6 +226,12 @@ def test_mistakes_are_told(arguments: list[str], message: str) -> None:
     assert message in errors
 
 
+def test_a_recipe_has_the_backbone_of_the_one_that_it_extends() -> None:
+    from recognition.cli.benchmark_training import _backbone
+
+    assert _backbone({"recipe": Path("glint360k_r100"), "image_size": 112}).name == "iresnet100"
+
+
 def test_a_recipe_that_is_not_there_is_named() -> None:
     status, _, errors = _main(["--recipe", "missing.toml"])
     assert status == 2

@@ -107,7 +107,8 @@ def test_each_key_has_its_counterpart(tmp_path: Path, text: str, setting: str, v
     [
         ("config.margin_list = (1.0, 0.3, 0.2)", "leaves out m1 and m2 where m3 > 0"),
         ("config.margin_list = (1.35, 0.1, 0)", "arcface_torch refuses it"),
-        ("config.network = 'vit_b'", "random masking of a tenth"),
+        ("config.network = 'vit_b'", "random masking of 10%"),
+        ("config.network = 'vit_b_dp005_mask_005'", "random masking of 5%"),
         ("config.momentum = 0.8", "momentum = 0.8: arcface_torch does not read it"),
         ("config.gradient_acc = 4", "an lr 4 times as large"),
         ("config.optimizer = 'adamw'", "AdamW moves the class weights too"),

@@ -59,10 +59,24 @@ def test_another_variant_replaces_the_whole_section(tmp_path: Path) -> None:
     assert load(same).head.loss == config.CosFace(scale=20.0, margin=0.1)
 
 
+def test_a_file_anywhere_extends_a_recipe_that_comes_with_the_program(tmp_path: Path) -> None:
+    shipped = RECIPES[0].parent / "glint360k_r100.toml"
+    copied = write(tmp_path / "copied.toml", shipped.read_text())
+    assert load(copied) == load(shipped)
+    own = write(tmp_path / "own.toml", 'extends = "glint360k_r100.toml"\n[training]\nepochs = 3.0\n')
+    assert (load(own).backbone.name, load(own).training.epochs) == ("iresnet100", 3.0)
+    # A file beside it comes first.
+    write(tmp_path / "glint360k_r100.toml", BASE)
+    assert load(own).head.loss == config.CosFace(scale=20.0, margin=0.2)
+
+
 @pytest.mark.parametrize(
     ("extends", "part"),
     [
-        ('"none.toml"', "none.toml, which does not exist; the path is relative to the file's folder"),
+        (
+            '"none.toml"',
+            "none.toml, which does not exist; .* file's folder, or the name of one of the recipes demo, ",
+        ),
         ("3", "extends is the path of one other file"),
         ('["a.toml", "b.toml"]', "extends is the path of one other file"),
         ('""', "extends is the path of one other file"),

@@ -26,8 +26,8 @@ COMMAND = re.compile(rf"{PROGRAM}(?P<rest>(?: [^\s`.;,)]+)*)")
 SUBCOMMAND = re.compile(r"`recognition ([a-z][\w-]*)")
 FILE = re.compile(r"(?<![\w./-])(?:configs|docs|recognition|tests|tools)/[\w/.-]*\w\.\w+")
 
-NO_SETTINGS = {"backbone.pth", "faces.json", "distributed.start", "tracking.progress"}
-"""A file of InsightFace's, a file of ours, a function and a module."""
+NO_SETTINGS = {"backbone.pth", "faces.json", "distributed.start"}
+"""A file of InsightFace's, a file of ours and a function."""
 OF_OTHER_PROGRAMS = {
     *("--standalone", "--nproc_per_node", "--no-python", "--master_port", "--signals-to-handle"),  # torchrun
     *("--ntasks-per-node", "--signal"),  # srun and sbatch
