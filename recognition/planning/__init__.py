@@ -1,1 +1,1 @@
-"""What a run will need, computed before there is any image: memory, time, GPUs."""
+"""Predictions of a run before there is one: memory, bytes sent, time and GPUs."""
