@@ -46,9 +46,8 @@ def test_the_tests_of_the_document_pass(extended: Path) -> None:
     written = [block.file for block in code if Path(block.file).name.startswith("test_")]
     assert tests == written
     assert len(tests) == len(SUBJECTS)
-    done = run(extended, "pytest", "-q", "-rA", "--durations=5", "-p", "no:cacheprovider", *tests)
+    done = run(extended, "pytest", "-q", "-rA", "-p", "no:cacheprovider", *tests)
     assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout)
     for test in tests:
         functions = re.findall(r"^def (test_\w+)", (extended / test).read_text(), re.MULTILINE)
         for function in functions:
