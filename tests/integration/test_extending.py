@@ -36,18 +36,18 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     environment = os.environ | {"PYTHONPATH": str(root)}
     command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=110)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
 
 
+@pytest.mark.timeout(300)  # seconds on an idle machine; importing torch takes long on a busy one
 def test_the_tests_of_the_document_pass(extended: Path) -> None:
     tests = commands(DOCUMENT, "pytest")
     code = [block for block in blocks(DOCUMENT) if block.language == "python"]
     written = [block.file for block in code if Path(block.file).name.startswith("test_")]
     assert tests == written
     assert len(tests) == len(SUBJECTS)
-    done = run(extended, "pytest", "-q", "-rA", "--durations=5", "-p", "no:cacheprovider", *tests)
+    done = run(extended, "pytest", "-q", "-rA", "-p", "no:cacheprovider", *tests)
     assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout)  # noqa: T201
     for test in tests:
         functions = re.findall(r"^def (test_\w+)", (extended / test).read_text(), re.MULTILINE)
         for function in functions:

@@ -204,3 +204,11 @@ def test_evaluation_and_deployment_need_neither_dali_nor_a_training() -> None:
         ]
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_verification_of_an_onnx_file_needs_no_torch() -> None:
+    code = (
+        "import sys, recognition.deploy.onnx_embedder, recognition.evaluation.verification_sets\n"
+        "assert not {'torch', 'timm', 'nvidia.dali', 'torchvision'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
