@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from recognition import config
+from recognition.cli.export import export
 from recognition.data.procedural.dataset import write_faces
 from recognition.deploy.onnx_embedder import OnnxOptions
 from recognition.evaluation.verification import verify
@@ -145,8 +146,8 @@ def test_a_model_that_is_broken(faces: Path, run: Path, tmp_path: Path) -> None:
     message = refusal(lambda: verify(np.full((40, 8), np.nan), np.arange(20) % 2 == 0))
     command = way_out(message, r"`recognition (export [^`]*)`")[1].split()
     places = {"RUN": str(run), "FILE": str(tmp_path / "best.onnx")}
-    options = tool("export")._parser().parse_args([places.get(word, word) for word in command[1:]])
-    load_backbone(options.run, options.which)
+    options = export.make_context("export", [places.get(word, word) for word in command[1:]]).params
+    load_backbone(options["run"], options["which"])
     setting = way_out(message, r"begin at an earlier checkpoint: (backbone\.weights=)\.\.\.")[1]
     assert train(faces, tmp_path / "another", f"{setting}{run / 'checkpoints/step-00000001'}", "training.epochs=0.5")
 
