@@ -166,8 +166,8 @@ def test_what_fits_instead(tool: ModuleType, capsys, classes: str) -> None:
     assert (
         changes
         == {
-            "100000000": ["--state bfloat16", "--gpus 16"],
-            "1000000000": ["--gpus 128", "--state bfloat16 --gpus 64"],
+            "100000000": ["--row-format bfloat16", "--gpus 16"],
+            "1000000000": ["--gpus 128", "--row-format bfloat16 --gpus 64"],
         }[classes]
     )
     for each in found["nearest"]:
