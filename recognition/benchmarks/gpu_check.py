@@ -103,15 +103,16 @@ def parts(python: str, folder: Path, machine: dict[str, Any]) -> list[Part]:
         "4",
     ]
     million, ten_million = "--classes 1000000", "--classes 10000000"
+    thirty_million = "--classes 30000000 --batch 1024 --steps 5"
     return [
         Part("tests", 200, lacking(no_pytest, no_tests), tests),
         head("head 1M B1024", 60, memory(36), f"{million} --batch 1024 --steps 20 --reference"),
-        head("head 1M B1024 without Triton", 40, memory(8), f"{million} --batch 1024 --steps 10 --kernels torch"),
+        head("head 1M B1024 without Triton", 40, memory(8), f"{million} --batch 1024 --steps 10 --backend torch"),
         head("head 1M B8192", 60, memory(8), f"{million} --batch 8192 --steps 10 --reference"),
         head("head 10M B1024", 60, memory(46), f"{ten_million} --batch 1024 --steps 10 --reference"),
         head("head 10M B8192", 75, memory(46), f"{ten_million} --batch 8192 --steps 5"),
         head("head 10M sampled 0.1 B1024", 60, memory(46), f"{ten_million} --batch 1024 --steps 10 --sample-rate 0.1"),
-        head("head 30M bfloat16 B1024", 75, memory(68), "--classes 30000000 --batch 1024 --steps 5 --state bfloat16"),
+        head("head 30M bfloat16 B1024", 75, memory(68), f"{thirty_million} --row-format bfloat16"),
         head("head 10M B1024 on all GPUs", 75, too_few, f"{ten_million} --batch 1024 --steps 5 --ranks {gpus}"),
         training("training IResNet-50", 150, 20, "--backbone iresnet50 --batch 256"),
         Part("data faces", 60, lacking(no_dali), [*program, *faces]),

@@ -59,9 +59,9 @@ def benchmark_head(as_json: bool, **options: Any) -> None:
         {
             "loss": {"name": options["loss"]},
             "sample_rate": options["sample_rate"],
-            "state": options["row_format"],
+            "row_format": options["row_format"],
             "precision": options["precision"],
-            "kernels": options["backend"],
+            "backend": options["backend"],
             "chunk": options["chunk"],
         }
     )

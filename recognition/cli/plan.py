@@ -11,8 +11,6 @@ from recognition.cli.command import command, head_settings, json_option
 if TYPE_CHECKING:
     from recognition.planning.run import RunPlan
 
-FLAGS = {"row_format": "state"}
-"""Options whose name is not that of the change that a plan proposes."""
 EXAMPLES = """
 recognition plan --classes 10000000 --gpus 8 --gpu-memory 80 \\
     --backbone iresnet100 --batch 128
@@ -69,7 +67,7 @@ def plan(as_json: bool, **options: Any) -> None:
 
 
 def _flags(change: dict[str, str | int]) -> str:
-    return " ".join(f"--{FLAGS.get(name, name)} {value}" for name, value in change.items())
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
 
 
 def _planned(options: dict[str, Any]) -> "RunPlan":
@@ -78,7 +76,7 @@ def _planned(options: dict[str, Any]) -> "RunPlan":
     from recognition.planning.head import HeadPlan
     from recognition.planning.run import GpuRates, RunPlan
 
-    settings = head_settings({"sample_rate": options["sample_rate"], "state": options["row_format"]})
+    settings = head_settings({"sample_rate": options["sample_rate"], "row_format": options["row_format"]})
     # As on the GPUs that are planned for, whatever this machine has.
     backbone = config.Backbone(
         name=options["backbone"],
