@@ -95,7 +95,7 @@ def test_steps_of_the_head_are_the_cpus(name: str) -> None:
 
 def test_the_scale_of_the_loss_is_decided_without_the_host() -> None:
     device = torch.device("cuda")
-    scale = LossScale(config.Training(loss_scale=8.0, loss_scale_growth_steps=2), device, enabled=True)
+    scale = LossScale(config.Training(initial_loss_scale=8.0, loss_scale_growth_steps=2), device, enabled=True)
     parameter = torch.nn.Parameter(torch.ones(3, device=device))
     parameter.grad = torch.full_like(parameter, 16.0)
     flags = torch.tensor([True, False, True, True], device=device)

@@ -13,7 +13,7 @@ import torch
 from recognition import config, hardware
 from recognition.deploy.onnx_embedder import OnnxEmbedder, OnnxOptions
 from recognition.distributed import group
-from recognition.distributed.launcher import launched
+from recognition.distributed.launcher import read_launcher
 from recognition.files.outputs import check_output
 from recognition.models.backbone import build_backbone
 from recognition.models.weights import load_weights, read_weights
@@ -126,7 +126,7 @@ def test_a_setting_of_the_backbone_that_is_named(
 
 def test_weights_of_another_backbone() -> None:
     def backbone(**changes: Any) -> Any:
-        fields = {"name": "resnet10t", "image_size": 32, "embedding_size": 32, "neck": "pool"}
+        fields: dict[str, Any] = {"name": "resnet10t", "image_size": 32, "embedding_size": 32, "neck": "pool"}
         return build_backbone(config.Backbone(**(fields | changes)))
 
     state = backbone(embedding_size=16).state_dict()
@@ -262,8 +262,8 @@ SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n1"}
     ids=lambda environment: " ".join(environment),
 )
 def test_variables_are_unset_to_run_one_process(environment: dict[str, str]) -> None:
-    message = refusal(lambda: launched(environment))
+    message = refusal(lambda: read_launcher(environment))
     found = way_out(message, r"^(?P<former>.*? set), .*unset the former|unset (?P<names>.*) to run one")
     names = re.findall(r"[A-Z_]{4,}", found["former"] or found["names"])
     assert names
-    assert launched({name: value for name, value in environment.items() if name not in names}) is None
+    assert read_launcher({name: value for name, value in environment.items() if name not in names}) is None

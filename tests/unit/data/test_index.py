@@ -148,7 +148,12 @@ def builds(monkeypatch) -> list[Path]:
     """The paths that were built."""
     done: list[Path] = []
     original = index_module._build
-    monkeypatch.setattr(index_module, "_build", lambda path, source: done.append(path) or original(path, source))
+
+    def build(path: Path, source: Any) -> Any:
+        done.append(path)
+        return original(path, source)
+
+    monkeypatch.setattr(index_module, "_build", build)
     return done
 
 

@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def settings(start: float, growth_steps: int) -> config.Training:
-    return config.Training(loss_scale=start, loss_scale_growth_steps=growth_steps)
+    return config.Training(initial_loss_scale=start, loss_scale_growth_steps=growth_steps)
 
 
 @pytest.mark.parametrize("growth_steps", [1, 3])
