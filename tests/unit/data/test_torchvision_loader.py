@@ -1,6 +1,7 @@
 """Images without DALI are DALI's, but for rounding."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from recognition.tracking import logs
 from recognition.tracking.logs import Appender, setup_logging
 
 package = logging.getLogger("recognition.data")
