@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from recognition import distributed
 from recognition.config import Distributed
@@ -61,7 +62,7 @@ def _sharded(fill: bool) -> dict[str, torch.Tensor]:
 def _assert_loaded(folder, from_world: int) -> None:
     checkpoints = Checkpoints(folder, keep=2)
     found = checkpoints.find()
-    assert found == folder / "step-00000010"
+    assert found is not None and found == folder / "step-00000010"
     tensors = _sharded(fill=False)
     places = {name: _local(tensor).data_ptr() for name, tensor in tensors.items()}
     assert checkpoints.load(found, tensors) == METADATA

@@ -138,7 +138,8 @@ def train(where: str, settings: list[str]) -> Any:
     """Train; fails on rank 1 as the run is prepared or in its second step."""
     lost = raising(UserError(REASON))
     if where == "preparation" and os.environ["RANK"] == "1":
-        trainer.open_index = lambda *_, **__: lost()
+        module: Any = trainer
+        module.open_index = lambda *_, **__: lost()
     try:
         with fault("step", lost, step=1, rank=1) if where == "step" else contextlib.nullcontext():
             return trainer.train(config.load(REPOSITORY / "tests/integration/tiny.toml", settings))

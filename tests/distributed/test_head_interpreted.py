@@ -121,7 +121,7 @@ def test_which_gpus_take_the_kernels(
     if lacking:
         with pytest.raises(config.UserError, match=lacking):
             select.select_backend("triton", gpu)
-    monkeypatch.setattr(select.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert isinstance(select.select_backend("auto", gpu), PyTorchBackend)
     with pytest.raises(config.UserError, match="Triton is not installed"):
         select.select_backend("triton", gpu)

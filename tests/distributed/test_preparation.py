@@ -39,7 +39,9 @@ def wait_with_advances(seconds: float) -> str:
 
 def rank() -> dict[str, Any]:
     group = coordinator()
-    me, order, found = group.ranks.rank, [], {}
+    me = group.ranks.rank
+    order: list[float] = []
+    found: dict[str, Any] = {}
 
     def note() -> int:
         order.append(time.monotonic())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from recognition import config, distributed
 from recognition.head import ShardedSoftmax
+from recognition.head.losses.adaptive import ElasticFaceLoss
 from recognition.head.sampling import sample_rows
 from tests.support.reference_losses import LOSSES, DenseHead
 
@@ -91,6 +92,7 @@ def gradients(
     fill(head, weight, bias)
     margins = None
     if isinstance(settings.loss, config.ElasticFace):
+        assert isinstance(head.loss, ElasticFaceLoss)
         margins = head.loss.draw(2, batch, torch.device(DEVICE)).double().cpu()
     loss, grad_x = take_step(head, x, labels, step=2)
     assert head.accumulated is not None

@@ -61,7 +61,7 @@ def run(overrides: list[str], overflow_at: int | None = None, stop_at: int | Non
         before.update({n: tensor.clone() for n, tensor in trainer.state_tensors().items() if ".running_" not in n})
         if trainer.ranks.rank == trainer.ranks.world - 1:
             weight = next(iter(trainer.backbone.parameters()))
-            hook = weight.register_hook(lambda gradient: (hook.remove(), gradient * torch.inf)[1])
+            hook: Any = weight.register_hook(lambda gradient: (hook.remove(), gradient * torch.inf)[1])
 
     def look(*, trainer: Trainer, **_: Any) -> None:
         after = trainer.state_tensors()

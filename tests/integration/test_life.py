@@ -98,7 +98,7 @@ def faulty(overrides: list[str], nan_at: int | None, infinite_at: int | None) ->
 
     def make_infinite(*, trainer: Trainer, **_: Any) -> None:
         weight = next(iter(trainer.backbone.parameters()))
-        hook = weight.register_hook(lambda gradient: (hook.remove(), gradient * torch.inf)[1])
+        hook: Any = weight.register_hook(lambda gradient: (hook.remove(), gradient * torch.inf)[1])
 
     def begin(*, trainer: Trainer, step: int) -> None:
         before.update({name: tensor.clone() for name, tensor in trainer.state_tensors().items()})

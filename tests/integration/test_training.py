@@ -82,7 +82,8 @@ def run(overrides: list[str], signal_at: int | None = None, linear: bool = False
     """Train on this rank; on the last rank, a SIGINT arrives in step `signal_at`."""
     fired = []
     if linear:
-        trainer.build_backbone = lambda settings, seed: Linear(settings.embedding_size)
+        module: Any = trainer
+        module.build_backbone = lambda settings, seed: Linear(settings.embedding_size)
 
     def send_signal(*, step: int, **_: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)

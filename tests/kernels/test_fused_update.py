@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu run
 
 COUNT = 37
 _MIXED = torch.randperm(14, generator=torch.Generator().manual_seed(0)) + 21
-PARTS = [slice(2, 3), slice(3, 20), slice(20, 20), torch.tensor([35]), _MIXED]
+PARTS: list[RowSelection] = [slice(2, 3), slice(3, 20), slice(20, 20), torch.tensor([35]), _MIXED]
 FORMS = [("unformed", 3), ("dense", 96), ("bfloat16", 96), ("projected", 96), ("projected", 600)]
 """A gradient as its factors with what is along the rows, the same in bfloat16, or with what is along them taken out, or
 by itself; and the row's size.
@@ -140,7 +140,12 @@ def test_rows_do_not_depend_on_the_parts_they_are_updated_in(
 ) -> None:
     results = []
     dense = torch.randn(COUNT, 24, generator=torch.Generator().manual_seed(0))
-    for pieces in ([slice(None)], [torch.arange(COUNT).flip(0)], [slice(0, 5), torch.arange(5, COUNT)]):
+    divisions: list[list[RowSelection]] = [
+        [slice(None)],
+        [torch.arange(COUNT).flip(0)],
+        [slice(0, 5), torch.arange(5, COUNT)],
+    ]
+    for pieces in divisions:
         rows, optimizer = make(settings, row_format, count=COUNT, size=24)
         for step in range(3):
             for part in pieces:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return ((found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
 
 
-CASES = {
+CASES: dict[str, tuple[int, int, int, Negatives, dict[str, Any]]] = {
     # classes, D, K, negatives, what else
     "linear": (131, 64, 1, AffineNegatives(32.0), {}),
     "ragged": (67, 40, 1, AffineNegatives(16.0), {}),
@@ -187,7 +188,9 @@ def test_a_rank_without_classes_has_nothing_to_say(sampled: bool) -> None:
     logit_options = LogitOptions(unit_rows=True, dtype=torch.float32, chunk=29, workspace=1 << 20)
     x, negative_term = F.normalize(torch.ones(5, 32)), NegativeTerm(AffineNegatives(16.0), None, False, 16.0)
     problem, backend = LogitProblem(rows, active, x, logit_options, negative_term), TritonBackend()
-    found, taken, on_embeddings = backend.negative_sums(problem, keep=True), [], []
+    found = backend.negative_sums(problem, keep=True)
+    taken: list[RowSelection] = []
+    on_embeddings: list[Tensor] = []
     assert torch.equal(found.sums, torch.zeros(5, 1))
 
     def on_rows(part: RowSelection, gradient: RowGradient) -> None:
@@ -238,15 +241,15 @@ def test_the_ops_are_what_torch_expects_of_ops() -> None:
     for classes in (None, torch.tensor([0, 3, 60])):
         columns = torch.full((5,), -1)
         columns[0] = 1
-        tensors = [x, rows.weight, rows.low, rows.inverse_norm, None, classes, columns, None, torch.tensor([16.0, 0.0])]
-        options = {"negatives": "AffineNegatives", "threshold": None, "zero_filtered": False}
+        tensors = (x, rows.weight, rows.low, rows.inverse_norm, None, classes, columns, None, torch.tensor([16.0, 0.0]))
+        options: dict[str, Any] = {"negatives": "AffineNegatives", "threshold": None, "zero_filtered": False}
         options |= {"logistic": False, "centers": 1}
         torch.library.opcheck(triton_backend.negative_sums, tensors, options | {"offset": None, "keep": False})
         torch.library.opcheck(triton_backend.negative_sums, tensors, options | {"offset": 0.0, "keep": True})
         vectors = [torch.rand(5) for _ in range(4)]
         count = 70 if classes is None else 3
         options |= {"first": 0, "count": count, "threshold": 0.5}
-        torch.library.opcheck(triton_backend.logit_gradient, [*tensors, *vectors], options)
+        torch.library.opcheck(triton_backend.logit_gradient, (*tensors, *vectors), options)
 
 
 def test_negatives_without_a_kernel_are_refused() -> None:

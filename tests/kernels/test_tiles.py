@@ -222,7 +222,8 @@ def test_tuning_puts_what_was_fastest_into_the_table(
     assert tiles.sections() == old | {"NVIDIA H100": new}
     assert new.names == ("H100", "H200") and new.source.startswith("timed on NVIDIA H200, torch ")
     assert new.chunk == 32
-    for kernel, best in (("negative_sums", large), ("logit_gradient", small)):
+    best_of: dict[tiles.Kernel, Tile] = {"negative_sums": large, "logit_gradient": small}
+    for kernel, best in best_of.items():
         added = {Problem(work, (4, 4), (8, 96, 32)): best for work in ("heavy", "centers")}
         assert new.tiles[kernel] == old["NVIDIA H100"].tiles[kernel] | added
 

@@ -74,8 +74,8 @@ def test_this_tree_trains_as_the_base_does(tmp_path: Path, capsys: pytest.Captur
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             assert found[name].dtype == tensor.dtype
-            bits = (each.contiguous().reshape(-1).view(torch.uint8).numpy() for each in (found[name], tensor))
-            np.testing.assert_array_equal(*bits, err_msg=f"{run}: {name}")
+            ours, theirs = (each.contiguous().reshape(-1).view(torch.uint8).numpy() for each in (found[name], tensor))
+            np.testing.assert_array_equal(ours, theirs, err_msg=f"{run}: {name}")
             count += 1
     with capsys.disabled():
         print(f"\ngolden: {len(runs)} runs, {count} tensors, every number as {commit[:7]} has it")

@@ -23,7 +23,8 @@ def fault(
     if rank is not None and own not in (rank, rank + world):
         yield
         return
-    reached, happened = [], []
+    reached: list[int] = []
+    happened: list[int] = []
 
     def act(**values: Any) -> None:
         reached.append(values["step"])

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -116,7 +117,7 @@ def fused_training(name: str, **options: Any) -> dict[str, np.ndarray]:
         part = slice(TRAINING_BATCH * step, TRAINING_BATCH * (step + 1))
         output, _ = run(head, x[part], labels[part], split(TRAINING_BATCH, head.world), lr=lr, step=step)
         losses.append(output.loss.item())
-    found = {
+    found: dict[str, np.ndarray] = {
         key: whole(head, head.rows.tensors()[key]).numpy()
         for key in ("weight", "momentum", "bias", "bias_momentum")
         if key in head.rows.tensors()
@@ -267,7 +268,8 @@ def rules() -> dict[str, Any]:
     """Small promises of the interface."""
     world, rank = dist.get_world_size(), dist.get_rank()
     x, labels, weight, _ = data(9, 4 * world)
-    sizes, found = [4] * world, {}
+    sizes = [4] * world
+    found: dict[str, Any] = {}
     own = slice(4 * rank, 4 * rank + 4)
 
     head = make(config.CosFace(), 9)
@@ -327,7 +329,7 @@ def trained_head(loss: config.Loss, classes: int) -> ShardedSoftmax:
 
 def saved(folder: str) -> None:
     for classes in (2, 11):
-        dcp.save(trained_head(config.Softmax(), classes).state_dict_tensors(), checkpoint_id=f"{folder}/{classes}")
+        save(trained_head(config.Softmax(), classes).state_dict_tensors(), checkpoint_id=f"{folder}/{classes}")
 
 
 def part(name: str, folder: str) -> dict[str, Any]:
@@ -371,9 +373,9 @@ def resharded(folder: str) -> list[float]:
             head = make(config.Softmax(), classes, seed=99)
             state = head.state_dict_tensors()
             assert sorted(state) == ["bias", "bias_momentum", "inverse_norm", "momentum", "weight"]
-            dcp.load(state, checkpoint_id=source)
+            load(state, checkpoint_id=source)
             if target:
-                dcp.save(state, checkpoint_id=target)
+                save(state, checkpoint_id=target)
             worst += [error(head.rows.tensors()[name], expected.rows.tensors()[name].double()) for name in state]
     return worst
 

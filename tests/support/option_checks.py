@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from recognition import config
 from recognition.distributed import split
@@ -29,6 +30,13 @@ AUXILIARY = {
 }
 
 
+def full(head: ShardedSoftmax, name: str) -> Tensor:
+    """A tensor of a checkpoint, gathered from all ranks."""
+    tensor = head.state_dict_tensors()[name]
+    assert isinstance(tensor, DTensor)
+    return tensor.full_tensor()
+
+
 def auxiliary() -> dict[str, float]:
     """Two steps with each; the largest error of loss, gradient and centres."""
     world, errors = dist.get_world_size(), {}
@@ -47,8 +55,7 @@ def auxiliary() -> dict[str, float]:
             if dense.centers is not None:
                 dense.move_centers(x[half], labels[half])
                 head.apply_gradient(0.0)  # which moves the centres too, and no row
-                centers = head.state_dict_tensors()["centers"].full_tensor()
-                found.append(error(centers, dense.centers))
+                found.append(error(full(head, "centers"), dense.centers))
         errors[name] = max(found)
     return errors
 
@@ -92,13 +99,13 @@ def lazy() -> list[float]:
     before = error(whole(head, head.rows.weight), weight)
     return [
         float(np.abs(np.subtract(found, losses)).max() / max(losses)),
-        error(head.state_dict_tensors()["weight"].full_tensor(), weight),
+        error(full(head, "weight"), weight),
         before,
     ]
 
 
 def adamw() -> list[float]:
-    settings = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.2}
+    settings: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.2}
     losses, weight = dense_sampled(1.0, torch.optim.AdamW, **settings)
     section = config.Head(loss=config.CosFace(scale=16.0), precision="float32", chunk=4)
     head = ShardedSoftmax(section, CLASSES, D, seed=0, optimizer=config.AdamW(**settings), device="cpu")

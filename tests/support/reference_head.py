@@ -11,6 +11,7 @@ from torch import Tensor
 from recognition import config
 from recognition.distributed import all_gather_rows
 from recognition.head import ShardedSoftmax
+from recognition.head.losses.adaptive import ElasticFaceLoss
 from recognition.head.losses.build import build_loss
 from tests.support.reference_losses import LOSSES, DenseHead
 
@@ -44,7 +45,7 @@ def make(
     **settings: Any,
 ) -> ShardedSoftmax:
     head = loss if isinstance(loss, config.Head) else config.Head(loss=loss)
-    given = {"chunk": 4, "precision": "float32"} | settings
+    given: dict[str, Any] = {"chunk": 4, "precision": "float32"} | settings
     # SGD's settings are given as the head's own, for short.
     optimizer_config = {name: given.pop(name) for name in ("momentum", "weight_decay") if name in given}
     head = config.Head.model_validate(
@@ -59,14 +60,16 @@ def fill(head: ShardedSoftmax, weight: Tensor, bias: Tensor | None = None) -> No
     head.rows.load(weight[own].float(), None if bias is None or head.rows.bias is None else bias[own].float())
 
 
-def whole(head: ShardedSoftmax, local: Tensor) -> Tensor:
+def whole(head: ShardedSoftmax, local: Tensor | None) -> Tensor:
+    assert local is not None
     size, centers = -(-head.num_classes // head.world), head.options.centers
     sizes = [centers * max(0, min(size, head.num_classes - rank * size)) for rank in range(head.world)]
     return all_gather_rows(local, sizes)
 
 
-def error(found: Tensor, expected: Tensor, order: float = torch.inf) -> float:
+def error(found: Tensor | None, expected: Tensor | None, order: float = torch.inf) -> float:
     """Norm of the difference, relative to what is expected; by default the largest difference and number."""
+    assert found is not None and expected is not None
     norm = torch.linalg.vector_norm
     return float(norm(found.double() - expected, order) / norm(expected, order).clamp(min=1e-12)) if len(found) else 0.0
 
@@ -82,7 +85,8 @@ def run(head: ShardedSoftmax, x: Tensor, labels: Tensor, sizes: list[int], **opt
     return output, all_gather_rows(local.grad, sizes) / head.world
 
 
-def errors_of_loss(found: Tensor, expected: Tensor) -> float:
+def errors_of_loss(found: Tensor, expected: Tensor | None) -> float:
+    assert expected is not None
     found, expected = found.detach().double(), expected.detach()
     return float((found - expected).abs() / expected.abs().clamp(min=1e-3))
 
@@ -91,7 +95,9 @@ def drawn_margins(loss: config.Loss, step: int, batch: int, seed: int = 0) -> Te
     """What ElasticFace draws; that it is random in the right way is not for the references to say."""
     if not isinstance(loss, config.ElasticFace):
         return None
-    return build_loss(loss, 1, seed=seed, device=torch.device("cpu")).draw(step, batch, torch.device("cpu")).double()
+    built = build_loss(loss, 1, seed=seed, device=torch.device("cpu"))
+    assert isinstance(built, ElasticFaceLoss)
+    return built.draw(step, batch, torch.device("cpu")).double()
 
 
 TRAINING_CLASSES, TRAINING_BATCH, TRAINING_RATES = 21, 12, [0.2, 0.2, 0.1, 0.1, 0.05, 0.02]

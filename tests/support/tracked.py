@@ -26,7 +26,7 @@ RESULT = {
 
 
 def tracker(folder: Path, **changes: Any) -> Tracker:
-    settings = {
+    settings: dict[str, Any] = {
         "total_steps": 25,
         "start_step": 0,
         "images_per_step": 64,

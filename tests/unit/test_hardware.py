@@ -24,7 +24,7 @@ class Machine:
         patch.setattr(hardware, "_processor_name", lambda: "Processor")
         patch.setattr(torch.version, "hip", None)
 
-    def processor(self, capability: str, onednn: bool, **capabilities: Any) -> None:
+    def processor(self, capability: str, onednn: bool, /, **capabilities: Any) -> None:
         """`onednn`: whether oneDNN says that it has bfloat16, which it says of every AVX-512."""
         self._patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
         self._patch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
@@ -54,7 +54,7 @@ ZEN4 = ("AVX512", True, {"avx512_f": True, "avx512_bf16": True, "amx_bf16": Fals
 SAPPHIRE_RAPIDS = ("AVX512", True, {"avx512_f": True, "avx512_bf16": True, "amx_bf16": True})
 GRAVITON2 = ("DEFAULT", False, {"neon": True, "bf16": False, "sve": False})
 GRAVITON3 = ("SVE256", True, {"neon": True, "bf16": True, "sve_bf16": True, "sve_max_length": 256})
-PROCESSORS = {
+PROCESSORS: dict[str, tuple[tuple[str, bool, dict[str, Any]], str, str]] = {
     "AVX2": (AVX2, "float32", "AVX2"),
     "AVX-512 without bfloat16": (SKYLAKE, "float32", "AVX-512"),
     "AVX-512 with bfloat16": (ZEN4, "bfloat16", "AVX-512 with bfloat16"),
@@ -265,7 +265,7 @@ def test_different_processors_compute_in_what_all_of_them_have(machine: Machine)
 def test_the_loader_is_dali_where_it_is_installed(
     monkeypatch: pytest.MonkeyPatch, there: set[str], asked: str, chosen: str
 ) -> None:
-    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: name if name in there else None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in there else None)
     assert hardware.loader(asked) == chosen
     if chosen == "torchvision" and asked == "auto":
         with pytest.raises(UserError, match=r"not installed.*data\.loader=torchvision"):

@@ -143,8 +143,8 @@ def test_training_lists_what_is_not_decoded_with_the_reason(loader: str, tmp_pat
 def test_what_the_loader_alone_does_not_decode_is_decoded_all_the_same(loader: str, monkeypatch, tmp_path) -> None:
     stubborn = save(RGB, "WEBP", lossless=True)
     with training(loader, [save(RGB, "PNG"), stubborn], "crop", tmp_path / "quarantine.jsonl") as pipeline:
-        loader, next_of = type(pipeline._loader), pipeline._loader.next_images
-        monkeypatch.setattr(loader, "can_decode", lambda self, encoded: encoded != stubborn)
+        kind, next_of = type(pipeline._loader), pipeline._loader.next_images
+        monkeypatch.setattr(kind, "can_decode", lambda self, encoded: encoded != stubborn)
 
         def fails_once() -> torch.Tensor:
             next_of()

@@ -40,6 +40,7 @@ def _trained(optimizer: config.Optimizer) -> dict[str, np.ndarray]:
         head.update(rate)
         assert head.weight.grad is None
         losses.append(loss.item())
+        assert embeddings.grad is not None
         gradients.append(embeddings.grad.numpy() / dist.get_world_size())
     return {"losses": np.array(losses), "gradients": np.stack(gradients), "first": first} | {
         name: tensor.detach().numpy() for name, tensor in head.state().items()
@@ -58,6 +59,7 @@ def expected() -> dict[str, Any]:
         cosine = F.normalize(batch) @ F.normalize(rows).T
         loss = F.cross_entropy(LOSS.scale * (cosine - LOSS.margin * F.one_hot(labels[part], C)), labels[part])
         loss.backward()
+        assert rows.grad is not None and batch.grad is not None
         momentum = 0.9 * momentum + rows.grad + 0.01 * weight
         weight = weight - rate * momentum
         losses.append(loss.item())
@@ -94,6 +96,7 @@ def _sampled() -> dict[str, Any]:
     before = head.weight.detach().clone()
     loss = head(x[own].requires_grad_(), labels[own])
     loss.backward()
+    assert head.weight.grad is not None
     touched = head.weight.grad.any(1).nonzero().squeeze(1)
     head.update(0.1)
     changed = int((head.weight != before).any(1).sum())

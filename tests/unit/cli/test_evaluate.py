@@ -18,6 +18,7 @@ TOOLS = Path(__file__).resolve().parents[3] / "tools"
 @pytest.fixture(scope="module")
 def main():
     specification = importlib.util.spec_from_file_location("evaluate_tool", TOOLS / "evaluate.py")
+    assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module.main

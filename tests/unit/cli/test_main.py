@@ -57,7 +57,7 @@ def test_help_fits_into_80_columns(name: str, capsys: pytest.CaptureFixture[str]
 def examples() -> list[tuple[str, str]]:
     found = []
     for name, command in LEAVES.items():
-        lines = command.examples.replace("\\\n", " ").splitlines()  # type: ignore[attr-defined]
+        lines = command.examples.replace("\\\n", " ").splitlines()
         found += [(name, line) for line in lines]
     return found
 
@@ -237,7 +237,7 @@ def test_extras_have_what_messages_say() -> None:
     extras = project["optional-dependencies"]
 
     def packages(extra: str) -> set[str]:
-        found = set()
+        found: set[str] = set()
         for requirement in extras[extra]:
             match = re.match(r"(recognition\[(?P<extra>[\w-]+)\]|(?P<package>[\w-]+))", requirement)
             assert match is not None

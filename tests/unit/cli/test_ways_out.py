@@ -126,7 +126,7 @@ def test_a_setting_of_the_backbone_that_is_named(
 
 def test_weights_of_another_backbone() -> None:
     def backbone(**changes: Any) -> Any:
-        fields = {"name": "resnet10t", "image_size": 32, "embedding_size": 32, "neck": "pool"}
+        fields: dict[str, Any] = {"name": "resnet10t", "image_size": 32, "embedding_size": 32, "neck": "pool"}
         return build_backbone(config.Backbone(**(fields | changes)))
 
     state = backbone(embedding_size=16).state_dict()

@@ -7,6 +7,7 @@ import pytest
 
 from recognition import config
 from recognition.config import Config, ConfigError, load
+from recognition.config.base import Section
 from recognition.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.toml"))
@@ -278,8 +279,8 @@ def test_a_configuration_cannot_be_changed(write: Write) -> None:
 
 
 def test_every_field_says_what_it_is() -> None:
-    sections = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, config.Section)]
-    settings = [section for section in sections if section not in (config.Section, Config)]
+    sections = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, Section)]
+    settings = [section for section in sections if section not in (Section, Config)]
     silent = [
         f"{section.__name__}.{name}"
         for section in settings

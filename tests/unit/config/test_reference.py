@@ -40,7 +40,12 @@ def leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, str | No
 
 def whole_runs() -> Iterator[dict[str, Any]]:
     """Yield runs that have each loss and each optimizer, and all optional sections."""
-    optional = {name: {} for name in ("center", "triplet", "contrastive")} | {"filter": {"threshold": 0.4}}
+    optional: dict[str, dict[str, float]] = {
+        "center": {},
+        "triplet": {},
+        "contrastive": {},
+        "filter": {"threshold": 0.4},
+    }
     for loss in config.Loss.variants():
         for optimizer in ("sgd", "adamw"):
             name = loss.model_fields["name"].default

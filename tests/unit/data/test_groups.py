@@ -91,8 +91,8 @@ def test_one_image_per_identity_is_the_plain_order() -> None:
         sample_order(SHUFFLED, 1, 5)(positions), samples_at(5, len(SHUFFLED), positions), strict=True
     ):
         assert np.array_equal(ours, plain)
-    ours, expected = sample_order(SHUFFLED, 4, 5)(positions), GroupedOrder(SHUFFLED, 4, 5).samples_at(positions)
-    assert np.array_equal(ours, expected)
+    grouped, expected = sample_order(SHUFFLED, 4, 5)(positions), GroupedOrder(SHUFFLED, 4, 5).samples_at(positions)
+    assert np.array_equal(grouped, expected)
 
 
 def test_no_sample_has_an_occasion_twice() -> None:

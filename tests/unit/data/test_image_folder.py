@@ -15,7 +15,7 @@ from recognition.data.insightface_rec import pack_image
 from recognition.data.recordio import RecordWriter
 from recognition.errors import UserError
 from recognition.images import SUFFIXES
-from recognition.tracking.progress import listen
+from recognition.tracking.progress import on_advance
 
 
 def make(root: Path, *names: str, content: bytes = b"image") -> Path:
@@ -171,7 +171,7 @@ def test_a_large_folder_shows_that_it_is_at_work(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("recognition.data.image_folder._FILES_PER_UPDATE", 10)
     make(tmp_path, *(f"Al/{number}.jpg" for number in range(100)))
     signs: list[None] = []
-    end = listen(lambda: signs.append(None))
+    end = on_advance(lambda: signs.append(None))
     scan(tmp_path)
     end()
     assert len(signs) >= 10

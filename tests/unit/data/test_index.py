@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,7 +149,12 @@ def builds(monkeypatch) -> list[Path]:
     """The paths that were built."""
     done: list[Path] = []
     original = index_module._build
-    monkeypatch.setattr(index_module, "_build", lambda path, source: done.append(path) or original(path, source))
+
+    def build(path: Path, source: Any) -> Any:
+        done.append(path)
+        return original(path, source)
+
+    monkeypatch.setattr(index_module, "_build", build)
     return done
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,8 +47,8 @@ def faces(tmp_path: Path) -> Path:
     return tmp_path / "faces"
 
 
-def pipeline(index: Index, batch: int = IMAGES, **options: object) -> Pipeline:
-    settings = {
+def pipeline(index: Index, batch: int = IMAGES, **options: Any) -> Pipeline:
+    settings: dict[str, Any] = {
         "seed": 1,
         "rank": 0,
         "world": 1,
@@ -56,10 +57,10 @@ def pipeline(index: Index, batch: int = IMAGES, **options: object) -> Pipeline:
         "channels_last": True,
     }
     data = Data(path=index.path, threads=1, augment=Augment(flip=0.0), loader="torchvision")
-    return Pipeline(index, data, batch=batch, **(settings | options))  # type: ignore[arg-type]
+    return Pipeline(index, data, batch=batch, **(settings | options))
 
 
-def samples(index: Index, **options: object) -> list[int]:
+def samples(index: Index, **options: Any) -> list[int]:
     """Those of an epoch."""
     opened = pipeline(index, **options)
     try:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def loader(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def opened(loader: str) -> Iterator[Open]:
+def opened(loader: Literal["dali", "torchvision"]) -> Iterator[Open]:
     pipelines: list[Pipeline] = []
 
     def open_pipeline(images: Images, augment: Augment = NO_CHANGE, together: int = 1, **options: object) -> Pipeline:
@@ -146,7 +147,7 @@ def test_pixels_labels_and_layout(images: Images, opened: Open, channels_last: b
 
 def test_real_faces_equal_pillows(shared_data: Path, tmp_path: Path, opened: Open) -> None:
     index = open_index(shared_data / "lfw-split", tmp_path)
-    batch = next(opened(index, batch=32, image_size=112))  # type: ignore[arg-type]
+    batch = next(opened(index, batch=32, image_size=112))
     expected = np.stack([pixels(index.read(sample)) for sample in batch.samples.tolist()])
     assert np.abs(as_levels(batch.images) - expected).mean() < 0.1
     assert batch.labels.tolist() == index.labels[batch.samples.numpy()].tolist()
@@ -283,7 +284,8 @@ def test_a_batch_stays_what_it_was(images: Images, opened: Open) -> None:
 def operators(pipeline: Pipeline) -> set[str]:
     """Of DALI's graph."""
     next(pipeline)
-    return {name.decode() for name in re.findall(rb"__([A-Z][A-Za-z]+)_\d", pipeline._loader._graph.serialize())}
+    loader: Any = pipeline._loader
+    return {name.decode() for name in re.findall(rb"__([A-Z][A-Za-z]+)_\d", loader._graph.serialize())}
 
 
 @pytest.mark.parametrize("loader", ["dali"], indirect=True)

@@ -15,6 +15,7 @@ from PIL import Image
 from recognition.data.insightface_rec import scan
 from recognition.data.procedural import dataset
 from recognition.data.procedural.identity import capture_parameters
+from recognition.data.procedural.renderer import draw
 from recognition.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -87,7 +88,12 @@ def test_images_of_another_size_replace_those_there(folder: Path, tmp_path: Path
 
 def test_images_of_an_identity_share_its_parameters_and_differ_in_all_else(monkeypatch):
     drawn = []
-    monkeypatch.setattr(dataset, "draw", lambda identity, capture: drawn.append((identity, capture)) or np.zeros(1))
+
+    def note(identity, capture):
+        drawn.append((identity, capture))
+        return np.zeros(1)
+
+    monkeypatch.setattr(dataset, "draw", note)
     monkeypatch.setattr(dataset, "expose", lambda canvas, capture: canvas)
     for identity, image in ((4, 0), (4, 1), (5, 0), (5, 1)):
         dataset.render(7, identity, image)
@@ -114,7 +120,7 @@ def test_the_eyes_lie_where_the_standard_alignment_puts_them():
         for image in range(2):
             capture = dataclasses.replace(capture_parameters(1, identity, image), glasses=0.0, object_edge=None)
             shut = dataclasses.replace(capture, eyes_open=0.3)
-            total += np.abs(dataset.draw(person, capture) - dataset.draw(person, shut)).sum(0)
+            total += np.abs(draw(person, capture) - draw(person, shut)).sum(0)
     for columns, expected in ((slice(0, 56), 38.3), (slice(56, 112), 73.5)):
         half = total[:, columns]
         x = (half.sum(0) * np.arange(112)[columns]).sum() / half.sum()
@@ -166,7 +172,12 @@ def test_finished_faces_are_left_alone_and_others_replaced(tmp_path, monkeypatch
     write(tmp_path, identities=1, images_per_identity=1, pairs=20)
     rendered = []
     encode = dataset.encode
-    monkeypatch.setattr(dataset, "encode", lambda *name: rendered.append(name) or encode(*name))
+
+    def note(*name):
+        rendered.append(name)
+        return encode(*name)
+
+    monkeypatch.setattr(dataset, "encode", note)
     write(tmp_path, identities=1, images_per_identity=1, pairs=20)
     assert not rendered
     write(tmp_path, identities=1, images_per_identity=2, pairs=20)

@@ -1,6 +1,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def png(width: int, height: int) -> bytes:
         ("PPM", {}),
     ],
 )
-def test_header_gives_the_size(form: str, options: dict[str, object]) -> None:
+def test_header_gives_the_size(form: str, options: dict[str, Any]) -> None:
     encoded = encode(form, **options)
     assert check_header(encoded) == (53, 37)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from recognition.data.insightface_rec import InsightFaceWriter, pack_image, scan
 from recognition.data.recordio import Records, RecordWriter, read_records
 from recognition.errors import UserError
-from recognition.tracking.progress import listen
+from recognition.tracking.progress import on_advance
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 
@@ -296,7 +296,7 @@ def test_records_that_are_no_images_are_refused(tmp_path, payload):
 
 def test_indexing_tells_that_it_is_at_work(tmp_path):
     signs: list[None] = []
-    end = listen(lambda: signs.append(None))
+    end = on_advance(lambda: signs.append(None))
     try:
         found, _ = scan(small(tmp_path, [0, 1, 2]))
     finally:

@@ -1,6 +1,7 @@
 """Images without DALI are DALI's, but for rounding."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,7 +170,12 @@ def test_the_setting_chooses_the_loader_and_dali_must_be_there(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     made: list[object] = []
     start = TorchvisionLoader.__init__
-    monkeypatch.setattr(TorchvisionLoader, "__init__", lambda self, *given: made.append(self) or start(self, *given))
+
+    def counted(self: TorchvisionLoader, *given: Any) -> None:
+        made.append(self)
+        start(self, *given)
+
+    monkeypatch.setattr(TorchvisionLoader, "__init__", counted)
     batches("auto", drawn, AUGMENTS["none"])
     assert len(made) == 1
     with pytest.raises(UserError, match=r"data\.loader is dali, which is not installed"):

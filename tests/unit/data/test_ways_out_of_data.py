@@ -92,7 +92,7 @@ def test_another_folder_for_the_index(people: Path, tmp_path: Path, monkeypatch:
     file = tmp_path / "run.toml"
     file.write_text(f"[data]\npath = '{people}'\n")
     settings = config.load(file, [f"{found[1]}={tmp_path / 'cache'}"]).data
-    assert len(build_index(settings.path, settings.cache)) == 4
+    assert len(build_index(settings.path, settings.index_folder)) == 4
 
 
 def test_one_person_alone(tmp_path: Path) -> None:

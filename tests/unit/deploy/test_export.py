@@ -63,9 +63,8 @@ def reference(backbone, images):
     """Embeddings in float64 of uint8 images, from the layers' formulas."""
     state = {name: tensor.double().numpy() for name, tensor in backbone.state_dict().items()}
     x = (images.astype(np.float64).transpose(0, 3, 1, 2) - 127.5) / 127.5
-    x = torch.nn.functional.conv2d(
-        torch.from_numpy(x), *(torch.from_numpy(state[f"conv.{name}"]) for name in ("weight", "bias")), 2, 1
-    ).numpy()
+    weight, bias = (torch.from_numpy(state[f"conv.{name}"]) for name in ("weight", "bias"))
+    x = torch.nn.functional.conv2d(torch.from_numpy(x), weight, bias, 2, 1).numpy()
 
     def norm(x, name):
         shape = (1, -1) + (1,) * (x.ndim - 2)

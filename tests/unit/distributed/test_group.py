@@ -171,6 +171,7 @@ def _collectives():
         distributed.reduce_scatter_rows(torch.ones(4), [1, 1, 1])
     group = torch.distributed.new_group([1, 2])
     if rank:
+        assert isinstance(group, torch.distributed.ProcessGroup)
         assert distributed.all_gather_rows(torch.full((rank,), rank), [1, 2], group).tolist() == [1, 2, 2]
     return (
         [distributed.any_rank(flag) for flag in (rank == 1, False, True, rank == world - 1)],
@@ -185,6 +186,7 @@ def test_collectives_on_uneven_rows():
 
 def _rank_1_hangs():
     group = torch.distributed.new_group([0, 1])
+    assert isinstance(group, torch.distributed.ProcessGroup)
     distributed.set_timeout(0.5, group)
     if torch.distributed.get_rank() == 1:
         return None

@@ -12,7 +12,9 @@ OMPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in (("RANK", "1"), ("SI
 
 
 def place(found: LaunchInfo | None) -> tuple[object, ...] | None:
-    return found and (found.rank, found.world, found.local_rank, found.local_world, found.address)
+    if found is None:
+        return None
+    return found.rank, found.world, found.local_rank, found.local_world, found.address
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,7 @@ def test_lfw_text_matches_the_bin_made_from_it(shared_data, tmp_path):
     lines = [line.split() for line in text.splitlines()[1:]]
     genuine, impostors = (iter(np.flatnonzero(expected.same == kind)) for kind in (True, False))
     for fields in lines:
-        pair = next(genuine if len(fields) == 3 else impostors)
+        pair = int(next(genuine if len(fields) == 3 else impostors))
         for image, (name, number) in enumerate([fields[:2], fields[-2:] if len(fields) == 4 else fields[::2]]):
             file = tmp_path / "aligned" / name / f"{name}_{int(number):04d}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -57,7 +59,7 @@ def test_lazy_rows_are_dense_rows_whenever_they_are_seen(
 ) -> None:
     if not host_knows:
         request.getfixturevalue("as_on_a_gpu")
-    monkeypatch.setattr(optimizer_module, "History", lambda *arguments: History(*arguments, window))
+    monkeypatch.setattr(optimizer_module, "History", partial(History, window=window))
     rows, optimizer = make(SGD, row_format, inactive_rows="lazy", bias=bias)
     dense = Dense(rows)
     generator = torch.Generator().manual_seed(8)

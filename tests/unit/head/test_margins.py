@@ -100,4 +100,5 @@ def test_a_smaller_angle_is_never_worse(margin: config.Loss) -> None:
 @pytest.mark.parametrize("margin", MARGINS[1:], ids=names[1:])
 def test_strength_zero_is_no_margin(margin: config.Loss) -> None:
     cosine = torch.linspace(-0.99, 0.99, 11, dtype=torch.float64)
+    assert isinstance(margin, config.ScaledLoss)
     torch.testing.assert_close(logit(margin, cosine, 0.0), margin.scale * cosine)

@@ -131,7 +131,7 @@ def test_a_loss_is_either_abstract_or_final() -> None:
 
 def test_settings_without_a_loss_are_refused() -> None:
     with pytest.raises(TypeError, match="no loss has settings ScaledLoss"):
-        build_loss(config.ScaledLoss(), 10, seed=0, device=torch.device("cpu"))
+        build_loss(config.ScaledLoss(), 10, seed=0, device=torch.device("cpu"))  # type: ignore[call-arg]
 
 
 def test_a_name_and_settings_belong_to_one_loss() -> None:

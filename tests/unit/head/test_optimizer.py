@@ -82,7 +82,7 @@ def test_rows_that_take_part_now_and_then_are_alone_in_the_world(
 ) -> None:
     rows, optimizer = make(settings, bias=bias)
     weights = [row.double().clone() for row in rows.read(slice(None))]
-    biases = [each.double().clone() for each in rows.bias] if rows.bias is not None else [None] * COUNT
+    biases: list[Any] = [None] * COUNT if rows.bias is None else [each.double().clone() for each in rows.bias]
     references = [torch_optimizer(settings, weight, each) for weight, each in zip(weights, biases, strict=True)]
     taken_often = torch.zeros(COUNT, dtype=torch.int64)
     generator = torch.Generator().manual_seed(3)
@@ -261,7 +261,12 @@ def test_row_and_momentum_are_rounded_independently() -> None:
 @BOTH
 def test_bfloat16_does_not_depend_on_parts_and_ranks(settings: config.SGD | config.AdamW) -> None:
     results = []
-    for pieces in ([slice(None)], [torch.arange(COUNT).flip(0)], [slice(0, 5), torch.arange(5, COUNT)]):
+    divisions: list[list[RowSelection]] = [
+        [slice(None)],
+        [torch.arange(COUNT).flip(0)],
+        [slice(0, 5), torch.arange(5, COUNT)],
+    ]
+    for pieces in divisions:
         rows, optimizer = make(settings, "bfloat16")
         for step in range(3):
             for part in pieces:
@@ -325,7 +330,8 @@ class Largest(TorchDispatchMode):
 def test_nothing_as_large_as_the_shard_is_made(settings: config.SGD | config.AdamW, row_format: RowFormat) -> None:
     rows, optimizer = make(settings, row_format, count=2000, size=16)
     one = gradient(rows.read(slice(8, 16)), 0)
-    for step, part in enumerate([slice(8, 16), torch.arange(16, 8, -1)]):
+    taken: list[RowSelection] = [slice(8, 16), torch.arange(16, 8, -1)]
+    for step, part in enumerate(taken):
         with Largest(rows.tensors().values()) as watch:
             optimizer.update(rows, part, one, 0.1, GO, step)
         in_place = settings is SGD and row_format == "float32" and isinstance(part, slice)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -170,7 +172,8 @@ def test_rows_are_loaded_and_listed() -> None:
 def neighbours(values: Tensor) -> tuple[Tensor, Tensor]:
     """The bfloat16 numbers towards zero and away from it, of finite numbers, in float64."""
     steps = values.double() / spacing(values)
-    return tuple(torch.copysign(side(steps.abs()), steps) * spacing(values) for side in (torch.floor, torch.ceil))
+    towards, away = (torch.copysign(side(steps.abs()), steps) * spacing(values) for side in (torch.floor, torch.ceil))
+    return towards, away
 
 
 def test_rounding_gives_a_neighbour_and_keeps_what_needs_none() -> None:
@@ -303,7 +306,8 @@ def test_gradients_are_summed(row_format: RowFormat, normalised: bool) -> None:
     values = rows.read(slice(None))
     total = AccumulatedGradient(rows)
     expected, bias = np.zeros((10, 8)), np.zeros(10)
-    for seed, part in enumerate([slice(1, 5), SCATTERED, slice(4, 4), torch.zeros(0, dtype=torch.int64), SCATTERED]):
+    parts: list[Any] = [slice(1, 5), SCATTERED, slice(4, 4), torch.zeros(0, dtype=torch.int64), SCATTERED]
+    for seed, part in enumerate(parts):
         one = gradient(4, values[part], torch.float32, seed, normalised=normalised)
         total.add(part, one)
         expected[part] += formed(one, values[part])

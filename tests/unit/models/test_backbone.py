@@ -13,7 +13,8 @@ from recognition.models.backbone import Backbone, BackboneEmbedder, Neck, build_
 
 
 def small(**fields: Any) -> BackboneConfig:
-    return BackboneConfig(**{"name": "resnet10t", "image_size": 32, "embedding_size": 16, "neck": "pool"} | fields)
+    given: dict[str, Any] = {"name": "resnet10t", "image_size": 32, "embedding_size": 16, "neck": "pool"}
+    return BackboneConfig(**given | fields)
 
 
 def images(count: int, size: int) -> torch.Tensor:
@@ -48,7 +49,7 @@ def distance(embeddings: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_family_learns(name: str) -> None:
     backbone, x = family(name, "float32"), images(8, FAMILIES[name])
-    parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    parameters: list[torch.Tensor] = [each for each in backbone.parameters() if each.requires_grad]
     before = distance(backbone(x))
     gradients = torch.autograd.grad(before, parameters)
     # Along the gradient the loss changes by its square for each unit of the way.
@@ -181,7 +182,7 @@ def test_memory_format_changes_no_value() -> None:
     x = images(4, 32)
     last = build_backbone(small(channels_last=True, precision="float32")).eval()
     first = build_backbone(small(channels_last=False, precision="float32")).eval()
-    assert last.trunk.layer2[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert last.get_parameter("trunk.layer2.0.conv1.weight").is_contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         # The same sums in another order, through ten layers of float32.
         torch.testing.assert_close(last(x), first(x), rtol=1e-4, atol=1e-5)

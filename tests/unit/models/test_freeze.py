@@ -35,6 +35,7 @@ def moved(backbone: Backbone) -> set[str]:
         (backbone(images) - target).square().sum().backward()
         with torch.no_grad():
             for parameter in learning:
+                assert parameter.grad is not None
                 parameter.sub_(0.01 * (parameter.grad + parameter))
     return {name for name, tensor in backbone.state_dict().items() if not torch.equal(tensor, before[name])}
 

@@ -56,14 +56,14 @@ def test_checkpoint_of_a_wrapped_network(shared_data: Path, tmp_path: Path) -> N
     )
     backbone = build_backbone(BackboneConfig(name="mobilefacenet"))
     load_weights(backbone, read_weights(tmp_path / "checkpoint_gpu_0.pt"), "checkpoint_gpu_0.pt")
-    assert torch.equal(backbone.trunk.stem[0].conv.weight, state["layers.0.layers.0.weight"])
+    assert torch.equal(backbone.get_parameter("trunk.stem.0.conv.weight"), state["layers.0.layers.0.weight"])
     assert torch.equal(backbone.neck.linear.weight, state["features.layers.2.weight"])
 
 
 def test_another_network_is_refused(shared_data: Path, tmp_path: Path) -> None:
     torch.save(published(shared_data, "mbf"), tmp_path / "backbone.pth")
     backbone = build_backbone(BackboneConfig(name="iresnet18", image_size=32, embedding_size=128))
-    before = backbone.trunk.stem[0].weight.clone()
+    before = backbone.get_parameter("trunk.stem.0.weight").clone()
     with pytest.raises(UserError) as caught:
         load_weights(backbone, read_weights(tmp_path / "backbone.pth"), "backbone.pth")
     message = str(caught.value)
@@ -71,4 +71,4 @@ def test_another_network_is_refused(shared_data: Path, tmp_path: Path) -> None:
     assert "lacks trunk.stem.0.weight" in message
     assert "trunk.pool.conv.weight" in message or "trunk.stem.0.conv.weight" in message
     assert "neck.linear.weight [512, 512] for [128, 2048]" in message
-    assert torch.equal(backbone.trunk.stem[0].weight, before)
+    assert torch.equal(backbone.get_parameter("trunk.stem.0.weight"), before)

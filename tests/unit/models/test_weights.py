@@ -113,10 +113,10 @@ def test_the_position_embedding_of_another_image_size_is_resampled_as_timm_does(
     backbone = small(name="vit_tiny_patch16_224", options={"depth": 1}, image_size=48)
     notes = load_weights(backbone, state, "vit.pt")
     assert "adapted by timm" in notes[0]
-    resample = timm.layers.resample_abs_pos_embed  # type: ignore[attr-defined]
+    resample = timm.layers.resample_abs_pos_embed
     expected = resample(state["pos_embed"], new_size=[3, 3], num_prefix_tokens=1)
-    torch.testing.assert_close(backbone.trunk.pos_embed.detach(), expected)
-    assert torch.equal(backbone.trunk.blocks[0].attn.qkv.weight, state["blocks.0.attn.qkv.weight"])
+    torch.testing.assert_close(backbone.get_parameter("trunk.pos_embed").detach(), expected)
+    assert torch.equal(backbone.get_parameter("trunk.blocks.0.attn.qkv.weight"), state["blocks.0.attn.qkv.weight"])
 
 
 def test_the_recipe_for_pretrained_weights_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_the_recipe_for_pretrained_weights_works(tmp_path: Path, monkeypatch: py
     exec(command[1].replace("pretrained=True", "pretrained=False"))  # without the network
     backbone = small()
     load_weights(backbone, read_weights(Path(setting[1])), setting[1])
-    assert torch.equal(backbone.trunk.conv1[0].weight, torch.load(setting[1])["conv1.0.weight"])
+    assert torch.equal(backbone.get_parameter("trunk.conv1.0.weight"), torch.load(setting[1])["conv1.0.weight"])
 
 
 class Evil:

@@ -100,7 +100,7 @@ def test_counts_a_backbone_as_it_is() -> None:
     own = {parameter.data_ptr() for parameter in backbone.parameters()}
     flops = 0
 
-    def count(module: torch.nn.Module, _, output: torch.Tensor) -> None:
+    def count(module: torch.nn.Conv2d | torch.nn.Linear, _, output: torch.Tensor) -> None:
         nonlocal flops
         flops += 2 * output.numel() * module.weight[0].numel()
 

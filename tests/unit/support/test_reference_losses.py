@@ -254,6 +254,7 @@ def test_adaface_takes_the_norm_for_a_constant(name: str) -> None:
 def test_circle_takes_its_weights_for_constants(name: str) -> None:
     head, x, labels, _ = random_head(name)
     loss, filtering = head.settings.loss, head.settings.filter
+    assert isinstance(loss, config.Circle)
     own = F.one_hot(labels, 4).bool()
 
     def cosines(head: DenseHead, x: Tensor) -> Tensor:
@@ -262,10 +263,10 @@ def test_circle_takes_its_weights_for_constants(name: str) -> None:
     at = cosines(head, x).detach()
     alpha = torch.where(own, 1 + loss.margin - at, at + loss.margin).clamp(min=0)
     left_out = ~own & (at > (filtering.threshold if filtering else 1))
-    optimum = torch.where(own, 1 - loss.margin, loss.margin)
+    optimum, scale = torch.where(own, 1 - loss.margin, loss.margin), loss.scale
 
     def frozen(head: DenseHead, x: Tensor) -> Tensor:
-        logits = loss.scale * alpha * (cosines(head, x) - optimum)
+        logits = scale * alpha * (cosines(head, x) - optimum)
         return F.cross_entropy(logits.masked_fill(left_out, -torch.inf), labels)
 
     assert head.loss(x, labels).item() == pytest.approx(frozen(head, x).item())
@@ -363,7 +364,8 @@ def auxiliary(settings: config.Head, x: Tensor, labels: Tensor = LABELS) -> Tens
 
 
 def test_batch_hard_triplets_are_the_worst_of_all() -> None:
-    unit, hardest = F.normalize(embeddings()), {}
+    unit = F.normalize(embeddings())
+    hardest: dict[int, float] = {}
     for a, p, n in product(range(7), repeat=3):
         if a != p and LABELS[a] == LABELS[p] != LABELS[n]:
             loss = F.triplet_margin_loss(unit[a], unit[p], unit[n], margin=0.3, eps=0).item()
@@ -395,5 +397,6 @@ def test_centers_by_hand() -> None:
     x, labels = torch.tensor([[3.0, 0.0], [0.0, 6.0], [2.0, 2.0]], dtype=torch.float64), torch.tensor([1, 1, 2])
     assert head.auxiliary(x, labels).item() == pytest.approx(0.05 * (9 + 36 + 8) / 3)
     head.move_centers(x, labels)
+    assert head.centers is not None
     assert head.centers.flatten().tolist() == pytest.approx([0, 0, 0.5, 1, 0.5, 0.5])
     assert head.auxiliary(x, labels).item() == pytest.approx(0.05 * (7.25 + 25.25 + 4.5) / 3)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from recognition.tracking import logs
 from recognition.tracking.logs import Appender, setup_logging
 
 package = logging.getLogger("recognition.data")
@@ -55,6 +54,7 @@ def test_a_record_is_one_line_whatever_it_holds(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_terminal_of_another_encoding_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sys.__stderr__ is not None
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=sys.__stderr__.errors)
     monkeypatch.setattr(sys, "stderr", ascii_only)
     with setup_logging():
@@ -123,7 +123,7 @@ def test_a_record_that_cannot_be_written_is_left_out_whole_and_said_once(
         if how == "removed":
             path.unlink()
         else:
-            patch.setattr(logs.os, "write", full if how == "full" else lambda fd, data: write(fd, data[:2]))
+            patch.setattr(os, "write", full if how == "full" else lambda fd, data: write(fd, data[:2]))
         file.write(b"two\n")
         file.write(b"three\n")
     file.write(b"four\n")
@@ -143,7 +143,7 @@ def test_a_log_file_that_is_full_is_said_on_the_terminal(
     with setup_logging() as log:
         log.write_to(tmp_path / "log.txt")
         with monkeypatch.context() as patch:
-            patch.setattr(logs.os, "write", full)
+            patch.setattr(os, "write", full)
             package.info("one")
             package.info("two")
         package.info("three")

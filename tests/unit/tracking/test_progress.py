@@ -146,6 +146,7 @@ def test_an_escaped_text_is_one_line_of_unicode(text: str, line: str) -> None:
 
 def test_a_terminal_of_ascii_shows_bars_and_lines(screen: Callable[[int], Terminal]) -> None:
     screen(30)
+    assert sys.__stderr__ is not None
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=sys.__stderr__.errors)
     file.isatty = lambda: True  # type: ignore[method-assign]
     sys.stderr = file

@@ -50,7 +50,7 @@ def test_values_are_read_from_the_device_only_for_a_record(tmp_path: Path) -> No
 
     with tracker(tmp_path) as track:
         for step in range(1, 26):
-            track.log_step(step, {"loss": Value()})
+            track.log_step(step, {"loss": Value()})  # type: ignore[dict-item]
     assert reads == [1, 10, 20, 25]
 
 

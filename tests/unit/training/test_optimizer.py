@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -42,9 +43,11 @@ def small(seed: int = 0) -> Small:
 def give_gradients(model: nn.Module, seed: int) -> dict[str, np.ndarray]:
     """Random gradients, in the parameters' own layout as autograd leaves them; returned in float64."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
+    gradients = {}
+    for name, parameter in model.named_parameters():
         parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=generator))
-    return {name: parameter.grad.double().numpy() for name, parameter in model.named_parameters()}
+        gradients[name] = parameter.grad.double().numpy()
+    return gradients
 
 
 def float64(model: nn.Module) -> dict[str, np.ndarray]:
@@ -123,6 +126,7 @@ def test_a_step_that_is_not_finite_changes_nothing(settings: config.SGD | config
         step_if_finite(optimizer, YES)
     before = snapshot(model, optimizer)
     give_gradients(model, 9)
+    assert model.linear.weight.grad is not None
     model.linear.weight.grad[0, 0] = math.nan
     norm = clip_gradients(model.parameters(), 5.0)
     step_if_finite(optimizer, torch.isfinite(norm))
@@ -212,6 +216,7 @@ def test_clipping_returns_the_norm_before_it_and_scales_only_what_is_too_long(ma
     scale = max_norm / expected if 0 < max_norm < expected else 1.0
     for name, parameter in model.named_parameters():
         if name in gradients:
+            assert parameter.grad is not None
             # A norm and a product in float32.
             np.testing.assert_allclose(parameter.grad.numpy(), scale * gradients[name], rtol=1e-5, err_msg=name)
 
@@ -233,7 +238,9 @@ def test_cosine_at_points_worked_out_by_hand() -> None:
 
 @pytest.mark.parametrize("shape", ["polynomial", "cosine"])
 @pytest.mark.parametrize("warmup", [0.0, 0.3, 2.0])
-def test_the_rate_rises_without_a_jump_peaks_once_and_every_step_learns(shape: str, warmup: float) -> None:
+def test_the_rate_rises_without_a_jump_peaks_once_and_every_step_learns(
+    shape: Literal["polynomial", "cosine"], warmup: float
+) -> None:
     training = config.Training(epochs=5, warmup_epochs=warmup, schedule=shape)
     schedule = Schedule.of(training, steps_per_epoch=20.5)
     factors = np.array([schedule.factor(step) for step in range(schedule.total_steps + 1)])

@@ -1,6 +1,7 @@
 import io
 import pickle
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from recognition.errors import UserError
 from recognition.evaluation.verification import verify
 from recognition.training import verifying
 
-COORDINATOR = SimpleNamespace(
+COORDINATOR: Any = SimpleNamespace(
     ranks=SimpleNamespace(rank=0, world=1, head_device=torch.device("cpu")), on_each=lambda what, work: work()
 )
 
