@@ -53,7 +53,7 @@ class ForwardState:
     step: Step
     problem: LogitProblem
     total: Tensor
-    """[B]: log of the sum of exp(z) over the negatives, -inf without any; of a logistic loss both sums, [B, 2]."""
+    """[B]: log of the sum of exp(z) over the negatives, -inf without any; for a logistic loss, its two sums [B, 2]."""
     lse: Tensor
     """[B]: `total`, and finite without negatives; 0 for a logistic loss."""
     target: Tensor
@@ -80,7 +80,7 @@ class VectorGradients:
     norm: Tensor
     """[B]"""
     scalars: list[Tensor]
-    """By each learned scalar."""
+    """Gradient by each learned scalar of the loss."""
 
     def times(self, factor: Tensor) -> "VectorGradients":
         """Return all of them times a scalar."""

@@ -1,1 +1,1 @@
-"""What a run will need, computed before there is any image: memory, time, GPUs."""
+"""Forecasts of the memory, time and GPUs that a run needs, before any image exists."""
