@@ -49,8 +49,8 @@ class LogitOptions:
     centers: int = 1
     """K, the rows of a class."""
     recompute_above: float = 0.25
-    """Cosine above which a product that is rounded to bfloat16, as on a CPU, is computed again in float32. Below it, the
-    rounding is no larger than that of the operands."""
+    """Cosine above which a product that is rounded to bfloat16, as on a CPU, is computed again in float32. Below it,
+    the rounding is no larger than that of the operands."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ class LogitProblem:
 class NegativeSums:
     """This rank's share of the sums over the negatives.
 
-    `sums`: exp(z - shift) summed over this rank's classes other than the target, [B, 1]; for a logistic loss the sums of
-    its two terms, [B, 2]. `shift` [B]: the fixed offset, or this rank's largest z (-inf if it has none).
+    `sums`: exp(z - shift) summed over this rank's classes other than the target, [B, 1]; for a logistic loss the sums
+    of its two terms, [B, 2]. `shift` [B]: the fixed offset, or this rank's largest z (-inf if it has none).
     """
 
     sums: Tensor
@@ -232,7 +232,7 @@ class Backend(Protocol):
         on_rows: OnRows | None,
         on_embeddings: OnEmbeddings | None,
     ) -> Tensor:
-        """Compute the result of `chunk_loop.backward` from the exponentials that `negative_sums` kept; overwrite them."""
+        """Compute `chunk_loop.backward` from the exponentials that `negative_sums` kept, which may be overwritten."""
         ...
 
 
