@@ -1,7 +1,7 @@
-"""Randomness without a state: hashes and permutations that are functions of a key, each value to be had by itself.
+"""Stateless randomness: hashes and permutations as functions of a key, so that each value is computed on its own.
 
-Order, augmentation, sampled classes and initial class weights are keyed by the run's seed in this way; no generator's
-state is ever saved.
+The order of images, augmentation, sampled classes and initial class weights are keyed by the run's seed in this way; no
+generator's state is ever saved.
 """
 
 import numpy as np
@@ -18,11 +18,11 @@ MURMUR3_MULTIPLIERS = (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53)
 twice x ^= x >> 33 and x *= multiplier, then x ^= x >> 33."""
 
 _WORD = (1 << 64) - 1
-_ROUNDS = 12  # an even number, which leaves rows and columns in their places
+_ROUNDS = 12  # even, as each round swaps rows and columns
 
 
 def splitmix64(number: int) -> int:
-    """A well-mixed 64-bit number: one step of SplitMix64 (Steele, Lea and Flood 2014)."""
+    """Hash a number to 64 bits by one step of SplitMix64 (Steele, Lea and Flood 2014)."""
     number = (number + 0x9E3779B97F4A7C15) & _WORD
     number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & _WORD
@@ -35,8 +35,9 @@ def as_signed(word: int) -> int:
 
 
 def mix(words: Words) -> Words:
-    """The output function of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit words that avalanches.
+    """Apply the output function of SplitMix64, a bijection of 64-bit words that avalanches.
 
+    Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
     `words` is an array of any shape but (), for which NumPy would warn of the intended overflow.
     """
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -45,7 +46,7 @@ def mix(words: Words) -> Words:
 
 
 def keyed_hash(seed: int, *words: ArrayLike) -> Words:
-    """A 64-bit hash of `seed` (modulo 2^64) and integers or arrays of integers, which broadcast; at least 1-D."""
+    """Hash `seed` (modulo 2^64) with integers or arrays of integers, which broadcast, to 64-bit words, at least 1-D."""
     state = mix(np.array([seed % 2**64], np.uint64) + GOLDEN)
     for word in words:
         state = mix((state ^ np.atleast_1d(word).astype(np.uint64)) + GOLDEN)
@@ -53,11 +54,12 @@ def keyed_hash(seed: int, *words: ArrayLike) -> Words:
 
 
 def permute_by_keys(keys: Words, sizes: ArrayLike, positions: ArrayLike) -> Integers:
-    """Where `positions` [n] stand in permutations of 0..size-1 of their own, keyed by `keys`; one of each or n.
+    """Map each of `positions` [n] by the random permutation of 0..size-1 that its key selects.
 
-    A Feistel network on the smallest near-square grid a x b that holds the size, with cycle walking for the cells
-    beyond (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"); fewer than a of the a b cells are beyond,
-    so nearly all positions need one pass.
+    `keys` and `sizes` have n elements, or one for all positions. The permutation is a Feistel network on the smallest
+    near-square grid a x b with at least `size` cells, and cycle walking for the cells beyond `size` (Black and Rogaway
+    2002, "Ciphers with arbitrary finite domains"). Fewer than a of the a b cells are beyond it, so nearly all positions
+    need one pass.
     Raises ValueError for a position outside 0..size-1 or a size outside 1..2^62.
     """
     cells = np.atleast_1d(np.asarray(positions, np.int64)).astype(np.uint64)
@@ -78,13 +80,13 @@ def permute_by_keys(keys: Words, sizes: ArrayLike, positions: ArrayLike) -> Inte
 
 
 def _root(squares: Words) -> Words:
-    """The whole square roots of numbers up to 2^62, rounded down."""
+    """Return the square roots, rounded down to integers, of numbers up to 2^62."""
     roots = np.sqrt(squares.astype(np.float64)).astype(np.uint64)
     return roots - (roots * roots > squares)  # float64 may round up to a whole number, never down from one
 
 
 def _feistel(cells: Words, keys: Words, rows: Words, columns: Words) -> Words:
-    """One pass of the network: the row is moved by a hash of the column, the column by one of the row, and so on."""
+    """Apply the network once: in turn, shift the row by a hash of the column and the column by a hash of the row."""
     moved, fixed = cells // columns, cells % columns
     length, other = rows, columns
     for _ in range(_ROUNDS):

@@ -1,7 +1,7 @@
 """Run the tests and benchmarks that one GPU has to show, each within its time; results as JSON lines and a table.
 
-Needs the standard library alone, so that a machine that lacks something is told what. `python -m
-recognition.benchmarks.gpu_check` prints what the parts need to know of a machine, as one JSON object.
+Imports the standard library alone, so that it can name the packages that a machine lacks. `python -m
+recognition.benchmarks.gpu_check` prints the properties of the machine that the parts depend on, as one JSON object.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class Part:
     limit: int
     """Seconds that it may take."""
     reason: str
-    """Why this machine skips it; empty: it does not."""
+    """Reason to skip it on this machine; empty: it is run."""
     command: list[str]
 
 

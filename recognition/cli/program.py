@@ -1,4 +1,4 @@
-"""How the programs start and end: exit status, the message of an error, and which rank writes it."""
+"""Start and end of the programs: exit status, the message of an error, and the rank that writes it."""
 
 import contextlib
 import json
@@ -28,14 +28,14 @@ OLDEST = (3, 11)
 
 
 def run(main: Callable[[], int]) -> int:
-    """Call `main` and return its exit status, or that of its error, which is told on standard error.
+    """Call `main` and return its exit status, or that of its error, which is printed on standard error.
 
-    `STATUSES` has their meanings. A mistake is one message; a defect is a traceback and how to report it. A rank tells
-    an error of its own; what follows from another rank's error is told by that one.
+    `STATUSES` lists the exit statuses. A mistake is printed as one message, a defect as a traceback with advice on how
+    to report it. Each rank prints only its own errors, not those that follow from another rank's.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # Names of files may be bytes that are no text.
+            # File names may contain bytes that are not valid text.
             stream.reconfigure(errors="backslashreplace")
     try:
         try:

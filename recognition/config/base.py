@@ -1,4 +1,4 @@
-"""What all sections share: their base, the kinds of their fields, and the error."""
+"""The base class of all sections, the types that their fields share, and ConfigError."""
 
 import difflib
 import os
@@ -12,7 +12,7 @@ from recognition.files.paths import expanded
 
 
 class ConfigError(UserError):
-    """Every mistake of a configuration, one a line, each with its path."""
+    """All mistakes of a configuration, one per line, each with the path of its key."""
 
 
 def _not_empty(value: Any) -> Any:
@@ -35,7 +35,7 @@ def _must_exist(path: Path, info: ValidationInfo) -> Path:
 
 
 def _near(path: Path) -> str:
-    """What there is instead of a path: the folder where it ends, and names that are much like it."""
+    """Return a hint for a missing path: a similar one that exists, or its first folder that is missing; empty: none."""
     folder, missing = path.parent, path.name
     try:
         while not folder.is_dir() and folder != folder.parent:
@@ -49,11 +49,11 @@ def _near(path: Path) -> str:
 
 
 def as_list(value: Any) -> Any:
-    """Take one string for a list of one."""
+    """Turn a single string into a list of one."""
     return [value] if isinstance(value, str) else value
 
 
-# A path that has to exist when a run starts; it is not looked for when an old run's settings are only read.
+# A path that has to exist when a run starts; reading an old run's settings does not check it.
 InputPath = Annotated[
     Path, Field(strict=False), BeforeValidator(_not_empty), AfterValidator(expanded), AfterValidator(_must_exist)
 ]

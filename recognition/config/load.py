@@ -1,4 +1,4 @@
-"""Reading a configuration: a TOML file, the recipes that it extends, and overrides; all mistakes are told at once."""
+"""Reading a configuration: a TOML file, the recipes that it extends, and overrides; one error lists all mistakes."""
 
 import json
 from collections.abc import Sequence
@@ -37,6 +37,6 @@ def load(path: Path | str, overrides: Sequence[str] = (), *, check_paths: bool =
 
 
 def _rendered_folder(tree: dict[str, Any]) -> str | None:
-    """The folder that the run itself fills with faces, whose files need not exist yet."""
+    """Return the folder that the run itself fills with rendered faces, whose files need not exist yet; None: none."""
     data = tree.get("data")
     return str(data["path"]) if "faces" in tree and isinstance(data, dict) and "path" in data else None

@@ -93,8 +93,8 @@ class Evaluation(Section):
     face. `refuse`: the run does not start; `skip`: these pairs are left out with a warning, so results are not
     comparable with published ones."""
     folds: Literal["file", "even"] = "file"
-    """How pairs are divided into the ten folds of cross-validation. `file`: consecutive pairs, as in arcface_torch;
-    `even`: the same share of genuine and impostor pairs in each fold, for files whose order is unbalanced."""
+    """Division of the pairs into the ten folds of cross-validation. `file`: consecutive pairs, as in arcface_torch;
+    `even`: equal shares of genuine and impostor pairs in each fold, for files whose order is unbalanced."""
     every_steps: NonNegativeInt = 2000
     """Updates between verifications; a checkpoint is written before each. 0: only at the end."""
     batch_per_rank: PositiveInt = 64
@@ -102,7 +102,7 @@ class Evaluation(Section):
 
 
 class Checkpoint(Section):
-    """How often checkpoints are written, and how many are kept."""
+    """Interval and number of the checkpoints."""
 
     every_steps: NonNegativeInt = 2000
     """Updates between checkpoints, the most that a crash can cost. 0: only at the end and on an interruption."""
@@ -111,7 +111,7 @@ class Checkpoint(Section):
 
 
 class Tracking(Section):
-    """How often metrics are recorded, for TensorBoard and the run's log."""
+    """Records of metrics and images for TensorBoard and the run's log."""
 
     every_steps: PositiveInt = 10
     """Updates between two records of loss, learning rate and speed."""
@@ -194,16 +194,16 @@ class Config(Section):
 
     @property
     def head_optimizer(self) -> Optimizer:
-        """What moves the class weights."""
+        """The optimizer of the class weights."""
         return self.optimizer if self.head.optimizer is None else self.head.optimizer
 
     def to_toml(self) -> str:
-        """The resolved configuration as TOML; `load` reads it back to an equal one."""
+        """Return the configuration as TOML, from which `load` reads an equal one."""
         return toml.dump(json.loads(self.model_dump_json(exclude_none=True)))
 
 
 def _schedule_mistakes(training: Training) -> list[str]:
-    """What is wrong with the milestones."""
+    """Return the mistakes in the milestones of the learning-rate schedule, one message each."""
     if training.schedule != "multistep":
         said = f"training.milestones is for training.schedule = multistep, not {training.schedule}"
         return [said] if training.milestones else []

@@ -24,17 +24,17 @@ _HINTS = (
     ("nvalid value", 'a text needs quotes, as in name = "arcface"; true and false are in small letters'),
     ("nvalid statement", "sections are written [name], settings key = value, comments begin with #"),
 )
-"""Parts of tomllib's messages, and what helps."""
+"""Parts of tomllib's messages, each with advice."""
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The tree of a TOML file. Raises ValueError, which names the file, where there is none or it is not TOML."""
+    """Read a TOML file into a tree. Raises ValueError, which names the file, if it is missing or not valid TOML."""
     if path.is_dir():
         inside = sorted(path.glob("*.toml"))
         hint = f", such as {inside[0]}" if inside else ""
         raise ValueError(f"{path}: is a folder; give a file of settings{hint}")
     try:
-        # A mark of UTF-8 at the beginning, as Windows' editors write it, says nothing.
+        # Editors on Windows may begin the file with a byte-order mark.
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
@@ -50,7 +50,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _in_words(message: str, text: str) -> str:
-    """A message of tomllib's, with the line that it is about and what helps."""
+    """Return a message of tomllib with the line that it refers to and advice."""
     place = re.search(r"line (\d+)", message)
     lines = text.splitlines()
     number = int(place[1]) if place else len(lines)
@@ -60,10 +60,10 @@ def _in_words(message: str, text: str) -> str:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], root: type[BaseModel]) -> list[str]:
-    """Set `section.key=value` overrides in the tree of a configuration whose model is `root`; returns what is wrong.
+    """Set `section.key=value` overrides in the tree of a configuration whose model is `root`; return the mistakes.
 
-    A value that is not TOML is a string. Another `name` for a section that comes in variants (its field is a union
-    with the discriminator `name`) drops the fields of the variant that it replaces, and a section without a name is of
+    A value that is not TOML is taken as a string. Some sections come in variants: their field is a union with the
+    discriminator `name`. A new `name` drops the fields of the variant that it replaces; a section without a name gets
     the default variant.
     """
     mistakes = []
@@ -97,7 +97,7 @@ def _apply(tree: dict[str, Any], override: str, root: type[BaseModel]) -> str | 
 
 
 def _value(text: str, annotation: Any) -> Any:
-    """What the text of an override is in TOML; the text itself where it is none, or a path that looks like a number."""
+    """Parse the text of an override as TOML; return the text itself if that fails or a path looks like a number."""
     try:
         # In brackets, so that neither a comment nor a second line is lost behind the value.
         values = tomllib.loads(f"value = [{text}]")["value"]
@@ -109,13 +109,13 @@ def _value(text: str, annotation: Any) -> Any:
 
 
 def _annotation(keys: list[str], root: type[BaseModel]) -> Any:
-    """The type of the field that the keys lead to; None where there is no such field."""
+    """Return the type of the field at the path `keys`; None if there is no such field."""
     fields = (model.model_fields.get(keys[-1]) for model in models_at(keys[:-1], root))
     return next((field.annotation for field in fields if field is not None), None)
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
-    """A type and all that it is made of."""
+    """Yield a type and, recursively, its type arguments."""
     yield annotation
     for argument in get_args(annotation):
         yield from _parts(argument)
@@ -134,7 +134,7 @@ def _name_defaults(tree: dict[str, Any], model: type[BaseModel]) -> None:
 
 
 def explain(error: Any, root: type[BaseModel]) -> str:
-    """One line for one of the errors of a ValidationError of `root`: the key's path, what is wrong, and a way out."""
+    """Describe one error of a ValidationError of `root` in words: the key's path, the mistake, and a way out."""
     location = [str(part) for part in error["loc"]]
     path = ".".join(_along(location, root)[0])
     value = error.get("input")
@@ -162,7 +162,7 @@ def explain(error: Any, root: type[BaseModel]) -> str:
 
 
 def _variants(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that a field's annotation stands for."""
+    """Yield the models that a field with this annotation can hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield from annotation.variants() if issubclass(annotation, Section) else (annotation,)
     for argument in get_args(annotation):
@@ -170,7 +170,7 @@ def _variants(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _along(location: list[str], root: type[BaseModel]) -> tuple[list[str], list[type[BaseModel]]]:
-    """Follow an error's location: the keys as the file has them, without a union's tags, and the models at its end."""
+    """Follow an error's location; return its keys in the file, without tags of unions, and the models at its end."""
     keys: list[str] = []
     models: list[type[BaseModel]] = [root]
     for part in location:
@@ -187,7 +187,7 @@ def _along(location: list[str], root: type[BaseModel]) -> tuple[list[str], list[
 
 
 def models_at(keys: list[str], root: type[BaseModel]) -> list[type[BaseModel]]:
-    """Return the models that a section can be, to which `keys` lead from `root`."""
+    """Return the models that the section at the path `keys` below `root` can have."""
     return _along(keys, root)[1]
 
 

@@ -33,7 +33,10 @@ class Coordinator:
     """
 
     def __init__(self, ranks: ProcessInfo, silence: float) -> None:
-        """`silence`: seconds without a sign of work after which a wait ends in a UserError."""
+        """Agree on a name with the other ranks.
+
+        `silence`: seconds without a heartbeat after which a wait raises UserError.
+        """
         self.ranks, self.silence = ranks, silence
         names, self._processes = zip(
             *distributed.gather_objects((secrets.token_hex(8), lock.this_process())), strict=True

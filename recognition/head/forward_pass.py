@@ -53,13 +53,13 @@ class ForwardState:
     step: Step
     problem: LogitProblem
     total: Tensor
-    """[B]: log of the sum of exp(z) over the negatives, -inf without any; of a logistic loss both sums, [B, 2]."""
+    """[B]: log of the sum of exp(z) over the negatives, -inf without any; for a logistic loss, its two sums [B, 2]."""
     lse: Tensor
     """[B]: `total`, and finite without negatives; 0 for a logistic loss."""
     target: Tensor
     """[B]: products of the embeddings and their classes' rows."""
     target_cosine: Tensor
-    """[B]: their cosines."""
+    """[B]: cosines between the embeddings and their classes' rows."""
     cached_exp: Any
     """Exponentials of this rank's classes, for its backend."""
 
@@ -80,10 +80,10 @@ class VectorGradients:
     norm: Tensor
     """[B]"""
     scalars: list[Tensor]
-    """By each learned scalar."""
+    """Gradient by each learned scalar of the loss."""
 
     def times(self, factor: Tensor) -> "VectorGradients":
-        """Return all of them times a scalar."""
+        """Return all gradients times a scalar."""
         scalars = [gradient * factor for gradient in self.scalars]
         return VectorGradients(self.total * factor, self.target * factor, self.norm * factor, scalars)
 
@@ -118,7 +118,7 @@ class ForwardPass:
         return state
 
     def _targets_then_negatives(self, batch: GlobalBatch, active: ActiveClasses, step: Step) -> ForwardState:
-        """Do with two all-reduces, where the negatives depend on the targets of all ranks."""
+        """Run the pass with two all-reduces, as the negatives depend on the targets of all ranks."""
         local = self._local_targets(batch, active)
         product, cosine = _product_and_cosine(all_reduce_together(self.group, targets=local)["targets"])
         if step.learns:
@@ -132,7 +132,7 @@ class ForwardPass:
     def _negatives_and_targets(
         self, batch: GlobalBatch, active: ActiveClasses, step: Step, *, keep: bool
     ) -> ForwardState:
-        """Do with one all-reduce of both."""
+        """Run the pass with one all-reduce for targets and sums together."""
         local = self._local_targets(batch, active)
         problem = self._problem(batch, active, step, None)
         sums = self._sums(problem, keep=keep)

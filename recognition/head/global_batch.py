@@ -1,4 +1,4 @@
-"""The batch of all ranks, as every rank has to know it."""
+"""The gathered batch: embeddings, labels and norms of all ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,17 +25,17 @@ class GlobalBatch:
     """b of every rank"""
 
     def of(self, rank: int) -> slice:
-        """Where a rank's own samples are."""
+        """Return the slice of the batch that holds a rank's own samples."""
         return slice(sum(self.sizes[:rank]), sum(self.sizes[: rank + 1]))
 
 
 def gather_batch(
     x: Tensor, labels: Tensor, norm: Tensor, sizes: Sequence[int] | None, *, classes: int, group: dist.ProcessGroup
 ) -> GlobalBatch:
-    """The batch of all ranks from this rank's `x` [b, D], `labels` [b] and `norm` [b], in two collectives.
+    """Gather the batch of all ranks from this rank's `x` [b, D], `labels` [b] and `norm` [b] in two collectives.
 
-    `sizes`: b of every rank, None when they are equal. Raises UserError when a label is not in 0..classes-1, on all
-    ranks; on a GPU, where asking would make the host wait, CUDA's assert.
+    `sizes`: b of every rank; None: all equal. A label outside 0..classes-1 raises UserError on all ranks; on a GPU,
+    where a check on the host would have to wait for the device, it triggers an assertion in CUDA.
     """
     sizes = [len(x)] * dist.get_world_size(group) if sizes is None else list(sizes)
     x = all_gather_rows(x, sizes, group)

@@ -47,7 +47,7 @@ from recognition.head.losses.auxiliary import Auxiliary
 from recognition.head.losses.build import build_loss
 from recognition.head.sampling import sample_rows
 
-# A logit of 16, rounded to bfloat16, is off by as much as those of 64 are whose operands were rounded: 0.03.
+# Rounding a logit of 16 to bfloat16 costs as much, 0.03, as rounding the operands of a logit of 64.
 _RECOMPUTE_LOGIT, _RECOMPUTE_SCALE = 16.0, 64.0
 
 
@@ -67,8 +67,8 @@ class HeadOutput:
 class ShardedSoftmax(nn.Module):
     """A loss over C classes, whose rows are sharded over the ranks of a group (Megatron-like).
 
-    `rows` holds this rank's rows and their optimizer's state; `state_dict_tensors()` is the same as sharded tensors,
-    with the scalars that the loss keeps. With `update_in_backward`, `loss.backward()` updates the rows; otherwise it
+    `rows` holds this rank's rows and their optimizer's state; `state_dict_tensors()` returns both as sharded tensors,
+    and the scalars that the loss keeps. With `update_in_backward`, `loss.backward()` updates the rows; otherwise it
     adds to `accumulated`, which `apply_gradient` applies. A process group has to exist, a group of one included. The
     module has no parameters: no optimizer but its own changes the rows, and DistributedDataParallel is to wrap the
     backbone alone.
@@ -181,7 +181,7 @@ class ShardedSoftmax(nn.Module):
         The embeddings get the gradient of the loss times the number of ranks, so that the mean over the ranks that
         DistributedDataParallel takes is the gradient. In eval mode, or without gradients, only the loss is computed,
         over all classes, and nothing changes.
-        Raises UserError when a label is out of range; on a GPU, where asking would make the host wait, CUDA's assert.
+        A label out of range raises UserError; on a GPU it triggers an assertion in CUDA, so that the host need not wait.
         """
         if embeddings.shape != (len(labels), self.embedding_size):
             expected = (len(labels), self.embedding_size)
@@ -261,7 +261,7 @@ class ShardedSoftmax(nn.Module):
         )
 
     def _active_classes(self, batch: GlobalBatch, step: Step) -> ActiveClasses:
-        """Return the classes that take part, with their rows up to date: sampled ones in training, else all."""
+        """Select the active classes, sampled in training and all otherwise, and bring their rows up to date."""
         self._side_stream.wait()
         classes = None
         if step.learns and self.sample_rate < 1:
@@ -335,16 +335,16 @@ class _HeadGradient(torch.autograd.Function):
 
 
 class _SideStream:
-    """A second stream of a GPU, for work that nobody waits for; on other devices all runs at once and in order."""
+    """A second stream of a GPU for work that nobody waits for; on other devices the work runs immediately, in order."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @contextmanager
     def use(self, *read: Tensor | None) -> Iterator[None]:
-        """Launch inside after all that was launched before, and beside all that comes later.
+        """Launch the block's work on the side stream: after all earlier work, concurrently with later work.
 
-        `read`: tensors from outside that it reads; their memory is not given to others before it is done.
+        `read`: tensors from outside that the block reads; their memory is not reused before it is done.
         """
         if self._stream is None:
             yield
@@ -357,6 +357,6 @@ class _SideStream:
                 tensor.record_stream(self._stream)
 
     def wait(self) -> None:
-        """Launch from here on after all that ran on the side stream. The host does not wait."""
+        """Make later work wait for the side stream. The host does not wait."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)

@@ -1,1 +1,1 @@
-"""Predictions of a run before there is one: memory, bytes sent, time and GPUs."""
+"""Forecasts of the memory, time and GPUs that a run needs, before any image exists."""

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its folder, checkpoints, and the weights that another run starts from."""
+"""Files of a run: its folder, its checkpoints, and the weights that another run starts from."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from recognition.tracking import terminal
 
 SHOWN = 3
-"""How often a warning is shown before it is only counted."""
+"""Number of times that a warning is shown before it is only counted."""
 
 _HARMLESS = {
     # torch.compile asks for CUDA's folder on machines without a GPU too, where nothing is missed.

@@ -20,13 +20,13 @@ class Schedule:
     steps_per_epoch: float
     """Updates per pass over the data; not a whole number as a rule."""
     shape: Literal["polynomial", "cosine", "multistep"] = "polynomial"
-    """How the rate falls from the peak, at t = warmup_steps: to zero at t = total_steps, or at each of `milestones`."""
+    """Fall of the rate after t = warmup_steps: to zero at t = total_steps, or by `gamma` at each of `milestones`."""
     power: float = 1.0
     """Exponent of the polynomial."""
     milestones: tuple[int, ...] = ()
     """Steps of `multistep`, rising."""
     gamma: float = 0.1
-    """Factor of the rate at each of them."""
+    """Factor on the rate at each milestone."""
     offset: int = 0
     """Step at which the rate starts again, as in a run of the steps that are left."""
 

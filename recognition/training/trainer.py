@@ -77,7 +77,7 @@ class Trainer:
     def __init__(
         self, config: Config, ranks: ProcessInfo, interrupt: Interrupt, folder: RunFolder, coordinator: Coordinator
     ) -> None:
-        """`folder`: created, and locked for this run."""
+        """Prepare the run. `folder` has been created, and locked for this run."""
         self.ranks, self.interrupt, self.folder, self.coordinator = ranks, interrupt, folder, coordinator
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
         self.checkpoint = self.checkpoints.find()

@@ -85,7 +85,7 @@ class Update:
         loss_scale: LossScale,
         sizes: Sequence[int],
     ) -> None:
-        """`sizes`: images of each rank in one forward pass."""
+        """Wrap the backbone for gradient averaging. `sizes`: images of each rank in one forward pass."""
         self.config, self.ranks, self.sizes = config, ranks, sizes
         self.backbone, self.head, self.optimizer, self.loss_scale = backbone, head, optimizer, loss_scale
         self.replica: nn.Module = backbone

@@ -1,1 +1,1 @@
-"""What goes over the class weights: one interface, in plain PyTorch and by Triton kernels."""
+"""Backends that compute logits, sums and gradients over the class weights: plain PyTorch and Triton kernels."""

@@ -29,9 +29,10 @@ def backward(
 ) -> Tensor:
     """Return the gradient of the loss by `problem.x` [B, D], float32, from this rank's classes.
 
-    The gradients of the rows go to `on_rows`, chunk by chunk; None: they are not wanted. `on_embeddings` is told the
-    returned gradient as soon as it is whole, before the last chunks that the backend holds back go to `on_rows`, so
-    that its way to the other ranks and their update overlap. `cached_exp`: of the forward pass, which saves a product.
+    The gradients of the rows go to `on_rows`, chunk by chunk; None: they are not wanted. `on_embeddings` gets
+    the returned gradient as soon as it is complete, before `on_rows` gets the chunks that the backend holds back. So
+    its reduce-scatter and the update of these rows overlap. `cached_exp`: the exponentials that the forward pass kept,
+    which save a product.
     """
     if cached_exp is not None:
         return backend.cached_gradient(problem, cached_exp, loss, on_rows, on_embeddings)

@@ -1,7 +1,7 @@
-"""Triton kernels that go over the class weights: tiles of logits that live in registers and are never written out.
+"""Triton kernels over the class weights, whose tiles of logits live in registers and are never written to memory.
 
-The symbols are those of `problem`; `pytorch` says the same in PyTorch, and the kernels are tested against it. A tile is
-BLOCK_B samples times BLOCK_N classes. Rows are read raw, in the type they are kept in, and their inverse norms scale a
+The symbols are those of `problem`. `pytorch` computes the sums and gradients in PyTorch, as the kernels' reference. A tile is
+BLOCK_B samples times BLOCK_N classes. Rows are read in their storage type, and their inverse norms scale a
 tile's columns: no normalised copy exists. How products become logits is `KIND`, the `kernel_code` of the loss's
 negatives. Offsets into the rows are 64-bit: 4.2 million rows of 512 numbers are 2^31.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 def negative_sums_kernel(
     x,  # [batch, SIZE]
     weight,  # [r, SIZE]
-    low,  # [r, SIZE] int16: the lower halves of rows that are kept split, where products are of whole ones; or None
+    low,  # [r, SIZE] int16: lower halves of rows in the format `split`, for float32 products; else None
     inverse_norm,  # [r]
     bias,  # [r]; None: rows count by their direction alone
     classes,  # [count]: positions of the classes; None: those from 0 on
@@ -28,7 +28,7 @@ def negative_sums_kernel(
     batch,
     count,
     tiles_per_split,
-    offset,  # what is subtracted from a logit before exp; None: the largest so far
+    offset,  # subtracted from each logit before exp; None: the largest so far
     KIND: tl.constexpr,
     ZERO_FILTERED: tl.constexpr,
     LOGISTIC: tl.constexpr,
@@ -126,7 +126,7 @@ def logit_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write the gradient of the loss L by one tile of products, and what the rows' norms or bias need of it.
+    """Write the gradient of the loss L by one tile of products, and its sums for the rows' norms or bias.
 
     1. Products p_ij and logits z_ij are computed anew, as in the forward pass.
     2. L depends on z_ij through lse_i = log(sum over j of exp(z_ij)), so dL/dz_ij = grad_lse_i exp(z_ij - lse_i): its
@@ -162,7 +162,7 @@ def logit_gradient_kernel(
     a *= derivative * tl.load(grad_lse + sample, mask=here, other=0.0)[:, None]
     a = tl.where(own & inside, tl.load(grad_target + sample, mask=here, other=0.0)[:, None], a)
     if CENTERS == 1:
-        # The target's product is known more exactly than this tile has it.
+        # The target's product was computed in float32, more exactly than in this tile.
         product = tl.where(own, tl.load(target + sample, mask=here, other=0.0)[:, None], product)
     positions = _positions(classes, place, count, first)
     width = count * CENTERS
@@ -183,7 +183,7 @@ def logit_gradient_kernel(
 
 @triton.jit
 def _positions(classes, place, count, first):
-    """Return where the classes in these places are among the rank's, int64."""
+    """Return the positions, among the rank's classes, of the active classes at these positions, int64."""
     if classes is not None:
         return tl.load(classes + place, mask=place < count, other=0).to(tl.int64)
     return place.to(tl.int64) + first
@@ -255,7 +255,7 @@ def _logits(cosine, boundary, fields, threshold, KIND: tl.constexpr, ZERO_FILTER
 
 @triton.jit
 def _softplus(z):
-    """Return log(1 + exp(z)), to a few units in the last place also where it is tiny."""
+    """Return log(1 + exp(z)), accurate to a few units in the last place even where it is tiny."""
     e = tl.exp(-tl.abs(z))
     series = e * (1 - e * (0.5 - e * (1 / 3 - e * (0.25 - e * (0.2 - e / 6)))))
     return tl.maximum(z, 0.0) + tl.where(e < 0.0625, series, tl.log(1 + e))

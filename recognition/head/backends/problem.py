@@ -1,6 +1,6 @@
-"""The interface of a backend: the problem it is given, what it returns, and what the chunk loop asks of it.
+"""The interface of a backend: its input, its results, and the methods that the chunk loop calls.
 
-In the formulas, B is the gathered batch, n the classes that take part on this rank, K the rows of a class, D the
+In the formulas, B is the gathered batch, n the active classes of this rank, K the rows of a class, D the
 embedding size, and the product of sample i and class j is
 
     p_ij = max over k of x_i . w_jk / |w_jk|, or, for the textbook softmax, x_i . w_j + b_j,
@@ -29,40 +29,40 @@ OnRows = Callable[[RowSelection, RowGradient], None]
 OnEmbeddings = Callable[[Tensor], None]
 """Callback that takes the gradient by the embeddings [B, D] as soon as it is whole."""
 Places = tuple[Tensor | None, Tensor]
-"""Where targets are in a matrix [B, n]: samples [t] and columns [t]; on a GPU, of whose columns the host knows nothing,
-None and those of all samples [B], also outside of the matrix."""
+"""Positions of targets in a matrix [B, n]: on a CPU the rows [t] and columns [t] of those inside it. On a GPU, where
+selecting them would make the host wait: None and the column of every sample [B], which may lie outside the matrix."""
 
 
 @dataclass(frozen=True)
 class LogitOptions:
-    """How embeddings and rows are multiplied."""
+    """Options of the matrix product of embeddings and class weights."""
 
     unit_rows: bool
-    """Whether rows count by their direction alone; else they have a bias."""
+    """Whether rows are normalised to length 1; otherwise they have a bias."""
     dtype: torch.dtype
-    """Type of the matrix products' operands; they are summed in float32."""
+    """Type of the matrix products' operands; the sums are in float32."""
     chunk: int
-    """Classes at a time."""
+    """Classes per chunk."""
     workspace: int | None = None
     """Bytes that may be taken for what the backward pass needs of the forward pass, and by a chunk of the kernels
     instead of `chunk`; None: nothing is kept."""
     centers: int = 1
-    """K"""
+    """K, the rows of a class."""
     recompute_above: float = 0.25
-    """Cosines beyond this are computed anew in float32 where a product comes rounded to bfloat16, as on a CPU. Below,
-    the rounding is not larger than that of the operands."""
+    """Cosine above which a product that is rounded to bfloat16, as on a CPU, is computed again in float32. Below it,
+    the rounding is no larger than that of the operands."""
 
 
 @dataclass(frozen=True)
 class NegativeTerm:
-    """The summand over the negatives: exp(z), or, of a logistic loss, log(1 + exp(z)) and its derivative."""
+    """The term summed over the negatives: exp(z), or for a logistic loss log(1 + exp(z)) and its derivative."""
 
     negatives: Negatives
     hard_boundary: Tensor | None
     """[B]: the value beyond which a negative is hard."""
     logistic: bool
     bound: float | None
-    """Largest possible z."""
+    """Largest possible z; None: unbounded."""
 
     @property
     def offset(self) -> float | None:
@@ -74,10 +74,10 @@ class NegativeTerm:
 
 @dataclass(frozen=True)
 class ActiveClasses:
-    """The classes that take part, and where among them each sample's target is.
+    """The active classes of this rank, and the position of each sample's target among them.
 
-    `classes`: their positions [n] on this rank, ascending, or None for all. `target_columns` [B]: the target's place
-    among them, -1 where another rank holds it.
+    `classes` [n]: the active classes in ascending order, numbered within this rank's shard; None: all. `target_columns`
+    [B]: the target's position among them, -1 where another rank holds it.
     """
 
     classes: Tensor | None
@@ -85,7 +85,7 @@ class ActiveClasses:
 
     @staticmethod
     def of(labels: Tensor, shard: range, classes: Tensor | None = None) -> "ActiveClasses":
-        """Find `labels` [B] among the classes of this rank; `classes` has to contain those that are its own."""
+        """Find `labels` [B] among the classes of this rank; `classes` has to contain all labels that it holds."""
         own = (labels >= shard.start) & (labels < shard.stop)
         local = labels - shard.start
         return ActiveClasses(
@@ -93,7 +93,7 @@ class ActiveClasses:
         )
 
     def targets_in(self, start: int, count: int) -> Places | None:
-        """Return the targets' places among `count` classes from `start` on; None where the host knows of none there."""
+        """Return the targets' positions among `count` active classes from `start` on; None: there are surely none."""
         if self.target_columns.is_cuda:
             return None, self.target_columns - start
         samples, columns, known = self._ascending
@@ -102,24 +102,24 @@ class ActiveClasses:
 
     @cached_property
     def _ascending(self) -> tuple[Tensor, Tensor, list[int]]:
-        """Samples in the order of their columns, and these, also as the host's numbers."""
+        """Samples sorted by target column, and the sorted columns, as a tensor and as a list."""
         columns, samples = self.target_columns.sort()
         return samples, columns, columns.tolist()
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some of the active classes, one after the other."""
+    """A contiguous range of the active classes."""
 
     start: int
-    """Place of the first among the active classes."""
+    """Position of its first class among the active classes."""
     count: int
     rows: RowSelection
     """Their rows on this rank."""
 
     @property
     def span(self) -> slice:
-        """Places of its classes among the active ones."""
+        """Positions of its classes among the active classes."""
         return slice(self.start, self.start + self.count)
 
 
@@ -136,7 +136,7 @@ class LogitProblem:
 
     @property
     def count(self) -> int:
-        """n"""
+        """n, the number of active classes of this rank."""
         if self.active.classes is not None:
             return len(self.active.classes)
         return len(self.weights) // self.options.centers
@@ -152,7 +152,7 @@ class LogitProblem:
             yield Chunk(span.start, span.stop - span.start, rows)
 
     def targets_in(self, chunk: Chunk) -> Places | None:
-        """Return the targets' places in the matrix [B, n] of a chunk, as `ActiveClasses.targets_in`."""
+        """Return the targets' positions in the matrix [B, n] of a chunk; see `ActiveClasses.targets_in`."""
         return self.active.targets_in(chunk.start, chunk.count)
 
     @cached_property
@@ -165,8 +165,8 @@ class LogitProblem:
 class NegativeSums:
     """This rank's share of the sums over the negatives.
 
-    `sums` [B, 1] or [B, 2]: over its classes other than the target, of exp(z - shift) or of a logistic loss's two
-    summands. `shift` [B]: the fixed offset, or this rank's largest z (-inf without any).
+    `sums`: exp(z - shift) summed over this rank's classes other than the target, [B, 1]; for a logistic loss the sums
+    of its two terms, [B, 2]. `shift` [B]: the fixed offset, or this rank's largest z (-inf if it has none).
     """
 
     sums: Tensor
@@ -177,17 +177,17 @@ class NegativeSums:
 
 @dataclass(frozen=True)
 class LossGradient:
-    """The loss as a function of this rank's logits: all that a backward pass needs of it, [B] each, float32."""
+    """Values and gradients of the loss that a backward pass over this rank's logits needs, each [B], float32."""
 
     lse: Tensor
     """Log of the sum of exp(z) over all ranks' negatives; any finite number where there are none, and for a logistic
     loss."""
     grad_lse: Tensor
-    """Gradient of the loss by it, or by the sum of log(1 + exp(z))."""
+    """Gradient of the loss by `lse`, or for a logistic loss by the sum of log(1 + exp(z))."""
     target: Tensor
-    """The targets' products, of all ranks."""
+    """Products of all ranks' samples and their targets' rows."""
     grad_target: Tensor
-    """Gradient of the loss by them."""
+    """Gradient of the loss by `target`."""
 
 
 class Backend(Protocol):
@@ -216,10 +216,11 @@ class Backend(Protocol):
     def chunk_gradient(
         self, problem: LogitProblem, chunk: Chunk, loss: LossGradient, *, rows_wanted: bool
     ) -> tuple[RowGradient, Tensor]:
-        """Return the gradient of the loss by the products of a chunk, and the chunk's rows as the other operand.
+        """Return the gradient by the rows of a chunk, and these rows as the operand of the products.
 
-        The former is `RowGradient.a` [B, n K]; its other fields are needed only if `rows_wanted`. The latter is
-        [n K, D], in the type of the products, so that `a` times it is the gradient by the embeddings.
+        `RowGradient.a` is the gradient of the loss by the products, [B, n K]; its other fields are needed only if
+        `rows_wanted`. The operand is [n K, D] in the type of the products: `a` times the operand is the gradient by the
+        embeddings.
         """
         ...
 
@@ -231,12 +232,12 @@ class Backend(Protocol):
         on_rows: OnRows | None,
         on_embeddings: OnEmbeddings | None,
     ) -> Tensor:
-        """Do as `chunk_loop.backward` from the exponentials that `negative_sums` kept, and use them up."""
+        """Compute `chunk_loop.backward` from the exponentials that `negative_sums` kept, which may be overwritten."""
         ...
 
 
 def spans(count: int, size: int) -> Iterator[slice]:
-    """Divide `count` things into runs of `size`; the last may be smaller."""
+    """Divide the range 0..count-1 into slices of `size`; the last may be smaller."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
@@ -249,10 +250,10 @@ def rows_of(classes: Tensor, centers: int) -> Tensor:
 
 
 def finite_shift(shift: Tensor) -> Tensor:
-    """Return `shift`, with 0 for the -inf of no logits at all."""
+    """Return `shift` with 0 in place of -inf, which stands for no logits."""
     return torch.where(shift == -torch.inf, 0, shift)
 
 
 def rescaling(shift: Tensor, other: Tensor) -> Tensor:
-    """Return the factor that makes a sum of exp(z - shift) one of exp(z - other)."""
+    """Return the factor that turns a sum of exp(z - shift) into a sum of exp(z - other)."""
     return torch.exp(shift - finite_shift(other))

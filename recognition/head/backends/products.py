@@ -10,15 +10,15 @@ from recognition.head.backends.problem import ActiveClasses, LogitOptions, Logit
 from recognition.head.class_weights.shard import RowSelection, WeightShard
 from recognition.head.losses.negatives import AffineNegatives
 
-_FEW = 16  # one in so many, up to which single products are cheaper than a matrix product
+_FEW = 16  # share of a matrix's elements, 1 in this number, up to which dot products are cheaper than a matrix product
 
 
 def target_products(
     weights: WeightShard, active: ActiveClasses, x: Tensor, options: LogitOptions
 ) -> tuple[Tensor, Tensor]:
-    """Return each sample's product with its own class [B] and their cosine [B], float32; 0 where the class is not here.
+    """Return each sample's product with its own class [B] and their cosine [B], float32; 0 for other ranks' classes.
 
-    With unit rows and embeddings the two are the same. `x` [B, D] is float32.
+    With unit rows and embeddings, product and cosine are equal. `x` [B, D] is float32.
     """
     here = active.target_columns >= 0
     if len(weights) == 0 or (active.classes is not None and len(active.classes) == 0):
@@ -36,7 +36,7 @@ def target_products(
 
 
 def logits(problem: LogitProblem, part: RowSelection, operand: Tensor, places: Places | None) -> Tensor:
-    """Return z [B, n] of some rows, but for the targets; arguments as those of `products`."""
+    """Return the logits z [B, n] of some rows, invalid at the targets; the arguments are those of `products`."""
     options, term = problem.options, problem.term
     cosine = products(problem, part, operand, places)
     if options.centers > 1:
@@ -60,7 +60,7 @@ def products(problem: LogitProblem, part: RowSelection, operand: Tensor, places:
     inverse_norm = weights.inverse_norm[part]
     product = multiply(x, operand.T).mul_(inverse_norm)
     if options.centers == 1:
-        # Targets are near their rows, and would be computed anew each time, for nothing.
+        # Targets have large cosines, so they would be computed again each time, although they are not used.
         put_at(product, places, 0.0)
     if x.dtype != torch.float32 and not x.is_cuda and product.numel() and product.amax() > options.recompute_above:
         sample, row = (product > options.recompute_above).nonzero(as_tuple=True)
@@ -83,7 +83,7 @@ def multiply(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
 
 
 def put_at(matrix: Tensor, places: Places | None, values: Tensor | float) -> None:
-    """Set matrix[i, j] = values[i], or the one value, in place, at the places (i, j) that exist. `values` [B]."""
+    """Set matrix[i, j] = values[i], or one number, in place at those (i, j) of `places` inside the matrix. `values` [B]."""
     if places is None:
         return
     samples, columns = places
@@ -97,5 +97,5 @@ def put_at(matrix: Tensor, places: Places | None, values: Tensor | float) -> Non
 
 
 def _unrounded(a: Tensor, b: Tensor) -> Tensor:
-    """Return a matrix product that is not rounded to bfloat16 on a CPU either."""
+    """Return a matrix product in float32, which is not rounded to bfloat16, not even on a CPU."""
     return multiply(a, b) if a.is_cuda else a.float() @ b.float()

@@ -26,17 +26,17 @@ from recognition.head.losses.negatives import AffineNegatives
 
 
 class PyTorchBackend:
-    """A `Backend` of tensor operations; see there."""
+    """Implementation of `Backend` by tensor operations."""
 
     updates_weights = False
     hold_back = 0
 
     def __init__(self) -> None:
         self._spare: list[Tensor] = []
-        """Memory of a former step, to be used again: on a CPU, to have it mapped anew takes longer than to fill it."""
+        """Memory of earlier steps for reuse: on a CPU, mapping new memory takes longer than filling it."""
 
     def negative_sums(self, problem: LogitProblem, *, keep: bool) -> NegativeSums:
-        """Sum one chunk after the other, by the online softmax where the largest logit is not known."""
+        """Sum chunk by chunk, with an online softmax if the logits have no known bound."""
         if keep and pytorch_cached.possible(problem):
             return pytorch_cached.negative_sums(problem, self._spare)
         x, term = problem.x, problem.term
@@ -111,5 +111,5 @@ class PyTorchBackend:
         on_rows: OnRows | None,
         on_embeddings: OnEmbeddings | None,
     ) -> Tensor:
-        """Do without the product of the logits, and without the one of the gradient by the embeddings."""
+        """Compute the gradients without the products for the logits and for the gradient by the embeddings."""
         return pytorch_cached.gradient(problem, cached_exp, loss, on_rows, on_embeddings, self._spare)

@@ -1,9 +1,9 @@
-"""The passes over the class weights where three of the four matrix products may do.
+"""Passes over the class weights that need three matrix products instead of four, by keeping exponentials.
 
-Where a logit is a cosine times a scale, and bounded, the gradient by x_i . w_j is E_ij = exp(z_ij) / |w_j|, less the
-offset in the exponent, times a factor of the sample, which is known once all ranks have summed. So the forward pass
-adds up the rows, each times E_ij, which is the gradient by the embeddings but for the factor, and keeps E, which gives
-that by the rows. E of chunks that find no room is computed anew.
+If a logit is a bounded cosine times a scale, the gradient by x_i . w_j is E_ij = exp(z_ij - offset) / |w_j| times a
+factor of sample i, which is known once the sums of all ranks are. The forward pass sums E_ij w_j over j, which is the
+gradient by the embeddings up to that factor, and keeps E, from which the backward pass computes the gradient by the
+rows. E of chunks for which there is no memory is computed again.
 """
 
 import math
@@ -34,7 +34,7 @@ class CachedExponentials:
     pulled: Tensor
     """[B, D] float32: sum over j of E_ij w_j."""
     exponentials: list[Tensor]
-    """E [B, n] of each of the first chunks, as many as there is room for."""
+    """E [B, n] of the first chunks, as many as fit into the memory."""
 
 
 def possible(problem: LogitProblem) -> bool:
@@ -45,7 +45,7 @@ def possible(problem: LogitProblem) -> bool:
 
 
 def negative_sums(problem: LogitProblem, spare: list[Tensor]) -> NegativeSums:
-    """Sum as `PyTorchBackend.negative_sums`, and keep E. `spare`: memory that may be used, and is added to."""
+    """Sum as `PyTorchBackend.negative_sums`, and keep E. `spare`: memory for reuse, to which new buffers are added."""
     x, options = problem.x, problem.options
     cached_exp = CachedExponentials(torch.zeros(x.shape, device=x.device), [])
     sums = x.new_zeros(len(x), 1, dtype=torch.float32)
@@ -70,7 +70,7 @@ def gradient(
     on_embeddings: OnEmbeddings | None,
     spare: list[Tensor],
 ) -> Tensor:
-    """Do as `chunk_loop.backward`, with E times a factor of each sample as the gradient by the products."""
+    """Compute `chunk_loop.backward` with E times a factor of each sample as the gradient by the products."""
     weights, active, x, term = problem.weights, problem.active, problem.x, problem.term
     assert isinstance(term.negatives, AffineNegatives)
     factor = loss.grad_lse * term.negatives.scale * torch.exp((term.offset or 0.0) - loss.lse)

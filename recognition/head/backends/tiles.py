@@ -1,8 +1,8 @@
-"""Which tiles the Triton kernels work in, and how many rows make a chunk: a table, by device and by problem.
+"""Tile sizes of the Triton kernels and the chunk size of the backward pass, tuned for each device.
 
-`tiles.toml` has a section for each device that was looked at and `fallback` for all others. Of a section's entries the
-one whose problem is nearest to the one at hand counts. `recognition tune` measures a section anew. In the sizes, B is
-the gathered batch, C the classes that a kernel goes over in one call, D the embedding size.
+`tiles.toml` has a section for each device that was measured, and `fallback` for all others. A section lists tiles by
+problem; the entry with the nearest problem is used. `recognition tune` measures a section anew. In the sizes, B is the
+gathered batch, C the number of classes that a kernel processes in one call, D the embedding size.
 """
 
 import json
@@ -21,27 +21,27 @@ from recognition.config import toml
 Kernel = Literal["negative_sums", "logit_gradient"]
 """Kernels that work in tiles."""
 Work = Literal["plain", "heavy", "centers"]
-"""Register pressure of what a kernel makes of a product: plain (a line, or a few operations), heavy (a filter, a
-logistic loss, a power or an angle), centers (the largest over sub-centres, which takes most)."""
+"""Register pressure of the arithmetic on a product: plain (a linear function or a few operations), heavy (a filter, a
+logistic loss, a power or an angle), centers (the maximum over sub-centres, which needs most registers)."""
 
 TABLE = Path(__file__).with_name("tiles.toml")
 FALLBACK = "fallback"
-_LEAST = 16  # what matrix units take
+_LEAST = 16  # the smallest side of an operand that tensor cores multiply
 _forced: ContextVar["Tile | None"] = ContextVar("forced", default=None)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel has to do."""
+    """Work, number formats and sizes of a kernel call, by which its tile is chosen."""
 
     work: Work
     bytes: tuple[int, int]
-    """Of a number, 2 or 4: the wider of the rows as they are kept and the products' operands, and these operands."""
+    """Bytes per number, 2 or 4: the larger of the stored rows' and the products' operands'; the operands'."""
     sizes: tuple[int, int, int]
     """B, C, D"""
 
     def distance(self, other: "Problem") -> tuple[bool, int, float]:
-        """How unlike they are: by the work, by how many of the types, by how many doublings of the sizes."""
+        """Return whether the work differs, the number of formats that differ, and the doublings between the sizes."""
         types = sum(a != b for a, b in zip(self.bytes, other.bytes, strict=True))
         doublings = (abs(log2(max(a, 1) / max(b, 1))) for a, b in zip(self.sizes, other.sizes, strict=True))
         return self.work != other.work, types, sum(doublings)
@@ -49,18 +49,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program of a kernel works on at a time, and with what. Raises ValueError where there is no such tile."""
+    """The block that one program of a kernel computes at a time. Raises ValueError if a kernel cannot use it."""
 
     batch: int
-    """Samples."""
+    """Samples per tile."""
     classes: int
-    """Classes."""
+    """Classes per tile."""
     depth: int
-    """Numbers of an embedding that are multiplied at a time."""
+    """Dimensions of the embedding that are multiplied at a time."""
     warps: int
-    """Of 32 threads each."""
+    """Warps per program, 32 threads each."""
     stages: int
-    """Slices of `depth` numbers on their way at a time."""
+    """Pipeline stages: slices of `depth` dimensions that are in flight at a time."""
 
     def __post_init__(self) -> None:
         sides = (self.batch, self.classes, self.depth)
@@ -70,26 +70,26 @@ class Tile:
             raise ValueError(f"{self}: no side of a tile is below {_LEAST}")
 
     def within(self, sizes: tuple[int, int, int]) -> "Tile":
-        """No larger than what B, C and D need."""
+        """Return this tile with no side larger than B, C and D (`sizes`) need."""
         batch, classes, depth = (max(_LEAST, 1 << max(size - 1, 0).bit_length()) for size in sizes)
         return Tile(min(self.batch, batch), min(self.classes, classes), min(self.depth, depth), self.warps, self.stages)
 
 
 @dataclass(frozen=True)
 class Section:
-    """What is known of a device."""
+    """The tuned numbers of a device."""
 
     names: tuple[str, ...]
-    """Parts of the names that CUDA has for it."""
+    """Substrings of the device names that CUDA reports, by which a device is recognised."""
     source: str
-    """Where the numbers are from."""
+    """Origin of the numbers, such as the measurement."""
     chunk: int
-    """Rows per chunk of the backward pass; more gain nothing."""
+    """Rows per chunk of the backward pass, beyond which it gets no faster."""
     tiles: dict[Kernel, dict[Problem, Tile]]
 
     @staticmethod
     def of(table: dict[str, Any]) -> "Section":
-        """A section of the file. Raises KeyError, TypeError or ValueError where it is not one."""
+        """Build a section from its TOML table. Raises KeyError, TypeError or ValueError if the table is malformed."""
         tiles: dict[Kernel, dict[Problem, Tile]] = {}
         for kernel in get_args(Kernel):
             entries = {}
@@ -106,7 +106,7 @@ class Section:
         return Section(tuple(table["names"]), table["source"], table["chunk"], tiles)
 
     def to_toml(self, name: str) -> str:
-        """The section as the file has it, under `name`."""
+        """Return the section as TOML text, with `name` as its header."""
         names, source = (json.dumps(value, ensure_ascii=False) for value in (self.names, self.source))
         lines = [f"[{json.dumps(name) if re.search('[^A-Za-z0-9_-]', name) else name}]", f"names = {names}"]
         lines += [f"source = {source}", f"chunk = {self.chunk}"]
@@ -131,10 +131,10 @@ def tile(
     options: int | None = None,
     work: Work = "plain",
 ) -> Tile:
-    """The tile of `kernel` on the device that CUDA calls `device`; an empty name is a device that nothing is known of.
+    """Return the tile of `kernel` on the device that CUDA names `device`; an empty name selects the fallback.
 
-    `itemsize`: bytes of a number of the rows or of the products' operands, whichever has more; `options`: of the
-    latter, None for as many.
+    `itemsize`: bytes per number of the stored rows or of the products' operands, whichever is more. `options`: bytes
+    per number of the operands; None: `itemsize`.
     """
     problem = Problem(work, (itemsize, itemsize if options is None else options), (batch, classes, embedding_size))
     return _forced.get() or _nearest(kernel, device, problem)
@@ -142,7 +142,7 @@ def tile(
 
 @contextmanager
 def forced(best: Tile) -> Iterator[None]:
-    """Every kernel works in this tile, whatever the table says: for measuring."""
+    """Make every kernel use this tile inside the block, whatever the table says. Tuning measures tiles this way."""
     token = _forced.set(best)
     try:
         yield
@@ -152,11 +152,11 @@ def forced(best: Tile) -> Iterator[None]:
 
 @lru_cache(maxsize=1024)
 def chunk(device: str, *, batch: int, embedding_size: int, workspace: int, itemsize: int = 2) -> int:
-    """Rows per chunk of the backward pass, such that what a chunk needs for a time stays within `workspace` bytes.
+    """Return the rows per chunk of the backward pass whose temporary memory stays within `workspace` bytes.
 
-    For n rows that is: their products' gradient [B, n] and a copy of them [n, D] in the type of the products, of
-    `itemsize` bytes; their gradient [n, D] in float32; and a sum for each row and block of samples. A multiple of the
-    tiles' classes where there is room for that, and at least 1.
+    A chunk of n rows needs the gradient of the products [B, n] and a copy of the rows [n, D], both with `itemsize`
+    bytes per number; the gradient of the rows [n, D] in float32; and one float32 sum per row and block of samples. The
+    result is a multiple of the classes per tile if a whole tile fits, and at least 1.
     """
     known = section(device)
     entries = known.tiles["logit_gradient"].values()
@@ -167,12 +167,12 @@ def chunk(device: str, *, batch: int, embedding_size: int, workspace: int, items
 
 
 def section(device: str) -> Section:
-    """Of the device that CUDA calls `device`: of several that fit, the one that names more of it."""
+    """Return the section of the device that CUDA names `device`."""
     return sections()[name_of(device)]
 
 
 def name_of(device: str) -> str:
-    """What the table calls that device's section."""
+    """Return the name of the section for `device`: the one with the longest matching name, or the fallback."""
     fitting = [
         (len(part), name)
         for name, each in sections().items()
@@ -183,7 +183,7 @@ def name_of(device: str) -> str:
 
 
 def put(text: str, name: str, new: Section) -> str:
-    """The table `text` with `new` in the place of its section `name`, or at its end; what else there is stays."""
+    """Return the table `text` with its section `name` replaced by `new`, or `new` appended; the rest is unchanged."""
     lines = text.splitlines(keepends=True)
     starts = [number for number, line in enumerate(lines) if line.startswith("[")]
     header = new.to_toml(name).partition("\n")[0]
@@ -202,7 +202,7 @@ def _nearest(kernel: Kernel, device: str, problem: Problem) -> Tile:
 
 @cache
 def sections() -> dict[str, Section]:
-    """All of the table, by name. Raises ValueError, which names the section, where the file is damaged."""
+    """Return all sections of the table by name. Raises ValueError, which names the section, if one is malformed."""
     found = {}
     for name, table in toml.read(TABLE).items():
         try:

@@ -1,7 +1,7 @@
 """The two passes over the class weights as Triton kernels, one each, with no logits in memory.
 
-A chunk of the backward pass writes out the gradient by its products, in the products' type, and two matrix products
-(cuBLAS) make of it the gradients by embeddings and by rows. Nothing here makes the host wait for the GPU.
+A chunk of the backward pass writes the gradient by its products to memory, in the products' type, and two matrix
+products (cuBLAS) compute from it the gradients by embeddings and by rows. Nothing here makes the host wait for the GPU.
 """
 
 from typing import Any
@@ -29,13 +29,13 @@ _PROCESSORS = 128
 
 
 class TritonBackend:
-    """A `Backend` of Triton kernels; see there."""
+    """Implementation of `Backend` by Triton kernels."""
 
     updates_weights = True
     hold_back = 2
 
     def negative_sums(self, problem: LogitProblem, *, keep: bool) -> NegativeSums:
-        """Sum in one launch. Exponentials are kept if all of them find room in the workspace."""
+        """Sum in one launch. Exponentials are kept if all of them fit into the workspace."""
         options, term, x = problem.options, problem.term, problem.x
         linear = isinstance(term.negatives, AffineNegatives) and not term.logistic and term.offset is not None
         size = len(x) * problem.count * x.itemsize
@@ -51,7 +51,7 @@ class TritonBackend:
         return NegativeSums(sums, shift, cached_exp if keep else None)
 
     def chunk_size(self, problem: LogitProblem) -> int:
-        """Return as many classes as the tuned table says, with room in the workspace for those held back, too."""
+        """Return the tuned number of classes, limited so that the chunks held back fit into the workspace, too."""
         options, x = problem.options, problem.x
         if options.workspace is None:
             return options.chunk
@@ -87,7 +87,7 @@ class TritonBackend:
         on_rows: OnRows | None,
         on_embeddings: OnEmbeddings | None,
     ) -> Tensor:
-        """Do without the product of the logits: a factor of each sample times E [B, n] is the gradient by the dots."""
+        """Compute the gradients without the product for the logits, as E [B, n] times a factor of each sample."""
         weights, active, x, term = problem.weights, problem.active, problem.x, problem.term
         assert isinstance(term.negatives, AffineNegatives)
         factor = loss.grad_lse * problem.packed_fields[0] * torch.exp((term.offset or 0.0) - loss.lse)
@@ -114,7 +114,7 @@ class TritonBackend:
 
 
 def _inputs(problem: LogitProblem) -> dict[str, Any]:
-    """Return what both operators are told of the problem, but for its classes."""
+    """Return the arguments that both operators share, except those on the classes."""
     weights, term = problem.weights, problem.term
     filtered = term.negatives if isinstance(term.negatives, FilteredNegatives) else None
     return {
@@ -282,7 +282,7 @@ def _(x: Tensor, *_: Any, **given: Any) -> tuple[Tensor, Tensor]:
 
 
 def _launch(kernel: Any, grid: tuple[int, int], tile: tiles.Tile, **arguments: Any) -> None:
-    """Launch a kernel in the tile. The kernels know of no strides, so tensors are made contiguous."""
+    """Launch a kernel with this tile. The kernels assume contiguous tensors, so tensors are made contiguous."""
     given = {name: value.contiguous() if isinstance(value, Tensor) else value for name, value in arguments.items()}
     kernel[grid](
         **given,

@@ -1,4 +1,4 @@
-"""SGD and AdamW for some of a rank's rows at a time; rows that are not selected are not read either.
+"""SGD and AdamW for some of a rank's rows at a time; rows that are not selected are not even read.
 
 Of a row w with gradient g, one step at learning rate lr and weight decay d is
 
@@ -8,8 +8,8 @@ Of a row w with gradient g, one step at learning rate lr and weight decay d is
     AdamW    m = beta1 m + (1 - beta1) g,   s = beta2 s + (1 - beta2) g^2
              w = (1 - lr d) w - lr (m / (1 - beta1^t)) / (sqrt(s / (1 - beta2^t)) + eps)
 
-element by element, as in `torch.optim`; t counts the updates of this very row. Biases have moments of their own and do
-not decay. Inactive rows, which take part in no gradient of a step, stay as they are, but under `LazyRowSGD`.
+element by element, as in `torch.optim`; t counts the updates of this row alone. Biases have moments of their own and do
+not decay. Inactive rows, which take part in no gradient of a step, stay as they are, except with `LazyRowSGD`.
 """
 
 from abc import ABC, abstractmethod
@@ -40,7 +40,7 @@ _UPDATE, _CATCH_UP, _FLUSH = range(3)
 
 
 class RowOptimizer(ABC):
-    """Optimizer of the rows of one `WeightShard`, whose `moments` it made.
+    """Optimizer of the rows of one `WeightShard`, whose `moments` it created.
 
     In each step, callers call `catch_up` for rows that they are about to read, `begin` once, and `update` for each
     selection of active rows; and `flush` before they read, save or load all rows.

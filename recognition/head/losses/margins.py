@@ -1,5 +1,5 @@
-"""Target margins: pure functions from a target's cosine [B], and a margin that is one number or [B], to the number [B]
-that takes the cosine's place in the logit, before the scale.
+"""Target margins: pure functions of the target's cosine [B] and a margin, one number or [B]. Their value [B] replaces the
+cosine in the logit, before the scale.
 
 All are differentiable at every cosine, |cosine| = 1 included, and keep NaN as NaN. theta is the cosine's angle.
 """
@@ -17,7 +17,7 @@ def arcface(cosine: Tensor, margin: Tensor | float) -> Tensor:
     Beyond theta + m = pi, where the cosine would rise again, it is `cos(theta) - m sin(m)`, the authors' guard.
     The gradient is the true one, `sin(theta + m) / sin(theta)`.
     """
-    # Filled on the device: a GPU's host would wait for a number to be copied there.
+    # Filled on the device, as copying a number from the host to a GPU would make the host wait.
     margin = margin.to(cosine.dtype) if isinstance(margin, Tensor) else cosine.new_full((), margin)
     turned = cosine * margin.cos() - sine(cosine) * margin.sin()
     return torch.where(cosine > -margin.cos(), turned, cosine - margin * margin.sin())

@@ -1,12 +1,12 @@
 """Logits of the negative classes as functions of their cosines, element by element: in PyTorch and for a kernel.
 
-Each class maps cosines [B, n] between embeddings and rows of other classes to logits [B, n], and gives the derivative
-of the one by the other. `hard_boundary` [B] is the value beyond which a negative of that sample counts as hard, for the
+Each class maps cosines [B, n] between embeddings and rows of other classes to logits [B, n], and gives their derivative
+by the cosines. `hard_boundary` [B] is the value beyond which a negative of that sample counts as hard, for the
 losses that have one.
 
-`kernel_code` says the same in Triton, for a tile of cosines and the boundaries of its samples: it returns logits and
-derivative, and finds the values of the class's fields, in their order, in the tuple `fields`. A new way to bend
-negatives is a class here and nothing in the kernels.
+`kernel_code` is the Triton version for a tile of cosines and the boundaries of its samples: it returns logits and
+derivative, and reads the values of the class's fields, in their order, from the tuple `fields`. A new kind of negatives
+is a class here, without any change in the kernels.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +20,7 @@ from torch import Tensor
 from recognition.head.losses.triton_code import Tile, arccosine, jit, sine_and_cosine, tl
 
 _FIELDS = 4
-"""Numbers that the kernels read of a class."""
+"""Number of fields that the kernels read from `packed_fields`."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Negatives(ABC):
     """Logits of the negative classes. A subclass is a frozen dataclass of up to 4 numbers or scalar tensors."""
 
     kinds: ClassVar[dict[str, type["Negatives"]]] = {}
-    """All subclasses by name: how an operator, whose arguments are tensors, numbers and strings, is told of one."""
+    """All subclasses by name, as an operator takes tensors, numbers and strings but no classes."""
     heavy: ClassVar[bool] = False
     """Whether the kernel code takes many registers (powers, angles), so that a smaller tile is faster."""
     kernel_code: ClassVar[Callable[..., Any] | None] = None
@@ -47,7 +47,7 @@ class Negatives(ABC):
 
     @property
     def unfiltered(self) -> "Negatives":
-        """The negatives whose kernel code counts: these, or those that a filter is around."""
+        """The negatives whose kernel code is used: these, or the filtered ones without their filter."""
         return self
 
     def packed_fields(self, device: torch.device) -> Tensor:
@@ -57,7 +57,7 @@ class Negatives(ABC):
             raise ValueError(f"{type(self).__name__} has {len(values)} fields; the kernels read {_FIELDS} at most")
         packed = torch.zeros(_FIELDS, device=device)
         for place, value in enumerate(values):
-            # A tensor made of a number on the host would be copied over, which waits; `fill_` is launched with it.
+            # Copying a number from the host would make it wait; `fill_` passes the number with its launch.
             packed[place].copy_(value.detach()) if isinstance(value, Tensor) else packed[place].fill_(value)
         return packed
 
