@@ -234,7 +234,7 @@ class Trainer:
         self.tracker.close()
 
     def _train(self) -> bool:
-        """Train; returns whether the last step was reached, of which there is a checkpoint then."""
+        """Train; return whether the last step was reached, in which case its checkpoint has been written."""
         config, total, first = self.config, self.schedule.total_steps, self.step
         beginning = "first step, which compiles the backbone" if config.backbone.compile else "first step"
         while self.step < total:
