@@ -131,7 +131,7 @@ def set_timeout(seconds: float, group: dist.ProcessGroup | None = None) -> None:
 
 
 def missing_ranks(ranks: ProcessInfo, seconds: float = 2.0) -> list[int]:
-    """Return the ranks that do not call this within `seconds` of this rank; after a timeout, they are those that hang."""
+    """Return the ranks that do not call this within `seconds` of this rank: those that hang, after a timeout."""
     if ranks.store is None:
         return []
     with contextlib.suppress(RuntimeError):  # the store may be gone with its rank
