@@ -1,4 +1,4 @@
-"""The hardware of a process, and the values of settings that are `auto` on it.
+"""The hardware of a process, and the values that `auto` settings have on it.
 
 This is the one place where hardware decides a default. A run resolves its settings once, shows them, and records them
 in its checkpoints and in the card of its ONNX file. The measurements behind the choices are in docs/measurements.
@@ -32,7 +32,8 @@ DTYPES: dict[str, torch.dtype] = {
 
 _AMPERE, _VOLTA = (8, 0), (7, 0)
 _CHUNK = {"cpu": 1024, "cuda": 8192}
-_WEAKEST_FIRST = ("float32", "float16", "bfloat16")  # what has units for one computes in those before it too
+# Hardware with units for one of these also computes in those before it.
+_WEAKEST_FIRST = ("float32", "float16", "bfloat16")
 _HAVE_BFLOAT16 = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
 
 
@@ -55,7 +56,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Resolved:
-    """Settings without any `auto`, and why they are what they are."""
+    """Settings with every `auto` replaced, and the reasons for their values."""
 
     config: Config
     hardware: Hardware
@@ -100,7 +101,7 @@ def detect(device: torch.device) -> Hardware:
 
 
 def weakest(found: Sequence[Hardware]) -> Hardware:
-    """Return what several machines have in common: ranks that differ compute in a precision that all have."""
+    """Describe several machines as one, with the weakest one's precision, so that all ranks compute in the same."""
     precision = min((each.precision for each in found), key=_WEAKEST_FIRST.index)
     names, units = (sorted({getattr(each, field) for each in found}) for field in ("name", "units"))
     return Hardware(found[0].device, " and ".join(names), " and ".join(units), precision)
@@ -165,7 +166,7 @@ def best_precision(name: str, hardware: Hardware) -> str:
 
 
 def compile_lacks(device: str) -> str | None:
-    """Name what torch.compile lacks on this machine for torch's device type `device`; None where it lacks nothing."""
+    """Name the tool that torch.compile lacks on this machine for torch's device type `device`; None: it can compile."""
     if device == "cuda":
         return None if importlib.util.find_spec("triton") else "Triton (pip install triton)"
     # Its kernels for a processor are C++ with Python's headers; which compiler it takes is its own rule.

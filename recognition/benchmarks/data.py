@@ -48,7 +48,7 @@ def measure(
     device: torch.device,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Rates:
-    """Time `steps` batches of 112 x 112 pixels after a warm-up; `advance` is told how many batches are done."""
+    """Time `steps` batches of 112 x 112 pixels after a warm-up; `advance` gets the number of batches done."""
     pipeline = Pipeline(
         index,
         settings,

@@ -107,7 +107,7 @@ def measure(
     effort: Effort,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Measurements:
-    """Measure all there is to measure, in `folder` as to the disk; `advance` is told how many parts are done.
+    """Measure everything, the disk in `folder`; `advance` gets the number of parts done.
 
     Raises UserError if `folder` is not writable.
     """

@@ -2,8 +2,8 @@
 
 `measure_grid` measures each precision and memory format, with and without torch.compile; the defaults rest on it.
 `compare` lets three trainings take turns, under the same load of the machine: this package's, in bfloat16,
-channels-last and compiled; the same, not compiled; and the baseline, which trains as arcface_torch does: float16
-autocast with a GradScaler (float32 on a CPU, which has no fast float16 convolutions), NCHW, torch's layers and
+channels-last and compiled; the package's without compilation; and the baseline, which trains as arcface_torch does:
+float16 autocast with a GradScaler (float32 on a CPU, which has no fast float16 convolutions), NCHW, torch's layers and
 optimizer. All three have this package's head, so the difference lies in the backbone.
 """
 
@@ -294,7 +294,7 @@ class Float16(nn.Module):
 
 
 def use_torchs_layers(module: nn.Module) -> None:
-    """Replace this package's layers by torch's own, in place; on a GPU the two are the same already."""
+    """Replace this package's layers by torch's own, in place; on a GPU they are torch's already."""
     for layer in module.modules():
         for ours, torchs in ((PReLU, nn.PReLU), (GroupedConv2d, nn.Conv2d)):
             if isinstance(layer, ours):

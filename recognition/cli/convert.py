@@ -17,8 +17,8 @@ from recognition.cli.command import command
 def convert(file: Path, gpus: int, output: Path | None) -> None:
     """Turn a configuration of arcface_torch into one of ours.
 
-    arcface_torch is the training program of InsightFace. FILE.py is read, not run. What has no counterpart here is told
-    on standard error.
+    arcface_torch is the training program of InsightFace. FILE.py is read, not run. Settings without a counterpart here
+    are listed on standard error.
     """
     from recognition.config.arcface_torch import convert_file
     from recognition.files.atomic import write_text

@@ -28,10 +28,10 @@ recognition doctor --ranks 8 --folder /data --quick --json
 @click.option("--quick", is_flag=True, help="Measure a tenth as long, which is less certain.")
 @json_option
 def doctor(device: str, ranks: int | None, folder: Path, quick: bool, as_json: bool) -> None:
-    """Say what this machine has and how fast it is.
+    """Describe this machine and measure its speed.
 
-    Also what the settings that say `auto` become here. Takes less than a minute. Each measurement stands for itself:
-    what a whole training step does with precision, layout and torch.compile is told by `recognition benchmark training
+    Also prints the values that `auto` settings have here. Takes less than a minute. Each part is measured by itself:
+    for the effect of precision, layout and torch.compile on whole training steps, run `recognition benchmark training
     --grid`.
     """
     found = _examine(device, ranks, folder, quick)

@@ -45,7 +45,7 @@ def train(wants_settings: bool, arguments: tuple[str, ...]) -> int:
         return 0
     path, overrides = config.command_line(arguments, Path("demo"))
     settings = config.load(recipes.find(path), overrides)
-    # A mistake in the settings shows before the seconds that torch takes.
+    # Only now, so that mistakes in the settings show before the seconds that importing torch takes.
     with progress.task("starting: loading torch", after=0):
         from recognition.training import trainer
 

@@ -1,4 +1,4 @@
-"""The order of samples: one keyed permutation per epoch, of which any position is computed by itself.
+"""The order of samples: one keyed permutation per epoch, in which each position is computed on its own.
 
 Nothing is shuffled and nothing is stored: the order of 400 million images takes no memory, each position is found in
 constant time, and a resumed run needs only its step.

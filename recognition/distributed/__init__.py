@@ -1,4 +1,4 @@
-"""Processes that train together: who they are, what they agree on, how they fail and wait."""
+"""Processes that train together: their ranks and launchers, collectives, shared failures and waiting."""
 
 from recognition.distributed.group import (
     Interrupt,

@@ -1,7 +1,7 @@
-"""Work that some ranks do while the others wait: on the main rank, on one rank of a machine first, on each.
+"""Work that some ranks do while the others wait: the main rank, or one rank of each machine first, or each rank.
 
-There is no time limit for the work, which may take hours, as indexing a large folder does, but one for its silence. A
-rank at work sends heartbeats: a thread raises a counter in the process group's store, but only while the process uses
+The work has no time limit, as indexing a large folder takes hours, but it must not fall silent for too long. A rank at
+work sends heartbeats: a thread raises a counter in the process group's store, but only while the process uses
 its processor or reports progress (`progress.task`), so that one that hangs on a disk falls silent.
 """
 
@@ -27,9 +27,9 @@ _BUSY = 0.01
 
 
 class Coordinator:
-    """Has some ranks work while the others wait. Every method is called by all ranks, in the same order.
+    """Coordinator of work that some ranks do while the others wait. All ranks call its methods in the same order.
 
-    A failure on one rank stops all: there it is raised again, on the others it is a FailedElsewhere.
+    A failure on one rank stops all: that rank raises its error again, the others raise FailedElsewhere.
     """
 
     def __init__(self, ranks: ProcessInfo, silence: float) -> None:
@@ -111,7 +111,7 @@ class Coordinator:
 
 @contextlib.contextmanager
 def _heartbeats(store: Store, silence: float) -> Iterator[None]:
-    """Send heartbeats while the block is seen to work."""
+    """Send heartbeats as long as the block uses the processor or reports progress."""
     finished = threading.Event()
     advanced = threading.Event()
     pause = min(1.0, silence / 5)

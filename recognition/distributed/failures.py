@@ -18,7 +18,7 @@ from recognition.errors import FailedElsewhere, UserError, user_message
 PATIENCE_SECONDS = 10.0
 """Seconds that a rank whose peers are gone waits for the reason of one of them."""
 _FIRST, _SEEN = "recognition/first_failure", "recognition/failures_seen"
-# What gloo and NCCL say of a peer that is gone or silent; their other errors are those of this rank.
+# Messages of gloo and NCCL about a peer that is gone or silent; their other errors are faults of this rank.
 _LOST = re.compile(
     r"connection (closed|reset|refused)|by peer|connectFullMesh|pair closure|broken pipe|socket|timed? ?out"
     r"|remote process|ncclRemoteError|ncclSystemError|communicator was aborted",
@@ -58,7 +58,7 @@ def shared(store: Store | None, rank: int, world: int) -> Iterator[None]:
 
 
 def _first_failure(store: Store, rank: int, error: Exception) -> dict[str, Any]:
-    """Return the first failure on any rank: this error, unless there was one before, or it follows from one."""
+    """Return the first failure on any rank: this error, unless another came before it or caused it."""
     sentence = user_message(error)
     reason = sentence if sentence is not None else f"{type(error).__name__}: {error}"
     host, status = socket.gethostname(), 1 if sentence is None else 2
@@ -80,7 +80,7 @@ class _ConnectionLost(UserError):
 
 
 def _connection_lost(error: Exception) -> _ConnectionLost | None:
-    """Return the error for the user where `error` is that of a failed collective; None where it is another one."""
+    """Return the error to show if `error` comes from a failed collective; None for any other error."""
     text = str(error)
     if not isinstance(error, RuntimeError) or not _LOST.search(text) or user_message(error) is not None:
         return None

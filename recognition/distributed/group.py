@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LARGEST_KEPT = 31 << 20
-"""Bytes of the largest block that glibc can be made to keep; see `_keep_freed_memory`."""
+"""Largest block, in bytes, that glibc can be told to keep after it is freed; see `_keep_freed_memory`."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def set_timeout(seconds: float, group: dist.ProcessGroup | None = None) -> None:
 
 
 def missing_ranks(ranks: ProcessInfo, seconds: float = 2.0) -> list[int]:
-    """Return the ranks that do not call this within `seconds` of this one: those that hang, after a timeout."""
+    """Return the ranks that do not call this within `seconds` of this rank: those that hang, after a timeout."""
     if ranks.store is None:
         return []
     with contextlib.suppress(RuntimeError):  # the store may be gone with its rank
@@ -157,7 +157,7 @@ def shard_rows(rows: int, world: int, rank: int) -> range:
 
 
 def any_rank(flag: bool) -> bool:
-    """Return whether `flag` is true on any rank, the same on all. One tiny all-reduce on the CPU."""
+    """Return, on all ranks, whether `flag` is true on any of them. Costs one tiny all-reduce on the CPU."""
     if not dist.is_initialized():
         return flag
     votes = torch.tensor(int(flag), dtype=torch.int32)
@@ -301,7 +301,7 @@ def _device(backend: str, local_rank: int, local_world: int, *, alone: bool) -> 
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one: faulting it in anew took a fifth of a head's step on a CPU.
+    """Have glibc keep the memory that a step frees: page faults on new memory took a fifth of a head's step on a CPU.
 
     glibc gives memory back by thresholds that grow with the largest block that is freed, up to 32 MiB (mallopt(3)).
     """

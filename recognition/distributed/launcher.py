@@ -91,7 +91,7 @@ def _by_mpi(environment: Mapping[str, str]) -> LaunchInfo | None:
 
 
 def _by_slurm(environment: Mapping[str, str]) -> LaunchInfo | None:
-    """Read srun's variables. sbatch and salloc set the number of tasks too, for one process that is to call srun."""
+    """Read srun's variables. The number of tasks is not enough: sbatch and salloc set it for a single process, too."""
     tasks = "SLURM_STEP_NUM_TASKS" if environment.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
     if not environment.get(tasks) or _integers(environment, tasks) == [1]:
         return None
@@ -123,7 +123,7 @@ _JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID")
 
 
 def _slurm_local_world(environment: Mapping[str, str], world: int, nodes: int) -> int:
-    """Return the number of tasks of this node: given node by node, as "2(x3),1", or as one number for all."""
+    """Return the number of tasks of this node from a list such as "2(x3),1" or one number for all nodes."""
     for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
         text = environment.get(name)
         if text:
@@ -146,7 +146,7 @@ def _slurm_local_world(environment: Mapping[str, str], world: int, nodes: int) -
 
 
 def expand_nodes(text: str) -> Iterator[str]:
-    """Write out a list of SLURM's, such as `login,gpu[01-03,7]`."""
+    """Expand a node list of SLURM, such as `login,gpu[01-03,7]`."""
     for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
         group = re.search(r"\[([^\]]*)\]", part)
         if group is None:
@@ -160,7 +160,7 @@ def expand_nodes(text: str) -> Iterator[str]:
 
 
 def _port(environment: Mapping[str, str], job: int) -> int:
-    """Return the port that is given, or one of the job's own, below those that systems hand out themselves."""
+    """Return the given port, or one derived from the job, below the ports that systems assign themselves."""
     return _integers(environment, "MASTER_PORT")[0] if environment.get("MASTER_PORT") else 10000 + job % 20000
 
 

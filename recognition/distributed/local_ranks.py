@@ -1,7 +1,7 @@
 """Ranks on this machine that a program starts itself, as torchrun would.
 
-`start_ranks` starts one process per rank. `processes` starts ranks that each hold an object and call its methods when
-told to, so that several such groups can be measured in turns, each with a memory of its own.
+`start_ranks` starts one process per rank. `processes` starts ranks that each hold an object, whose methods
+the caller calls, so that several such groups can be measured in turns, each with a memory of its own.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def start_ranks(
     `preload`: modules that all ranks import, which happens once for the first call of this process. `patience`: seconds
     in which they may end by themselves on exit, before they are killed. Raises UserError on Windows.
     """
-    # Imports take seconds, so they are made once, and forked: by a process that has used neither threads nor a GPU.
+    # Imports take seconds, so a fork server, which has used neither threads nor a GPU, makes them once for all ranks.
     if "forkserver" not in multiprocessing.get_all_start_methods():
         raise config.UserError("processes are started here as Windows cannot: use Linux, macOS, or WSL on Windows")
     context = multiprocessing.get_context("forkserver")
@@ -60,7 +60,7 @@ def start_ranks(
 
 
 def _torchrun_variables(rank: int, world: int, port: int) -> dict[str, str]:
-    """Return the environment variables that torchrun gives a rank, whose store this process keeps."""
+    """Return the environment variables that torchrun gives a rank; the ranks' store is in this process."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -141,7 +141,8 @@ def processes(
     """Start `ranks` processes with a process group, on `device` ("cpu" or "cuda"), and end them on exit.
 
     `make`: called on each rank with its device; it has to be picklable. `threads`: of torch in each on a CPU, 0 shares
-    the cores out. `less`: what to try where the memory has run out. `preload`: the module that has what ranks import.
+    the cores out. `less`: advice in the message when memory runs out. `preload`: a module whose imports
+    the ranks need.
     """
     with contextlib.ExitStack() as stack:
         ends = [multiprocessing.Pipe() for _ in range(ranks)]

@@ -46,7 +46,7 @@ _PAGE = re.compile(
 def what_is(content: Path | bytes) -> str:
     """Name the kind of a file, or of content with these first bytes: "an HTML page, ...", "a zip archive".
 
-    Where something can be done about it, the name says what. Never raises: a file that cannot be read is "unreadable".
+    If there is a remedy, the name includes it. Never raises: a file that cannot be read is "unreadable".
     """
     if isinstance(content, Path):
         if content.is_dir():

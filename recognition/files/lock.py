@@ -1,8 +1,8 @@
 """The lock of a folder, so that only one run writes to it: a file that names the process.
 
 The file holds host, process and start. Where the file system has locks of its own (flock), they decide between the
-processes of one machine, and a file whose process is gone is taken over. Of another machine's processes nothing can be
-known, so a file from there stands until somebody removes it.
+processes of one machine, and a file whose process is gone is taken over. Processes of another
+machine cannot be checked, so its file stays until somebody removes it.
 """
 
 import contextlib
@@ -122,7 +122,7 @@ def _refusal(path: Path, holder: dict[str, Any] | None) -> UserError:
 
 
 def this_process() -> dict[str, Any]:
-    """Return what identifies this process: host, number and start."""
+    """Return the identity of this process: host, number and start."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
 
 

@@ -1,4 +1,4 @@
-"""Optimizer of the scalars that a loss learns: they move by the rows' optimizer, without decay, and are equal on all ranks."""
+"""Optimizer of the scalars that a loss learns, equal on all ranks: as for the class weights, but without decay."""
 
 import torch
 from torch import Tensor

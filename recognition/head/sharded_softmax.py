@@ -181,7 +181,7 @@ class ShardedSoftmax(nn.Module):
         The embeddings get the gradient of the loss times the number of ranks, so that the mean over the ranks that
         DistributedDataParallel takes is the gradient. In eval mode, or without gradients, only the loss is computed,
         over all classes, and nothing changes.
-        A label out of range raises UserError; on a GPU it triggers an assertion in CUDA, so that the host need not wait.
+        A label out of range raises UserError or, on a GPU, where the host should not wait, an assertion in CUDA.
         """
         if embeddings.shape != (len(labels), self.embedding_size):
             expected = (len(labels), self.embedding_size)

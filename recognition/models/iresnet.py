@@ -35,7 +35,7 @@ class Block(nn.Module):
 
 
 class IResNet(nn.Module):
-    """Trunk of a stem and four stages, each of which halves the resolution."""
+    """Trunk of a stem and four stages that each halve the resolution."""
 
     preferred_neck = "flatten"
 

@@ -1,7 +1,7 @@
 """The backbone with the best verification of a run: one safetensors file, with its step and accuracy in its metadata.
 
 best.safetensors    the backbone's state dict; metadata `step` and `accuracy`, the mean over the sets, as JSON
-best.pt, best.json  what earlier versions wrote instead, which is read too
+best.pt, best.json  the files of earlier versions, which can still be read
 """
 
 import json
@@ -27,7 +27,7 @@ _OLD, _OLD_RECORD = "best.pt", "best.json"
 class BestBackbone:
     """Keeps the backbone with the best verification so far in a run's folder.
 
-    One that the disk does not take is kept in memory and tried again, as a run is worth more than its file.
+    If writing fails, the backbone is kept in memory and written later, as a full disk should not end a run.
     """
 
     def __init__(self, run: Path) -> None:
@@ -105,7 +105,7 @@ def read_best(run: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
             return path, state, dict(json.loads((run / _OLD_RECORD).read_text(encoding="utf-8")))
         with safe_open(path, "pt") as file:
             return path, {name: file.get_tensor(name) for name in file.keys()}, _read_metadata(path)  # noqa: SIM118
-    except Exception as error:  # what a damaged file raises is anybody's guess
+    except Exception as error:  # a damaged file may raise any exception
         damaged = f"{path} or {_OLD_RECORD} is" if old else f"{path} is"
         raise UserError(
             f"{damaged} damaged ({type(error).__name__}); --which last takes the newest checkpoint"

@@ -91,7 +91,7 @@ class Checkpoints:
         return final
 
     def find(self) -> Path | None:
-        """Return the newest checkpoint whose files have the hashes of its manifest, the same one on all ranks, or None.
+        """Return, on all ranks, the newest checkpoint whose files match the hashes in its manifest; None without any.
 
         Damaged ones are passed over with a warning that names the folder and the damage. The ranks share the hashing.
         """
@@ -106,7 +106,7 @@ class Checkpoints:
         return None
 
     def metadata(self, folder: Path) -> dict[str, Any]:
-        """Read what was saved with the tensors. Raises CheckpointError when the manifest cannot be read."""
+        """Read the metadata saved with the tensors. Raises CheckpointError when the manifest cannot be read."""
         return read_manifest(folder).metadata
 
     def load(self, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -171,7 +171,7 @@ class Checkpoints:
         write_text(partial / MANIFEST, _encode(manifest), on_disk=True)
         faults.reach("checkpoint name", step=manifest.step, folder=partial)
         if final.exists():
-            _discard(final)  # damaged, or else nothing would be written
+            _discard(final)  # it must be damaged, as a valid one would have been kept
         partial.rename(final)
         sync(self.folder)
 
@@ -250,7 +250,7 @@ def _save_shards(folder: Path, tensors: Mapping[str, Tensor], failure: str) -> N
 
 
 def _read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Read what this rank holds of `tensors`. The ranks need not talk, so DCP's own `load` has no use here."""
+    """Read this rank's shards of `tensors`, without the communication between ranks that DCP's own `load` needs."""
     reader, planner = FileSystemReader(folder), DefaultLoadPlanner(flatten_state_dict=False)
     metadata = reader.read_metadata()
     with torch.no_grad():
@@ -318,7 +318,7 @@ def _encode(manifest: Manifest) -> str:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a checkpoint. It loses its name first, so that half of one is never taken for a whole."""
+    """Remove a checkpoint. It is renamed first, so that a half-removed one is never taken for a complete one."""
     doomed = folder.with_name(f"{folder.name}.old{_PARTIAL}")
     folder.rename(doomed)
     shutil.rmtree(doomed)

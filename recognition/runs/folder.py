@@ -88,7 +88,7 @@ class RunFolder:
             raise UserError(f"run.folder: cannot write to {self.path}: {error.strerror}") from None
 
     def move_earlier_files(self) -> Path | None:
-        """Move what an earlier attempt left into a folder `earlier-N`, which is returned; None if it left nothing.
+        """Move the files of an earlier attempt into a folder `earlier-N` and return it; None if there are none.
 
         For a run that begins anew: the checkpoints that are left can only be damaged ones.
         """
@@ -141,7 +141,7 @@ class RunFolder:
         return self.model.exists() and _read_json(self.model.with_suffix(".json")).get("step") == step
 
     def note_failure(self, begun: int, step: int, reason: str) -> str:
-        """Note that an attempt from step `begun` on ended at `step`; returns what to add if the one before did so too.
+        """Record that an attempt from step `begun` failed at `step`; return a hint if the one before began there too.
 
         Two attempts that began at the same step have got nowhere in between, and a third will not either.
         """
@@ -157,7 +157,7 @@ class RunFolder:
         )
 
     def save_config(self, config: Config) -> None:
-        """Write the settings, once nothing speaks against this run in this folder."""
+        """Write the settings. Call it only after all checks of the run and its folder have passed."""
         write_text(self.config, config.to_toml())
 
     def read_config(self) -> Config:

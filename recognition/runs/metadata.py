@@ -68,13 +68,13 @@ class RunMetadata:
         }
 
     def card(self, step: int) -> dict[str, Any]:
-        """Return what the card of an exported model tells of the run, as JSON values."""
+        """Return the run's entries for the card of an exported model, as JSON values."""
         found = {name: value for name, value in self.to_json(step).items() if name not in ("config", "schedule_offset")}
         return found | {"backbone": self.config.backbone.name, "loss": self.config.head.loss.name}
 
 
 def recorded_precisions(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint was computed in; one that does not record it has it in its settings, unless `auto`."""
+    """Return the precisions of a checkpoint; older ones have them only in their settings, unless these say `auto`."""
     if "resolved" in metadata or not metadata:
         return metadata.get("resolved", {})
     asked = {f"{name}.precision": metadata["config"][name].get("precision") for name in ("backbone", "head")}

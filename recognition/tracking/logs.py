@@ -21,7 +21,7 @@ _HARMLESS = {
     # torch.compile asks for CUDA's folder on machines without a GPU too, where nothing is missed.
     "torch.utils.cpp_extension": "No CUDA runtime is found",
 }
-"""Records of libraries that no user can do anything about: their beginnings, by logger."""
+"""Beginnings of libraries' records that users need not see, by logger."""
 
 _PACKAGE = "recognition"
 _log = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ _active: list["Log"] = []
 class Appender:
     """A file to which whole records are appended.
 
-    A record that cannot be written, as on a full disk, is left out; that is said once, and what comes later is tried
-    again. Raises OSError only where the file cannot be opened.
+    A record that cannot be written, as on a full disk, is dropped, with one warning; later records are tried again.
+    Raises OSError only where the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -187,7 +187,7 @@ def setup_logging(rank: int = 0) -> Iterator[Log]:
 def _formatter(rank: int) -> Line:
     if rank:
         return Line(f"[rank {rank}] %(levelname)s %(name)s: %(message)s")
-    # A terminal may be narrow, and who looks at it knows what day it is.
+    # A terminal may be narrow, so the date is left out.
     return _TerminalLine() if terminal.is_terminal() else Line("%(asctime)s %(levelname)s %(message)s")
 
 

@@ -41,7 +41,7 @@ def on_advance(callback: Callable[[], None]) -> Callable[[], None]:
 
 @contextmanager
 def task(what: str, total: int | None = None, unit: str = "images", *, after: float = AFTER) -> Iterator[Advance]:
-    """Show while in here that `what` goes on, and how many of `total` units are done, as `advance(done)` reports.
+    """Show the progress of `what` inside the block: units done, as `advance(done)` reports them, of `total`.
 
     Only a machine's first rank shows anything. `after`: seconds before the first log line. May be nested.
     """
@@ -120,7 +120,7 @@ def _log_regularly(work: _Work, after: float) -> Iterator[None]:
 
 
 def _log_line(text: str) -> None:
-    """Log a line; before logging is set up, write it to standard error where no live display shows the same."""
+    """Log a line; before logging is set up, write it to standard error unless a live display shows the progress."""
     if _log.isEnabledFor(logging.INFO) and _log.hasHandlers():
         _log.info("%s", text, extra={"is_progress": True})
     elif not terminal.is_terminal():

@@ -1,4 +1,4 @@
-"""Standard error: log lines and, on a terminal, the live display below them, of which a process can have only one."""
+"""Standard error: log lines and, on a terminal, the one live display of a process below them."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""A run, whole: prepare, train step by step, save, verify, export; from the newest checkpoint if there is one."""
+"""A whole run: prepare, train step by step, save, verify, export; from the newest checkpoint if there is one."""
 
 import contextlib
 import logging
@@ -69,8 +69,8 @@ class Trainer:
        checked before anything large is built, so that mistakes show within seconds.
     3. `_build`: the weights to start from are loaded, and the export is tried, while the backbone is on the CPU. The
        optimizer lays its state out as the parameters are, so it comes after the backbone has moved to its device.
-    4. `_resume`: a checkpoint is loaded in place, so after all that it fills exists. Only then does nothing speak
-       against this run any more: its settings are written, and the tracker drops the records beyond the checkpoint's
+    4. `_resume`: a checkpoint is loaded in place, so after all tensors that it fills exist. Then every check has
+       passed: the run's settings are written, and the tracker drops the records beyond the checkpoint's
        step. The pipeline comes last, as it reads ahead from that step on.
     """
 
@@ -161,7 +161,7 @@ class Trainer:
         )
 
     def _resume(self, asked: Config, previous: dict[str, Any]) -> None:
-        """Load the checkpoint, if there is one, and start what records the run and reads its data from there on."""
+        """Load the checkpoint, if there is one, and start the tracker and the data pipeline at its step."""
         config, ranks = self.config, self.ranks
         if self.checkpoint is not None:
             with progress.task("loading the checkpoint"):
@@ -219,7 +219,7 @@ class Trainer:
         except FailedElsewhere:
             raise
         except UserError as error:
-            # An attempt that failed as the one before did says so.
+            # A second failure from the same step adds that repeating the command will not help.
             error.args = (f"{error}{self.folder.note_failure(first, self.step, str(error))}",)
             raise
         except RuntimeError as error:
@@ -234,7 +234,7 @@ class Trainer:
         self.tracker.close()
 
     def _train(self) -> bool:
-        """Train; returns whether the last step was reached, of which there is a checkpoint then."""
+        """Train; return whether the last step was reached, in which case its checkpoint has been written."""
         config, total, first = self.config, self.schedule.total_steps, self.step
         beginning = "first step, which compiles the backbone" if config.backbone.compile else "first step"
         while self.step < total:
@@ -252,7 +252,7 @@ class Trainer:
             # A GPU is not made to wait for the ranks' agreement more often than for a record.
             stop = (is_record or self.ranks.device.type == "cpu") and distributed.any_rank(self.interrupt.requested)
             verifies = _is_due(self.step, config.evaluation.every_steps, total) and bool(self.pair_sets)
-            # First the checkpoint: what follows may fail.
+            # The checkpoint comes first, as verification may fail.
             if verifies or stop or _is_due(self.step, config.checkpoint.every_steps, total):
                 self._save()
             if verifies and self.step < total:
@@ -285,7 +285,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _after_saving(self, what: str) -> Iterator[None]:
-        """Have an error say that the training is not lost."""
+        """Add to an error in the block the note that the training is not lost."""
         try:
             yield
         except Exception as error:
@@ -355,7 +355,7 @@ class Trainer:
         )
 
     def _log_summary(self) -> None:
-        """Log what is going to be trained on what, and every warning about it."""
+        """Log model, data and hardware of the run, and every warning about them."""
         self.tracker.log_config(self.config)
         backbone = describe(self.backbone, self.config.backbone), *self.weights_notes
         lines = messages.opening(self.config, self.resolved, self.index, self.tracker, self.ranks.world, backbone)

@@ -101,9 +101,9 @@ class Update:
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=ranks.head_device)
         """Number of skipped steps, in all."""
         self.nonfinite_in_a_row = torch.zeros_like(self.nonfinite)
-        """Number of the last steps that were skipped."""
+        """Number of skipped steps in a row up to now."""
         self.head_updated_alone = torch.zeros_like(self.nonfinite)
-        """Number of those in whose backward pass the head had updated its rows already, as the loss was finite."""
+        """Number of `nonfinite_in_a_row` steps in which the head had already updated its rows, as the loss was finite."""
 
     def __call__(self, step: int, batches: Iterator[Batch], schedule: Schedule) -> StepMetrics:
         """Do update number `step`, or skip it where a loss or a gradient is not finite; returns its metrics."""
@@ -129,7 +129,7 @@ class Update:
         )
 
     def _forward_backward(self, batch: Batch, step: int, head_lr: float, schedule: Schedule, sums: _Passes) -> None:
-        """Add the gradients of one pass to the parameters', and its metrics to `sums`."""
+        """Run one forward and backward pass: add its gradients to the parameters', and its metrics to `sums`."""
         passes, head_device = self.config.training.accumulation_steps, self.ranks.head_device
         embeddings = self.replica(batch.images)
         output = self.head(

@@ -41,7 +41,7 @@ def open_on_ranks(config: Config, coordinator: Coordinator) -> list[PairSet]:
 
 
 def verify_on_ranks(embedder: Embedder, pairs: PairSet, coordinator: Coordinator, batch: int, fit: str) -> Verification:
-    """Verify on `pairs`, of whose images each rank embeds its share, `batch` at a time; to be called by all ranks.
+    """Verify on `pairs`; each rank embeds its share of the images, `batch` at a time. All ranks call together.
 
     `fit`: how an image of another size is fitted to the backbone's, as in `data.fit`.
     """

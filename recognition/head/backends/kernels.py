@@ -1,9 +1,9 @@
 """Triton kernels over the class weights, whose tiles of logits live in registers and are never written to memory.
 
-The symbols are those of `problem`. `pytorch` computes the sums and gradients in PyTorch, as the kernels' reference. A tile is
-BLOCK_B samples times BLOCK_N classes. Rows are read in their storage type, and their inverse norms scale a
-tile's columns: no normalised copy exists. How products become logits is `KIND`, the `kernel_code` of the loss's
-negatives. Offsets into the rows are 64-bit: 4.2 million rows of 512 numbers are 2^31.
+The symbols are those of `problem`. `pytorch` has the PyTorch version, and the kernels are tested against it. A tile
+is BLOCK_B samples times BLOCK_N classes. Rows are read in their storage type, and their inverse norms scale a tile's
+columns: no normalised copy exists. Products become logits by `KIND`, the `kernel_code` of the loss's negatives.
+Offsets into the rows are 64-bit: 4.2 million rows of 512 numbers are 2^31.
 """
 
 import triton

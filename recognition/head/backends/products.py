@@ -83,7 +83,7 @@ def multiply(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
 
 
 def put_at(matrix: Tensor, places: Places | None, values: Tensor | float) -> None:
-    """Set matrix[i, j] = values[i], or one number, in place at those (i, j) of `places` inside the matrix. `values` [B]."""
+    """Set matrix[i, j] = values[i], `values` [B] or a number, in place at the (i, j) of `places` inside the matrix."""
     if places is None:
         return
     samples, columns = places

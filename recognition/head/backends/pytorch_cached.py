@@ -38,7 +38,7 @@ class CachedExponentials:
 
 
 def possible(problem: LogitProblem) -> bool:
-    """Tell whether the loss is one of those, and there is room to keep something."""
+    """Tell whether the logits are bounded cosines times a scale, and exponentials may be kept."""
     options, term = problem.options, problem.term
     linear = isinstance(term.negatives, AffineNegatives) and not term.logistic and term.offset is not None
     return linear and options.unit_rows and options.centers == 1 and options.workspace is not None

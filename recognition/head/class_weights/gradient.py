@@ -9,8 +9,9 @@ g_ij = dL/dp_ij, the normalisation gives
     dL/dw_j = sum_i a_ij x_i - radial_j w_j,   a_ij = g_ij / |w_j|,   radial_j = (sum_i a_ij p_ij) / |w_j|.
 
 The second term is the projection of the first one, q_j = sum_i a_ij x_i, onto w_j, since q_j . w_j is
-|w_j| sum_i a_ij p_ij: radial_j = q_j . w_j / |w_j|^2. So radial_j can be computed from p or from q, and dL/dw_j . w_j = 0: the
-gradient turns a row and leaves its length to first order. Without normalisation, a = g and there is no second term.
+|w_j| sum_i a_ij p_ij: radial_j = q_j . w_j / |w_j|^2. So radial_j can be computed from p or from q, and
+dL/dw_j . w_j = 0: the gradient turns a row and keeps its length to first order. Without normalisation, a = g and there
+is no second term.
 """
 
 from dataclasses import dataclass

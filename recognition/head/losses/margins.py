@@ -1,5 +1,6 @@
-"""Target margins: pure functions of the target's cosine [B] and a margin, one number or [B]. Their value [B] replaces the
-cosine in the logit, before the scale.
+"""Target margins: pure functions of the target's cosine [B] and a margin, one number or [B].
+
+Their value [B] replaces the cosine in the logit, before the scale.
 
 All are differentiable at every cosine, |cosine| = 1 included, and keep NaN as NaN. theta is the cosine's angle.
 """
