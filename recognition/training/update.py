@@ -103,8 +103,7 @@ class Update:
         self.nonfinite_in_a_row = torch.zeros_like(self.nonfinite)
         """Number of skipped steps in a row up to now."""
         self.head_updated_alone = torch.zeros_like(self.nonfinite)
-        """Number of `nonfinite_in_a_row` steps in which the head had already updated its rows, as the loss was
-        finite."""
+        """Number of `nonfinite_in_a_row` steps in which the head had updated its rows, as the loss was finite."""
 
     def __call__(self, step: int, batches: Iterator[Batch], schedule: Schedule) -> StepMetrics:
         """Do update number `step`, or skip it where a loss or a gradient is not finite; returns its metrics."""
