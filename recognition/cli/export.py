@@ -21,6 +21,9 @@ def export(run: Path, output: Path, which: str, opset: int | None) -> None:
     RUN is the folder of a run. ONNX Runtime has to embed images as the backbone does, or the export fails. A card of
     facts, FILE with the suffix .json, is written beside the file.
     """
+    from pydantic import ValidationError
+
+    from recognition.errors import UserError
     from recognition.files.outputs import check_output
     from recognition.tracking import progress
 
@@ -35,7 +38,11 @@ def export(run: Path, output: Path, which: str, opset: int | None) -> None:
         backbone, facts = load_backbone(run, "best" if which == "best" else "last")
     settings = RunFolder(run).read_config().export
     if opset is not None:
-        settings = config.Export.model_validate(settings.model_dump() | {"opset": opset})
+        try:
+            settings = config.Export(**settings.model_dump() | {"opset": opset})
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            raise UserError(f"--opset: {message[0].lower()}{message[1:]}, not {opset}") from None
     parity = export_onnx(backbone, output, facts, settings)
     megabytes = output.stat().st_size / 1e6
     click.echo(f"{output}: {megabytes:.1f} MB, {backbone.image_size} px, {backbone.embedding_size} values")

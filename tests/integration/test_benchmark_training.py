@@ -132,7 +132,7 @@ class _Scripted:
 
 
 def test_a_compilation_pays_against_the_fastest_eager_variant(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "Training", _Scripted)
+    monkeypatch.setattr(training, "TrainingLoop", _Scripted)
     variants = training.measure_grid(
         config.Backbone(), torch.device("cpu"), batch=8, classes=20, steps=5, precisions=["bfloat16"]
     )

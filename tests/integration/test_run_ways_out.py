@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from recognition import config
+from recognition.cli.evaluate import load_embedder
 from recognition.cli.export import export
 from recognition.data.procedural.dataset import write_faces
 from recognition.deploy.onnx_embedder import OnnxOptions
@@ -161,9 +162,9 @@ def test_a_loss_that_is_not_finite(faces: Path, tmp_path: Path) -> None:
 
 
 def test_options_that_a_run_has_no_use_for(run: Path) -> None:
-    load = tool("evaluate").load_embedder
-    way_out(refusal(lambda: load(run, OnnxOptions(size=9))), "--size, .* are for ONNX files; leave them out")
-    load(run)
+    message = refusal(lambda: load_embedder(run, OnnxOptions(size=9)))
+    way_out(message, "--size, .* are for ONNX files; leave them out")
+    load_embedder(run, OnnxOptions())
 
 
 def test_weights_in_the_run_s_own_folder(faces: Path, tmp_path: Path, finished: Path) -> None:

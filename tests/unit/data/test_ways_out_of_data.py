@@ -158,7 +158,7 @@ def listed(tmp_path: Path) -> Path:
 
 def test_the_images_of_a_list(listed: Path, tmp_path: Path) -> None:
     message = refusal(lambda: open_sets([listed], 8))
-    way_out(message, r"put the images' folder beside the file, or name it: evaluation\.images, and --images")
+    way_out(message, r"put the images' folder beside the file, or name it: evaluation\.image_folder, and --images")
     assert len(open_sets([listed], 8, folder=tmp_path / "far/away")[0]) == 20
     (tmp_path / "far/away").rename(tmp_path / "away")
     assert len(open_sets([listed], 8)[0]) == 20

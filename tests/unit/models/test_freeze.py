@@ -80,7 +80,7 @@ def run(faces: Path, folder: Path, *overrides: str) -> bool:
     """Train for four steps."""
     path = folder.with_suffix(".toml")
     path.write_text(
-        f'run.folder = "{folder}"\ndata = {{path = "{faces}", cache = "{folder.parent}"}}\n'
+        f'run.folder = "{folder}"\ndata = {{path = "{faces}", index_folder = "{folder.parent}"}}\n'
         'backbone = {name = "resnet10t", image_size = 32, embedding_size = 16, dropout = 0.5, precision = "float32"}\n'
         "training = {epochs = 4, global_batch = 24, threads = 1}\nexport.enabled = false\nhead.precision = 'float32'\n"
         "optimizer.lr = 0.05\ncheckpoint.every_steps = 2\n"

@@ -38,7 +38,8 @@ def settings(tmp_path):
         (tmp_path / f"images/{image}.JPG").write_bytes(encoded(image, 9))
     (tmp_path / "list.csv").write_text("".join(f"{pair}.jpg,{pair + 12}.jpg,{pair % 2}\n" for pair in range(12)))
     (tmp_path / "run.toml").write_text(
-        f'[data]\npath = "{tmp_path}"\n[backbone]\nimage_size = 32\n[evaluation]\nimages = "{tmp_path / "images"}"\n'
+        f'[data]\npath = "{tmp_path}"\n[backbone]\nimage_size = 32\n[evaluation]\n'
+        f'image_folder = "{tmp_path / "images"}"\n'
         f'pairs = ["{tmp_path}/a/set.bin", "{tmp_path}/b/set.bin", "{tmp_path}/list.csv"]\n'
     )
 
@@ -59,7 +60,7 @@ def test_settings_of_a_run_reach_its_sets(settings):
     assert not any("folds" in doubt for doubt in sets[0].warnings)
     with pytest.raises(UserError, match="40 images are not 32 x 32"):
         verifying.open_on_ranks(settings("data.fit=exact"), COORDINATOR)
-    with pytest.raises(UserError, match=r"evaluation\.images: no such file or folder"):
+    with pytest.raises(UserError, match=r"evaluation\.image_folder: no such file or folder"):
         settings("evaluation.image_folder=/none")
 
 
