@@ -13,7 +13,7 @@ import pytest
 from recognition.errors import UserError
 from recognition.files import lock
 
-HOLD = "import sys, time; from pathlib import Path; from recognition import lock\n"
+HOLD = "import sys, time; from pathlib import Path; from recognition.files import lock\n"
 HOLD += "with lock.held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 
