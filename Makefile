@@ -58,7 +58,7 @@ docs: $(READY)
 pins: $(READY)
 	for pair in run:all dev:dev; do \
 	  $(BIN)/uv pip compile pyproject.toml --extra $${pair#*:} --upgrade --universal --python-version 3.11 \
-	    --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet \
+	    --generate-hashes --no-header --no-annotate --quiet \
 	    --output-file requirements/$${pair%:*}.txt || exit 1; \
 	done
 

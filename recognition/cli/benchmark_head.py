@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from recognition.cli.argument_types import POSITIVE
-from recognition.cli.command import command, device_option, head_settings, json_option
+from recognition.cli.command import command, device_option, head_settings, json_option, row_format_option
 
 if TYPE_CHECKING:
     from recognition.benchmarks.head import Details, Result
@@ -25,14 +25,7 @@ recognition benchmark head --device cuda --ranks 8 --classes 10000000
 @click.option("--batch", type=POSITIVE, default=64, help="Images per rank.")
 @click.option("--sample-rate", type=float, default=1.0, metavar="X", help="Partial FC's fraction of classes.")
 @click.option("--loss", default="cosface", metavar="NAME", help="As head.loss.name.")
-@click.option(
-    "--row-format",
-    "--state",
-    "row_format",
-    type=click.Choice(["float32", "split", "bfloat16"]),
-    default="float32",
-    help="How class weights are stored.",
-)
+@row_format_option
 @click.option(
     "--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", help="Of the matrix products."
 )

@@ -64,6 +64,13 @@ def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--device", type=choices, default="cpu", help="Where to measure.")(function)
 
 
+def row_format_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--row-format` to a subcommand."""
+    choices = click.Choice(["float32", "split", "bfloat16"])
+    names = "--row-format", "--state", "row_format"
+    return click.option(*names, type=choices, default="float32", help="How class weights are stored.")(function)
+
+
 def check_cuda(device: str) -> None:
     """Raise UserError if `device` is cuda and this machine has none."""
     import torch

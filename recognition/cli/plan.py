@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from recognition.cli.argument_types import ABOVE_ZERO, POSITIVE
-from recognition.cli.command import command, head_settings, json_option
+from recognition.cli.command import command, head_settings, json_option, row_format_option
 
 if TYPE_CHECKING:
     from recognition.planning.run import RunPlan
@@ -24,14 +24,7 @@ recognition plan --classes 10000000 --gpus 8 --gpu-memory 80 \\
 @click.option("--backbone", default="iresnet100", metavar="NAME", help="As backbone.name.")
 @click.option("--batch", type=POSITIVE, default=128, help="Images per GPU.")
 @click.option("--sample-rate", type=float, default=1.0, metavar="X", help="Partial FC's fraction of classes.")
-@click.option(
-    "--row-format",
-    "--state",
-    "row_format",
-    type=click.Choice(["float32", "split", "bfloat16"]),
-    default="float32",
-    help="How class weights are stored.",
-)
+@row_format_option
 @click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", help="Of backbone and class weights.")
 @click.option("--embedding-size", type=POSITIVE, default=512, help="Length of an embedding.")
 @click.option("--image-size", type=POSITIVE, default=112, help="Height and width in pixels.")
