@@ -17,9 +17,12 @@ class LearnedScalars:
 
     def __init__(self, values: dict[str, Tensor], optimizer: config.Optimizer) -> None:
         self._named, self._checkpoint_names = values, _CHECKPOINT_NAMES[type(optimizer)]
+        self._optimizer: torch.optim.Optimizer
+        if not values:
+            # torch's first optimizer imports its compiler: 40 MB that most losses do without.
+            return
         group = {"params": self.values, "weight_decay": 0.0}
         # Fused, because only the fused kernels can skip an update on the device.
-        self._optimizer: torch.optim.Optimizer
         if isinstance(optimizer, config.SGD):
             self._optimizer = torch.optim.SGD([group], lr=0.0, momentum=optimizer.momentum, fused=True)
         else:
@@ -52,15 +55,13 @@ class LearnedScalars:
         for total, gradient in zip(self.gradients, gradients, strict=True):
             total += gradient
 
-    def apply(self, lr: float, skip: Tensor, scale: float = 1.0) -> None:
-        """Move by `scale` times the sums of the gradients, unless `skip` (scalar) is 1, and start the sums anew.
+    def apply(self, lr: float, skip: Tensor) -> None:
+        """Move by the sums of the gradients, unless `skip` (scalar) is 1, and start the sums anew.
 
         The decision is taken in torch's kernels, so the host does not wait for it.
         """
         if not self._named:
             return
-        for gradient in self.gradients:
-            gradient *= scale
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         # The protocol between torch.amp.GradScaler and fused optimizers: an attribute for the length of one step.
