@@ -35,6 +35,7 @@ def demo(started: float | None, overrides: tuple[str, ...]) -> int:
     from recognition.config import recipes
     from recognition.errors import UserError
     from recognition.files.atomic import write_text
+    from recognition.files.paths import runnable
     from recognition.tracking import progress
 
     console = Console()
@@ -74,7 +75,8 @@ def demo(started: float | None, overrides: tuple[str, ...]) -> int:
     }
     write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     console.print(_table(results, facts, summary))
-    console.print(f"{run.model}, {run.path / 'summary.json'}; curves: tensorboard --logdir {run.path}")
+    console.print(f"{run.model}, {run.path / 'summary.json'}", soft_wrap=True)
+    console.print(f"curves: {runnable('tensorboard')} --logdir {run.path}", soft_wrap=True)
     return 0
 
 

@@ -1,6 +1,9 @@
 """Paths as users write them, and as messages show them: on one line, without control characters."""
 
 import os
+import shlex
+import shutil
+import sys
 from pathlib import Path
 
 from recognition.errors import UserError
@@ -18,6 +21,12 @@ def shown(name: str | os.PathLike[str]) -> str:
     if text.isprintable() and text == text.strip():
         return text
     return f"$'{''.join(map(_escaped, text))}'"
+
+
+def runnable(program: str) -> str:
+    """Return how a shell starts a program: by its name, or by its path beside this Python if it is not on the PATH."""
+    beside = Path(sys.executable).with_name(program)
+    return program if shutil.which(program) or not beside.exists() else shlex.quote(str(beside))
 
 
 def expanded(path: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 
 from recognition.config import Config
 from recognition.data.index import Index
+from recognition.files.paths import runnable
 from recognition.hardware import Resolved
 from recognition.runs.best import find_best, read_record
 from recognition.runs.folder import RunFolder
@@ -67,11 +68,11 @@ def closing(
     return [
         *found,
         "evaluate it:",
-        f"  recognition evaluate --model {run} --pairs {sets}",
+        f"  {runnable('recognition')} evaluate --model {run} --pairs {sets}",
         "go on: the same command, and",
         f"  training.epochs={2 * config.training.epochs:g} training.more_epochs=stretch",
         "curves:",
-        f"  tensorboard --logdir {run}",
+        f"  {runnable('tensorboard')} --logdir {run}",
     ]
 
 

@@ -18,7 +18,7 @@ from recognition.data.index import Index, build_index, open_index
 from recognition.data.insightface_rec import InsightFaceWriter, pack_image
 from recognition.data.quarantine import Quarantine
 from recognition.data.recordio import RecordWriter
-from recognition.files.paths import shown
+from recognition.files.paths import runnable, shown
 
 TOOL = runpy.run_path(str(Path(__file__).resolve().parents[3] / "tools" / "index.py"))
 NAMES = [
@@ -233,3 +233,17 @@ def test_chunks_of_any_name(tmp_path: Path) -> None:
     index = open_index(tmp_path)
     assert np.array_equal(index.labels, [0, 1])
     assert_plain(index.notes[0])
+
+
+def test_a_program_is_named_as_a_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "my venv"
+    folder.mkdir()
+    monkeypatch.setattr("sys.executable", str(folder / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runnable("tensorboard") == "tensorboard"
+    program = folder / "tensorboard"
+    program.write_text("#!/bin/sh\necho started\n")
+    program.chmod(0o755)
+    assert subprocess.run(runnable("tensorboard"), shell=True, capture_output=True, text=True).stdout == "started\n"
+    monkeypatch.setenv("PATH", str(folder))
+    assert runnable("tensorboard") == "tensorboard"

@@ -31,6 +31,11 @@ def closing(config: Config, accuracies: dict[str, float], nonfinite: int = 0, st
         return messages.closing(config, folder, tracker, accuracies, nonfinite=nonfinite)
 
 
+@pytest.fixture(autouse=True)
+def programs_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "runnable", lambda program: program)
+
+
 def test_a_run_without_sets_says_where_its_model_is_and_how_to_go_on(tmp_path: Path) -> None:
     folder = tmp_path / "my run"
     folder.mkdir()
